@@ -1,0 +1,351 @@
+"""Every formula of CogVideoX: load, encode, conditioning, velocity loss, sample a video.
+
+Shapes: B batch, F frames, C channels, H height, W width; lower-case f c h w are latent sizes,
+f = (F - 1) / 4 + 1, h = H / 8, w = W / 8. L prompt tokens, D text width.
+
+What differs between checkpoints is read from their configs, never from their names.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DiffusionPipeline,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from diffusers.training_utils import cast_training_params
+from diffusers.utils.torch_utils import randn_tensor
+from peft import LoraConfig
+from transformers import AutoTokenizer, T5EncoderModel
+
+SCHEDULERS = {"CogVideoXDDIMScheduler": CogVideoXDDIMScheduler, "CogVideoXDPMScheduler": CogVideoXDPMScheduler}
+
+# The transformer's config fields that tell one checkpoint's weights from another's.
+IDENTITY = (
+    "num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size_t",
+    "use_rotary_positional_embeddings", "use_learned_positional_embeddings",
+)  # fmt: skip
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint's configs, read before any of its weights."""
+
+    name: str  # as the user gave it
+    transformer: dict
+    vae: dict
+    scheduler: CogVideoXDDIMScheduler | CogVideoXDPMScheduler
+    hub: dict  # revision and cache_dir, for its files
+    variant: str | None
+
+    @property
+    def identity(self) -> dict:
+        return {field: self.transformer[field] for field in IDENTITY}
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent, 8."""
+        return 2 ** (len(self.vae["block_out_channels"]) - 1)
+
+    def describe(self) -> str:
+        config = self.transformer
+        task = "text-to-video" if config["in_channels"] == config["out_channels"] else "image-to-video"
+        positions = "rotary" if config["use_rotary_positional_embeddings"] else "sin-cos"
+        return (
+            f"CogVideoX {task}, {config['num_layers']} layers of {config['num_attention_heads']} heads, "
+            f"{positions} positions"
+        )
+
+
+# ---- load ------------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(name: str, revision: str | None = None, variant: str | None = None, cache_dir=None) -> Checkpoint:
+    """The configs of a folder or of a hub repository.
+
+    Raises:
+        ValueError: it cannot be found, or is no complete CogVideoX checkpoint.
+    """
+    local = Path(name).expanduser()
+    name = str(local) if local.is_dir() else name
+    rule = "--pretrained_model_name_or_path takes a folder, or a hub name such as THUDM/CogVideoX-2b"
+    hub = {"revision": revision, "cache_dir": cache_dir}
+    try:
+        index = DiffusionPipeline.load_config(name, **hub)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name}: found no model_index.json there ({reason}); {rule}") from error
+    if not index.get("_class_name", "").startswith("CogVideoX"):
+        raise ValueError(f"{name}: holds a {index.get('_class_name')}, not a CogVideoX pipeline; {rule}")
+    try:
+        return Checkpoint(
+            name=name,
+            transformer=dict(empty_transformer(_config(CogVideoXTransformer3DModel, name, "transformer", hub)).config),
+            vae=_config(AutoencoderKLCogVideoX, name, "vae", hub),
+            scheduler=SCHEDULERS[index["scheduler"][1]].from_pretrained(name, subfolder="scheduler", **hub),
+            hub=hub,
+            variant=variant,
+        )
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{name}: the checkpoint is not complete ({error}); download it again") from error
+
+
+def _config(model_class, name: str, subfolder: str, hub: dict) -> dict:
+    return model_class.load_config(name, subfolder=subfolder, **hub)
+
+
+def empty_transformer(config: dict) -> CogVideoXTransformer3DModel:
+    """The transformer without memory for its weights: its module names and its config with all defaults."""
+    with torch.device("meta"):
+        return CogVideoXTransformer3DModel.from_config(config)
+
+
+def check_text_to_video(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Refuses what text-to-video training cannot do with this checkpoint."""
+    config = checkpoint.transformer
+    if config["in_channels"] != config["out_channels"]:
+        raise ValueError(
+            f"{checkpoint.name}: an image-to-video checkpoint ({config['in_channels']} input channels for "
+            f"{config['out_channels']} output channels), and this script trains text-to-video; "
+            "use THUDM/CogVideoX-2b, THUDM/CogVideoX-5b or THUDM/CogVideoX1.5-5B"
+        )
+    if config["patch_size_t"] and dtype == torch.float16:
+        raise ValueError(
+            f"{checkpoint.name}: CogVideoX 1.5 gives NaN in float16; pass --mixed_precision bf16, or no for float32"
+        )
+
+
+def files_folder(checkpoint: Checkpoint) -> Path:
+    """The folder with the checkpoint's files, downloaded first where it is a hub name."""
+    if Path(checkpoint.name).is_dir():
+        return Path(checkpoint.name)
+    return Path(DiffusionPipeline.download(checkpoint.name, variant=checkpoint.variant, **checkpoint.hub))
+
+
+def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+    return CogVideoXTransformer3DModel.from_pretrained(
+        files_folder(checkpoint), subfolder="transformer", torch_dtype=dtype, variant=checkpoint.variant
+    )
+
+
+@contextmanager
+def loaded_vae(checkpoint: Checkpoint, dtype, device, tiling: bool, slicing: bool) -> Iterator[AutoencoderKLCogVideoX]:
+    """The VAE, for the length of a `with` block."""
+    vae = AutoencoderKLCogVideoX.from_pretrained(
+        files_folder(checkpoint), subfolder="vae", torch_dtype=dtype, variant=checkpoint.variant
+    )
+    if tiling:
+        vae.enable_tiling()
+    if slicing:
+        vae.enable_slicing()
+    try:
+        yield vae.to(device).eval()
+    finally:
+        vae.to("meta")  # frees the memory whoever still refers to it
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def video_encoder(checkpoint: Checkpoint, dtype, device, tiling: bool, slicing: bool) -> Iterator[Callable]:
+    """`encode_video` with a VAE that is in memory for the length of a `with` block."""
+    with loaded_vae(checkpoint, dtype, device, tiling, slicing) as vae:
+        yield partial(encode_video, vae)
+
+
+@contextmanager
+def caption_encoder(checkpoint: Checkpoint, dtype, device) -> Iterator[Callable]:
+    """`encode_caption` with a T5 that is in memory for the length of a `with` block."""
+    folder = files_folder(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    text_encoder = T5EncoderModel.from_pretrained(
+        folder, subfolder="text_encoder", dtype=dtype, variant=checkpoint.variant
+    )
+    text_encoder.to(device).eval()
+    try:
+        yield partial(encode_caption, tokenizer, text_encoder, max_length=checkpoint.transformer["max_text_seq_length"])
+    finally:
+        text_encoder.to("meta")  # frees the memory whoever still refers to it
+        torch.cuda.empty_cache()
+
+
+def encoder_fingerprint(folder: Path, **settings) -> str:
+    """Tells one encoder from another: a hash over its files, and over the settings that change what it encodes.
+
+    Of a file over 16 MiB it reads 1,024 evenly spaced blocks of 4 KiB: T5 has 9.5 GB, training moves all of it.
+    """
+    digest = hashlib.sha256(repr(sorted(settings.items())).encode())
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin", ".model")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            if size <= 1 << 24:
+                digest.update(file.read())
+                continue
+            for i in range(1024):
+                file.seek(i * (size - 4096) // 1023)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+# ---- encode ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_video(vae: AutoencoderKLCogVideoX, frames: torch.Tensor) -> torch.Tensor:
+    """Parameters of the latents' distribution [2c, f, h, w], mean then log-variance, for uint8 [F, H, W, C]."""
+    video = frames.to(vae.device).permute(3, 0, 1, 2)[None]  # [1, C, F, H, W]
+    video = (video.float() / 127.5 - 1).to(vae.dtype)
+    return vae.encode(video).latent_dist.parameters[0]
+
+
+@torch.no_grad()
+def encode_caption(tokenizer, text_encoder: T5EncoderModel, caption: str, max_length: int) -> torch.Tensor:
+    """Embeddings [L, D]; the padding is kept and no mask is used, since CogVideoX attends to all L tokens."""
+    tokens = tokenizer(caption, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
+    return text_encoder(tokens.input_ids.to(text_encoder.device))[0][0]
+
+
+def sample_latents(parameters: torch.Tensor, scaling_factor: float, generator: torch.Generator) -> torch.Tensor:
+    """Latents [B, f, c, h, w] as the transformer wants them, float32, from parameters [B, 2c, f, h, w]."""
+    latents = DiagonalGaussianDistribution(parameters.float()).sample(generator)  # [B, c, f, h, w]
+    return latents.transpose(1, 2) * scaling_factor
+
+
+def pad_latent_frames(latents: torch.Tensor, patch_size_t: int | None) -> torch.Tensor:
+    """Prepends copies of the first latent frame until CogVideoX 1.5 can patch them in time, as its pipelines do."""
+    missing = -latents.shape[1] % (patch_size_t or 1)
+    return torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], dim=1)
+
+
+def rotary_embedding(checkpoint: Checkpoint, num_latent_frames: int, latent_height: int, latent_width: int, device):
+    """Cosine and sine tables [f' * h/2 * w/2, head size], float32; None for a checkpoint with sin-cos positions.
+
+    CogVideoX 1.0 stretches the grid to the size it was trained at; 1.5 cuts it from the largest grid ("slice").
+    """
+    config = checkpoint.transformer
+    if not config["use_rotary_positional_embeddings"]:
+        return None
+    patch, patch_t = config["patch_size"], config["patch_size_t"]
+    grid = (latent_height // patch, latent_width // patch)
+    base = (config["sample_height"] // patch, config["sample_width"] // patch)
+    if patch_t is None:
+        place = {"crops_coords": get_resize_crop_region_for_grid(grid, base[1], base[0])}
+        temporal_size = num_latent_frames
+    else:
+        place = {"crops_coords": None, "grid_type": "slice", "max_size": base}
+        temporal_size = -(-num_latent_frames // patch_t)
+    return get_3d_rotary_pos_embed(
+        config["attention_head_dim"], grid_size=grid, temporal_size=temporal_size, device=device, **place
+    )
+
+
+# ---- train -----------------------------------------------------------------------------------------------------------
+
+
+def check_lora_targets(config: dict, targets: list[str]) -> None:
+    """Refuses a target that is no linear layer, by name: PEFT skips those in silence as long as another one fits."""
+    linear = [name for name, module in empty_transformer(config).named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = sorted({name.split(".", 2)[-1] for name in linear if name.startswith("transformer_blocks.")})
+            raise ValueError(
+                f"--lora_target_modules {target}: the transformer has no such linear layer; in its blocks are "
+                f"{', '.join(known)}"
+            )
+
+
+def add_lora(transformer: CogVideoXTransformer3DModel, rank: int, alpha: float, targets: list[str]) -> None:
+    """Freezes the transformer and adds trainable LoRA weights, float32 whatever the frozen dtype.
+
+    add_adapter makes them in the dtype of the base, and in bfloat16 most updates at 1e-5 would round away.
+    """
+    transformer.requires_grad_(False)
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+    cast_training_params(transformer, dtype=torch.float32)
+
+
+def velocity_loss(transformer, scheduler, latents, prompt_embeds, rotary, generator, dtype) -> torch.Tensor:
+    """Mean squared error between predicted and true velocity v = sqrt(a) noise - sqrt(1 - a) x0.
+
+    Salimans & Ho 2022 (arXiv:2202.00512), appendix D. Noise and timesteps are drawn here, one timestep per sample.
+
+    Args:
+        latents: clean, [B, f, c, h, w], float32: a bfloat16 `a` rounds to 1 at the first timesteps.
+        prompt_embeds: [B, L, D].
+        rotary: tables from `rotary_embedding`, or None.
+        generator: on the latents' device.
+        dtype: that the transformer computes in.
+    """
+    noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+    timesteps = torch.randint(
+        0, scheduler.config.num_train_timesteps, latents.shape[:1], generator=generator, device=latents.device
+    )
+    predicted_velocity = transformer(
+        hidden_states=scheduler.add_noise(latents, noise, timesteps).to(dtype),
+        encoder_hidden_states=prompt_embeds.to(dtype),
+        timestep=timesteps,
+        image_rotary_emb=rotary,
+        return_dict=False,
+    )[0]
+    return F.mse_loss(predicted_velocity.float(), scheduler.get_velocity(latents, noise, timesteps))
+
+
+def training_loss(checkpoint: Checkpoint, transformer, batch: dict, generator, dtype) -> torch.Tensor:
+    """Velocity loss of a batch from the cache; all that is random in it comes from `generator`, on whose device it is.
+
+    Args:
+        batch: "parameters" [B, 2c, f, h, w] of the latents' distribution, "prompt_embeds" [B, L, D].
+    """
+    device = generator.device
+    parameters = batch["parameters"].to(device, non_blocking=True)
+    latents = sample_latents(parameters, checkpoint.vae["scaling_factor"], generator)  # [B, f, c, h, w]
+    latents = pad_latent_frames(latents, checkpoint.transformer["patch_size_t"])
+    _, f, _, h, w = latents.shape
+    rotary = rotary_embedding(checkpoint, f, h, w, device)
+    prompt_embeds = batch["prompt_embeds"].to(device, non_blocking=True)
+    return velocity_loss(transformer, checkpoint.scheduler, latents, prompt_embeds, rotary, generator, dtype)
+
+
+def generator_for(device: torch.device, *numbers: int) -> torch.Generator:
+    """A generator of its own for every tuple of numbers, so that nothing depends on what was drawn before."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+# ---- sample ----------------------------------------------------------------------------------------------------------
+
+
+def sample_video(transformer, vae, scheduler, prompt_embeds, negative_prompt_embeds, *, generator, **options) -> list:
+    """Frames (PIL images) of one video, sampled by diffusers' pipeline around the models that are already loaded.
+
+    Args:
+        scheduler: the checkpoint's own; a copy is used, so that training's stays as it is.
+        prompt_embeds, negative_prompt_embeds: [L, D], in the transformer's dtype.
+        options: of CogVideoXPipeline.__call__: height, width, num_frames, guidance_scale, use_dynamic_cfg.
+    """
+    pipeline = CogVideoXPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        transformer=transformer,
+        scheduler=type(scheduler).from_config(scheduler.config, timestep_spacing="trailing"),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompt_embeds=prompt_embeds[None],
+        negative_prompt_embeds=negative_prompt_embeds[None],
+        generator=generator,
+        **options,
+    ).frames[0]

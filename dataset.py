@@ -1,0 +1,499 @@
+"""Files on disk -> clips and captions -> cached latents and embeddings -> batches.
+
+Shapes: F frames, H height, W width, C channels; lower-case f c h w are latent sizes. L prompt tokens, D text width.
+
+What is wrong with a dataset is returned as sentences, not raised one by one, so that a person sees all of it at once.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
+
+import decord
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+
+decord.logging.set_level(decord.logging.QUIET)
+
+SMALLEST_SIDE = 64  # decord 0.6 cannot give frames narrower than this
+
+
+class Clip(NamedTuple):
+    video: Path
+    caption: str
+    line: int  # in both list files, counted from 1
+
+
+class View(NamedTuple):
+    """How the model is to see a clip; all of it goes into the key of what is cached."""
+
+    height: int
+    width: int
+    fps: int
+    max_num_frames: int
+    skip_frames_start: int  # in frames of the file, not of the model
+    skip_frames_end: int
+    crop: str  # "center", or "random": one place per clip, drawn from `seed` and the video's content
+    seed: int
+
+
+class Encoder(NamedTuple):
+    """A VAE or T5, not loaded yet."""
+
+    fingerprint: str  # tells encoders apart that encode differently
+    load: Callable[[], AbstractContextManager[Callable]]  # the function that encodes, for as long as it is needed
+
+
+class Ranks(NamedTuple):
+    """The processes that share the work; `gather` takes a list and gives the lists of all ranks as one."""
+
+    index: int = 0
+    count: int = 1
+    gather: Callable[[list], list] = list
+    wait: Callable[[], None] = lambda: None
+
+    def share(self, items: list) -> list:
+        return items[self.index :: self.count]
+
+    def gather_shares(self, items: list) -> list:
+        """Puts together what all ranks made of their `share`, in the order of the whole."""
+        shares = self.gather([items])
+        whole = [None] * sum(len(share) for share in shares)
+        for index, share in enumerate(shares):
+            whole[index :: self.count] = share
+        return whole
+
+
+class Data(NamedTuple):
+    """What is left of a dataset once it is encoded."""
+
+    clips: "CachedClips"
+    shapes: list[tuple[int, ...]]  # of each clip's cached latents, (2c, f, h, w)
+    prompts: dict[str, Path]  # embeddings of the validation prompts, and of ""
+
+    def summary(self) -> str:
+        lengths = Counter(4 * (shape[1] - 1) + 1 for shape in self.shapes)
+        parts = [f"{count} of {length} frames" for length, count in sorted(lengths.items())]
+        return f"{len(self.shapes)} clips: {', '.join(parts)}"
+
+
+class Probed(NamedTuple):
+    """What is known of a clip before anything is decoded: where its latents belong, or why it cannot be used."""
+
+    paths: list[Path]  # of the cached latents: as filmed, then mirrored if flips were asked for
+    missing: list[bool]
+    problem: str | None
+
+
+# ---- the lists -------------------------------------------------------------------------------------------------------
+
+
+def read_clips(root: Path, caption_file: str, video_file: str, id_token: str | None) -> tuple[list[Clip], list[str]]:
+    """Clips in the order of the lists, and what is wrong with the lists.
+
+    Line n of the captions belongs to line n of the videos, so a blank line is refused instead of skipped: skipping it
+    would give every later video the wrong caption. Blank lines at the very end are ignored.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; --instance_data_root is the folder that holds {caption_file}")
+    captions, problems = _read_list(root, caption_file, "--caption_column")
+    videos, more_problems = _read_list(root, video_file, "--video_column")
+    problems += more_problems
+    if captions and videos and len(captions) != len(videos):
+        problems.append(
+            f"{caption_file} has {len(captions)} lines and {video_file} {len(videos)}: line n of one belongs to "
+            "line n of the other; add or remove lines until they match"
+        )
+    prefix = f"{id_token} " if id_token else ""
+    clips = [
+        Clip(root / Path(video).expanduser(), prefix + caption, line)
+        for line, (caption, video) in enumerate(zip(captions, videos), start=1)
+        if caption and video
+    ]
+    return clips, problems
+
+
+def _read_list(root: Path, name: str, option: str) -> tuple[list[str], list[str]]:
+    """Stripped lines, and problems; reads UTF-8 with or without a byte order mark, any of the three line ends."""
+    path = root / name
+    if not path.is_file():
+        return [], [f"{path}: no such file{_near_names(root, name, option)}"]
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        return [], [f"{name}:{line}: not UTF-8 text (byte 0x{content[error.start]:02x}); save the file as UTF-8"]
+    # Not str.splitlines: it also splits at form feeds and U+2028, which shifts captions against videos.
+    lines = [line.strip() for line in re.split(r"\r\n|\n|\r", text)]
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines:
+        return [], [f"{name}: the file is empty; write one line per clip"]
+    blank = [
+        f"{name}:{number}: blank line; write the missing line, or delete line {number} in both lists"
+        for number, line in enumerate(lines, start=1)
+        if not line
+    ]
+    return lines, blank
+
+
+def _near_names(root: Path, name: str, option: str) -> str:
+    near = difflib.get_close_matches(name, [path.name for path in root.glob("*.txt")], n=1, cutoff=0.5)
+    return (
+        f", but there is {near[0]}: pass {option} {near[0]}" if near else f"; write it, or name another with {option}"
+    )
+
+
+# ---- frames ----------------------------------------------------------------------------------------------------------
+
+
+def trainable_length(available: int, max_num_frames: int) -> int:
+    """How many of `available` frames a clip gives: 8k + 1 wherever it allows, since the VAE gives just those back.
+
+    The encoder takes any 4k + 1, but the decoder makes 4f frames of an even number f of latents (5 -> 2 -> 8). A clip
+    of fewer than 9 frames gives 5 or 1; `max_num_frames` itself is kept as asked.
+    """
+    if available >= max_num_frames:
+        return max_num_frames
+    if available >= 9:
+        return 8 * ((available - 1) // 8) + 1
+    return 5 if available >= 5 else 1
+
+
+def choose_frames(timestamps: np.ndarray, view: View) -> list[int]:
+    """Indices of the frames nearest to 0, 1/fps, 2/fps ... seconds after the first one that is not skipped.
+
+    Args:
+        timestamps: of every frame in the file, seconds, ascending; may be unevenly spaced.
+
+    Raises:
+        ValueError: nothing is left after the skips.
+    """
+    end = len(timestamps) - view.skip_frames_end
+    kept = timestamps[view.skip_frames_start : max(end, 0)]
+    if not len(kept):
+        raise ValueError(
+            f"has {len(timestamps)} frames and nothing is left after --skip_frames_start {view.skip_frames_start} "
+            f"and --skip_frames_end {view.skip_frames_end}; skip fewer, or remove the clip from the lists"
+        )
+    # Half a step of tolerance: the last frame of a 24 fps file stands for the time up to its end.
+    available = int((kept[-1] - kept[0]) * view.fps + 0.5) + 1
+    wanted = kept[0] + np.arange(trainable_length(available, view.max_num_frames)) / view.fps
+    after = np.searchsorted(kept, wanted).clip(1, max(len(kept) - 1, 1))
+    before = after - 1
+    nearest = np.where(wanted - kept[before] <= kept[np.minimum(after, len(kept) - 1)] - wanted, before, after)
+    return [view.skip_frames_start + int(i) for i in nearest.clip(0, len(kept) - 1)]
+
+
+def resize_and_crop(frames: torch.Tensor, height: int, width: int, place: tuple[float, float]) -> torch.Tensor:
+    """Frames scaled to cover height x width with their aspect kept, then cropped.
+
+    Args:
+        frames: uint8 [F, H, W, C].
+        place: where in the overhang to crop, each from 0 (top, left) to 1; (0.5, 0.5) is the centre.
+    """
+    video = frames.permute(0, 3, 1, 2)  # [F, C, H, W]
+    scale = max(height / video.shape[2], width / video.shape[3])
+    size = [max(height, round(video.shape[2] * scale)), max(width, round(video.shape[3] * scale))]
+    if size != list(video.shape[2:]):
+        video = F.interpolate(video, size, mode="bicubic", antialias=True)
+    top, left = round((size[0] - height) * place[0]), round((size[1] - width) * place[1])
+    return video[:, :, top : top + height, left : left + width].permute(0, 2, 3, 1).contiguous()
+
+
+def read_frames(video: Path, view: View, mirrored: bool) -> torch.Tensor:
+    """The frames that the model sees, uint8 [F, H, W, C]."""
+    reader = decord.VideoReader(str(video))
+    indices = choose_frames(_timestamps(reader), view)
+    frames = torch.from_numpy(reader.get_batch(indices).asnumpy())
+    place = (0.5, 0.5)
+    if view.crop == "random":
+        draw = random.Random(f"{view.seed} {file_hash(video)}")
+        place = (draw.random(), draw.random())
+    frames = resize_and_crop(frames, view.height, view.width, place)
+    return frames.flip(2) if mirrored else frames
+
+
+def _timestamps(reader) -> np.ndarray:
+    return reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+def encode_dataset(
+    root: Path,
+    clips: list[Clip],
+    problems: list[str],
+    view: View,
+    *,
+    cache: Path,
+    prompts: list[str],
+    random_flip: bool,
+    video_encoder: Encoder,
+    text_encoder: Encoder,
+    num_workers: int,
+    progress: Callable[..., Iterable],
+    ranks: Ranks,
+) -> Data:
+    """Fills the cache with what it does not hold yet, each rank its share, after everything has been checked.
+
+    Args:
+        clips, problems: from `read_clips`.
+        prompts: further captions to encode, for validation.
+        progress: wraps an iteration, as tqdm does; called with (items, description, unit).
+
+    Raises:
+        ValueError: with all problems of the dataset at once, before anything is loaded or written.
+    """
+    probed = ranks.gather_shares(probe_clips(ranks.share(clips), view, cache, video_encoder.fingerprint, random_flip))
+    _refuse(root, problems + [clip.problem for clip in probed if clip.problem])
+
+    captions = [clip.caption for clip in clips] + prompts
+    captions = {
+        text: cache_path(cache, "captions", caption=text, encoder=text_encoder.fingerprint) for text in captions
+    }
+    new_captions = [(text, path) for text, path in captions.items() if not path.exists()]
+    new_latents = {  # by path: a video that is listed twice is encoded once
+        path: (clip, bool(mirrored), path)
+        for clip, found in zip(clips, probed)
+        for mirrored, path in enumerate(found.paths)
+        if found.missing[mirrored]
+    }
+    ranks.wait()  # until all know what is missing, nobody writes
+    if share := ranks.share(new_captions):
+        with text_encoder.load() as encode:
+            for text, path in progress(share, "Encoding captions", "caption"):
+                write_cached(path, {"prompt_embeds": encode(text)})
+    problems = []
+    if share := ranks.share(list(new_latents.values())):
+        with video_encoder.load() as encode:
+            problems = cache_latents(share, view, encode, num_workers, progress)
+    _refuse(root, ranks.gather(problems))  # also keeps every rank here until all have written their share
+
+    latents = [found.paths for found in probed]
+    cached = CachedClips(latents, [captions[clip.caption] for clip in clips])
+    return Data(cached, [_latents_shape(paths[0]) for paths in latents], {text: captions[text] for text in prompts})
+
+
+def _refuse(root: Path, problems: list[str]) -> None:
+    if problems:
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise ValueError(f"{root}: {count} in the dataset, nothing is trained:\n  " + "\n  ".join(problems))
+
+
+def file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def cache_path(cache: Path, kind: str, **content) -> Path:
+    """File for what is made from `content`: whatever changes the result must be in it."""
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:40]
+    return cache / kind / f"{key}.safetensors"
+
+
+def probe_clips(clips: list[Clip], view: View, cache: Path, encoder: str, random_flip: bool) -> list[Probed]:
+    """Where each clip's latents belong; a clip that is not cached yet is opened to see whether it can be."""
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(lambda clip: _probe(clip, view, cache, encoder, random_flip), clips))
+
+
+def _probe(clip: Clip, view: View, cache: Path, encoder: str, random_flip: bool) -> Probed:
+    if not clip.video.is_file():
+        return Probed([], [], _problem(clip, "no such file; correct the path, which starts at the dataset's folder"))
+    what = view._asdict() | ({"seed": None} if view.crop == "center" else {})  # the centre does not depend on it
+    what |= {"video": file_hash(clip.video), "encoder": encoder}
+    paths = [cache_path(cache, "latents", **what, mirrored=mirrored) for mirrored in (False, True)[: 1 + random_flip]]
+    missing = [not path.exists() for path in paths]
+    return Probed(paths, missing, _video_problem(clip, view) if any(missing) else None)
+
+
+def _video_problem(clip: Clip, view: View) -> str | None:
+    if clip.video.stat().st_size == 0:
+        return _problem(clip, "the file is empty; copy it again, or remove the clip from the lists")
+    try:
+        reader = decord.VideoReader(str(clip.video))  # reads to the end of the file, so a truncated one fails here
+        indices = choose_frames(_timestamps(reader), view)
+        height, width, _ = reader[indices[-1]].shape
+    except ValueError as error:
+        return _problem(clip, str(error))
+    except (RuntimeError, decord.DECORDError):
+        remedy = "play it to check, and re-encode it (ffmpeg -i in -c:v libx264 out.mp4) or remove it from the lists"
+        return _problem(clip, f"cannot be read as a video, the file is damaged or not a video; {remedy}")
+    if min(height, width) < SMALLEST_SIDE:
+        return _problem(clip, f"is {width}x{height} pixels; decord reads videos from {SMALLEST_SIDE} pixels a side")
+    return None
+
+
+def _problem(clip: Clip, what: str) -> str:
+    return f"line {clip.line}: {clip.video}: {what}"
+
+
+class _FramesToEncode(torch.utils.data.Dataset):
+    def __init__(self, work, view):
+        self.work, self.view = work, view
+
+    def __len__(self):
+        return len(self.work)
+
+    def __getitem__(self, i):
+        clip, mirrored, _ = self.work[i]
+        try:
+            return i, read_frames(clip.video, self.view, mirrored)
+        except (RuntimeError, decord.DECORDError) as error:
+            return i, _problem(clip, f"stopped in the middle of decoding: {str(error).splitlines()[0]}")
+
+
+def cache_latents(
+    work: list[tuple[Clip, bool, Path]],
+    view: View,
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    num_workers: int,
+    progress: Callable[..., Iterable],
+) -> list[str]:
+    """Encodes clips into one file each, and returns what went wrong; what is done stays done.
+
+    Args:
+        work: (clip, mirrored, file to write).
+        encode: uint8 [F, H, W, C] -> parameters of the latents' distribution [2c, f, h, w], mean then log-variance.
+    """
+    problems = []
+    frames_loader = torch.utils.data.DataLoader(
+        _FramesToEncode(work, view), batch_size=None, num_workers=num_workers, generator=torch.Generator()
+    )
+    for i, frames in progress(frames_loader, "Encoding clips", "clip"):
+        clip, _, path = work[i]
+        if isinstance(frames, str):
+            problems.append(frames)
+            continue
+        parameters = encode(frames)
+        if not torch.isfinite(parameters).all():
+            problems.append(_problem(clip, "the VAE made NaN or infinity of it; train with --mixed_precision bf16"))
+            continue
+        write_cached(path, {"parameters": parameters})
+    return problems
+
+
+def write_cached(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Publishes a file that is complete or absent, also when the disk is full or the process is killed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Not safetensors' save_file: it reports a full disk as an exception of its own.
+            temporary.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ValueError(
+            f"{path.parent}: cannot write the cache ({error.strerror}); it takes about 5 MB a clip and 2 MB a caption: "
+            "make room or give a writable folder with --latents_cache_dir, what is encoded already stays"
+        ) from error
+
+
+def load_prompt_embeds(path: Path) -> torch.Tensor:
+    return load_file(path)["prompt_embeds"]  # [L, D]
+
+
+def _latents_shape(path: Path) -> tuple[int, ...]:
+    """Shape (2c, f, h, w) of cached latents, read from the file's header alone."""
+    with safe_open(path, framework="pt") as file:
+        return tuple(file.get_slice("parameters").get_shape())
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+class CachedClips(torch.utils.data.Dataset):
+    """Items (clip, mirrored) -> its latents' parameters [2c, f, h, w] and caption embeddings [L, D], read from disk."""
+
+    def __init__(self, latents: list[list[Path]], captions: list[Path]):
+        self.latents, self.captions = latents, captions
+
+    def __getitem__(self, item):
+        clip, mirrored = item
+        return {
+            "parameters": load_file(self.latents[clip][mirrored])["parameters"],
+            "prompt_embeds": load_prompt_embeds(self.captions[clip]),
+        }
+
+
+def epoch_batches(shapes: list, batch_size: int, seed: int, epoch: int, random_flip: bool) -> list[list]:
+    """Batches of items (clip, mirrored) of one epoch: every clip once, and only clips of one shape together."""
+    draw = random.Random(f"{seed} {epoch}")
+    order = draw.sample(range(len(shapes)), len(shapes))
+    buckets = {}
+    for clip in order:
+        buckets.setdefault(shapes[clip], []).append((clip, random_flip and draw.random() < 0.5))
+    batches = [bucket[i : i + batch_size] for bucket in buckets.values() for i in range(0, len(bucket), batch_size)]
+    draw.shuffle(batches)
+    return batches
+
+
+def batches_per_epoch(shapes: list, batch_size: int) -> int:
+    return len(epoch_batches(shapes, batch_size, seed=0, epoch=0, random_flip=False))
+
+
+class Plan(NamedTuple):
+    """A run in whole numbers. Micro-batches are counted over all ranks, and over all epochs laid end to end."""
+
+    first_step: int  # updates that were done before this start
+    first_batch: int  # micro-batches that were seen before this start
+    batches_per_step: int
+    batches_per_epoch: int
+    total_steps: int
+
+    def batches_seen(self, step: int) -> int:
+        return self.first_batch + (step - self.first_step) * self.batches_per_step
+
+    def epoch(self, step: int) -> float:
+        return self.batches_seen(step) / self.batches_per_epoch
+
+    def ends_epochs(self, step: int, every: int) -> bool:
+        """Whether the update passes the end of epoch `every`, 2 * `every`, ..."""
+        return self.epoch(step) // every > self.epoch(step - 1) // every
+
+
+def make_plan(
+    batches_per_epoch: int, batches_per_step: int, epochs: int, max_steps: int | None, *, step: int, batches_seen: int
+) -> Plan:
+    """The plan of a run that stands at `step`; epochs that are left are turned into updates of today's size."""
+    left = max(epochs * batches_per_epoch - batches_seen, 0)
+    total_steps = max_steps or step + math.ceil(left / batches_per_step)
+    return Plan(step, batches_seen, batches_per_step, batches_per_epoch, total_steps)
+
+
+def rank_batches(shapes, batch_size, seed, random_flip, *, rank: int, world: int, start: int) -> Iterator[list]:
+    """Endless batches of one rank: number start + rank, start + rank + world, ... of all epochs laid end to end.
+
+    The sequence is the same for every number of ranks, they only share it out: N ranks see in one turn what one rank
+    sees in N, no clip is ever dropped or seen more often than another, and `start` is all there is to resume.
+    """
+    per_epoch = batches_per_epoch(shapes, batch_size)
+    number, epoch, batches = start + rank, None, []
+    while True:
+        if number // per_epoch != epoch:
+            epoch = number // per_epoch
+            batches = epoch_batches(shapes, batch_size, seed, epoch, random_flip)
+        yield batches[number % per_epoch]
+        number += world

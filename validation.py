@@ -1,0 +1,92 @@
+"""Turns the model in training into videos of the validation prompts, on disk and in the trackers."""
+
+import io
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import imageio.v3 as iio
+from accelerate.utils import gather_object
+from diffusers.utils import export_to_video
+from PIL import Image
+from tqdm.auto import tqdm
+
+import checkpoints
+import cogvideox
+import dataset
+
+
+class Video(NamedTuple):
+    name: str
+    prompt: str
+    mp4: bytes
+
+
+def validate(accelerator, checkpoint, transformer, prompts: dict[str, Path], output_dir: Path, step: int, *,
+             seeds: list[int], fps: int, vae, **options) -> None:  # fmt: skip
+    """Samples every prompt with every seed, each rank its share; the main rank writes and logs the videos.
+
+    The noise depends on prompt and seed alone, so that videos of different steps can be compared, and comes from
+    generators of its own, so that training goes on as if nothing had happened. To be called by every rank.
+
+    Args:
+        prompts: their cached embeddings, and that of "", which guidance moves away from.
+        vae: context manager that gives it, for as long as it is needed.
+        options: of CogVideoXPipeline.__call__.
+    """
+    jobs = [(prompt, i, seed) for i, prompt in enumerate(text for text in prompts if text) for seed in seeds]
+    mine = jobs[accelerator.process_index :: accelerator.num_processes]
+    videos = []
+    if mine:
+        embeds = {text: dataset.load_prompt_embeds(path).to(accelerator.device) for text, path in prompts.items()}
+        bar = tqdm(mine, f"Validation, step {step}", unit="video", leave=False, disable=not accelerator.is_main_process)
+        with vae as loaded_vae:
+            for prompt, i, seed in bar:
+                frames = cogvideox.sample_video(
+                    accelerator.unwrap_model(transformer), loaded_vae, checkpoint.scheduler, embeds[prompt], embeds[""],
+                    generator=cogvideox.generator_for(accelerator.device, seed, i), **options,
+                )  # fmt: skip
+                videos.append(Video(f"prompt-{i:02d}_seed-{seed}.mp4", prompt, encode_mp4(frames, fps)))
+    videos = gather_object(videos)  # as bytes, so that they reach the main rank's disk from other machines too
+    if accelerator.is_main_process:
+        folder = output_dir / "validation" / f"step-{step:06d}"
+        for video in videos:
+            checkpoints.publish_file(folder / video.name, video.mp4)
+        checkpoints.write_json(folder / "prompts.json", {video.name: video.prompt for video in videos})
+        log_videos(accelerator, folder, videos, step)
+
+
+def encode_mp4(frames: list, fps: int) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(export_to_video(frames, f"{folder}/video.mp4", fps=fps)).read_bytes()
+
+
+def log_videos(accelerator, folder: Path, videos: list[Video], step: int) -> None:
+    """Shows the videos in the trackers that can: tensorboard and wandb. The files are there in any case."""
+    loggers = {"tensorboard": _log_to_tensorboard, "wandb": _log_to_wandb}
+    for tracker in accelerator.trackers:
+        if tracker.name in loggers:
+            loggers[tracker.name](tracker, folder, videos, step)
+
+
+def _log_to_tensorboard(tracker, folder: Path, videos: list[Video], step: int) -> None:
+    """As animated GIF: tensorboard's own add_video writes nothing without moviepy."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    for video in videos:
+        frames = [Image.fromarray(frame) for frame in iio.imread(folder / video.name)]
+        duration = 1000 / iio.immeta(folder / video.name)["fps"]  # milliseconds
+        gif = io.BytesIO()
+        frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)
+        width, height = frames[0].size
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif.getvalue())
+        summary = Summary(value=[Summary.Value(tag=f"validation/{Path(video.name).stem}", image=image)])
+        tracker.writer.file_writer.add_summary(summary, step)
+        tracker.writer.add_text(f"validation/{Path(video.name).stem}", video.prompt, step)
+
+
+def _log_to_wandb(tracker, folder: Path, videos: list[Video], step: int) -> None:
+    import wandb
+
+    shown = [wandb.Video(str(folder / video.name), caption=video.prompt, format="mp4") for video in videos]
+    tracker.tracker.log({"validation": shown}, step=step)
