@@ -10,9 +10,12 @@ output_dir/
 
 import json
 import os
+import resource
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save
@@ -169,6 +172,13 @@ def write_json(path: Path, content: dict) -> None:
     publish_file(path, (json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n").encode())
 
 
+def peak_memory_gib() -> float:
+    """Of the GPU since the start, or of the process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def append_metrics(output_dir: Path, row: dict) -> None:
     with open(output_dir / METRICS_FILE, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
@@ -181,8 +191,10 @@ def read_metrics(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def rewind_metrics(output_dir: Path, step: int) -> None:
-    """Forgets the rows after `step`: the resumed run writes them again."""
+def write_run(output_dir: Path, run: dict, step: int) -> None:
+    """Writes args.json, and takes the rows after `step` out of metrics.jsonl: the resumed run writes them again."""
+    packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
+    write_json(output_dir / "args.json", run | {"versions": {package: version(package) for package in packages}})
     rows = [row for row in read_metrics(output_dir) if row["step"] <= step]
     publish_file(output_dir / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
@@ -208,8 +220,9 @@ export_to_video(pipe("{prompt}").frames[0], "video.mp4", fps={fps})
 """
 
 
-def create_hub_repo(name: str, token: str | None) -> str:
+def create_hub_repo(name: str | Path, token: str | None) -> str:
     """The full name of the repository, made at the start so that a wrong token is found before training."""
+    name = name if isinstance(name, str) else name.name
     try:
         return create_repo(name, token=token, exist_ok=True).repo_id
     except (OSError, ValueError) as error:
@@ -219,19 +232,18 @@ def create_hub_repo(name: str, token: str | None) -> str:
         ) from error
 
 
-def write_model_card(repo: str, output_dir: Path, checkpoint: Checkpoint, args: dict) -> None:
-    header = ModelCardData(
-        base_model=checkpoint.name, library_name="diffusers", tags=["cogvideox", "lora", "text-to-video"]
-    )
-    prompt = (args["validation_prompt"] or args["id_token"] or "a prompt").split(args["validation_prompt_separator"])[0]
-    card = MODEL_CARD.format(
-        header=header.to_yaml(), base=checkpoint.name, repo=repo, rank=args["rank"], alpha=args["lora_alpha"],
-        prompt=prompt.replace('"', "'"), fps=args["fps"],
+def model_card(repo: str, checkpoint: Checkpoint, options: dict) -> str:
+    tags = ["cogvideox", "lora", "text-to-video"]
+    header = ModelCardData(base_model=checkpoint.name, library_name="diffusers", tags=tags)
+    prompt = (options["validation_prompt"] or "a prompt").split(options["validation_prompt_separator"])[0]
+    return MODEL_CARD.format(
+        header=header.to_yaml(), base=checkpoint.name, repo=repo, rank=options["rank"], alpha=options["lora_alpha"],
+        prompt=prompt.strip().replace('"', "'"), fps=options["fps"],
     )  # fmt: skip
-    publish_file(output_dir / "README.md", card.encode())
 
 
-def push_to_hub(repo: str, output_dir: Path, token: str | None) -> None:
-    """Uploads the result, the card and the validation videos; not the checkpoints."""
+def push_to_hub(repo: str, output_dir: Path, checkpoint: Checkpoint, options: dict, token: str | None) -> None:
+    """Uploads the result, a card and the validation videos; not the checkpoints."""
+    publish_file(output_dir / "README.md", model_card(repo, checkpoint, options).encode())
     patterns = ["README.md", LORA_FILE, "validation/**", "args.json", METRICS_FILE]
     upload_folder(repo_id=repo, folder_path=output_dir, allow_patterns=patterns, token=token)

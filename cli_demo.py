@@ -39,7 +39,7 @@ class Lora(NamedTuple):
 
     file: Path
     shapes: dict  # {name of a weight: its shape}
-    config: dict  # peft's, as trained; empty where not recorded
+    config: LoraConfig | None  # as trained; None where not recorded
     trained_on: dict  # the transformer config fields that tell checkpoints apart; empty where not recorded
     base_model: str | None
 
@@ -142,18 +142,18 @@ def read_lora(path):
             shapes = {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
             header = weights.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"--lora_path {file}: not a .safetensors file; copy it again ({error})") from error
-    foreign = [key for key in shapes if not key.startswith("transformer.") or ".lora" not in key] or ["nothing"]
-    if not shapes or foreign != ["nothing"]:
+        raise ValueError(f"--lora_path {file}: cannot be read as .safetensors; copy it again ({error})") from error
+    foreign = next((key for key in shapes if not key.startswith("transformer.") or ".lora" not in key), None)
+    if foreign or not shapes:
         rule = "a LoRA in diffusers' format holds transformer.<layer>.lora_A.weight and the like; convert it first"
-        raise ValueError(f"--lora_path {file}: holds {foreign[0]}; {rule}")
-    recorded = json.loads(header.get("lora_adapter_metadata", "{}"))
-    config = {key.removeprefix("transformer."): value for key, value in recorded.items()}
+        raise ValueError(f"--lora_path {file}: holds {foreign or 'nothing'}; {rule}")
+    settings = json.loads(header.get("lora_adapter_metadata", "{}"))
     try:
-        LoraConfig(**config)
+        config = LoraConfig(**{key.removeprefix("transformer."): value for key, value in settings.items()})
     except TypeError as error:
         raise ValueError(f"--lora_path {file}: this peft does not know its settings; update peft ({error})") from error
-    return Lora(file, shapes, config, json.loads(header.get("cogvideox_transformer", "{}")), header.get("base_model"))
+    trained_on = json.loads(header.get("cogvideox_transformer", "{}"))
+    return Lora(file, shapes, config if settings else None, trained_on, header.get("base_model"))
 
 
 def check_lora(lora, transformer, model_path):
@@ -190,9 +190,7 @@ def read_checkpoint(path):
             config = CogVideoXTransformer3DModel.load_config(path, subfolder="transformer")
             vae_config = AutoencoderKLCogVideoX.load_config(path, subfolder="vae")
     except (OSError, ValueError) as error:
-        message = (
-            f"--model_path {path}: no such folder, nor a whole checkpoint on the hub; check it ({first_line(error)})"
-        )
+        message = f"--model_path {path}: no whole checkpoint, as a folder or on the hub; check it ({first_line(error)})"
         raise FileNotFoundError(message) from error
     if pipeline_name not in known:
         raise ValueError(f"--model_path {path}: is a {pipeline_name}; give a CogVideoX, such as THUDM/CogVideoX-2b")
@@ -246,9 +244,7 @@ def choose_frames(args, config):
         raise ValueError(f"--num_frames {frames}: this checkpoint makes {own} only; leave it out")
     latent_frames = (frames - 1) // ratio + 1
     if latent_frames % 2 == 0:
-        print(
-            f"--num_frames {frames}: the VAE gives {ratio * latent_frames} frames for it; only 8k + 1 come out as asked"
-        )
+        print(f"--num_frames {frames}: the VAE gives {ratio * latent_frames} for it; only 8k + 1 come out as asked")
     return frames
 
 
@@ -289,6 +285,8 @@ def make_plan(args):
     if not model_path:
         reason = f"{lora.file} does not say what it was trained on" if lora else "there is no LoRA to tell it"
         raise ValueError(f"--model_path: not given, and {reason}; give a checkpoint, such as THUDM/CogVideoX-2b")
+    if not args.model_path:
+        print(f"--model_path: not given; {model_path}, which the LoRA was trained on")
     model_path = os.path.expanduser(model_path)
     transformer, vae_factor = read_checkpoint(model_path)
     config = transformer.config
@@ -301,7 +299,10 @@ def make_plan(args):
     (height, width), num_frames = choose_size(args, config, vae_factor), choose_frames(args, config)
     fps = args.fps or (16 if config.patch_size_t else 8)
     source = read_source(args, num_frames, fps, (width, height))
-    Path(args.output_path).parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(args.output_path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"--output_path {args.output_path}: {folder} cannot be written to; name another folder")
     print(f"{model_path}: {num_frames} frames of {width}x{height} at {fps} fps in {dtype}")
     return Plan(model_path, lora, getattr(torch, dtype), fps, {"height": height, "width": width, **source})
 
@@ -334,8 +335,8 @@ def apply_lora(pipe, lora, lora_scale):
     pipe.set_adapters("lora", lora_scale)  # times alpha/rank, which diffusers has from the file
     trained = "no strength recorded: taken as 1"
     if lora.config:
-        rank, root = lora.config["r"], lora.config.get("use_rslora", False)
-        strength = lora.config["lora_alpha"] / (math.sqrt(rank) if root else rank)
+        root, rank, alpha = lora.config.use_rslora, lora.config.r, lora.config.lora_alpha
+        strength = alpha / (math.sqrt(rank) if root else rank)
         trained = f"trained strength alpha/{'sqrt(rank)' if root else 'rank'} = {strength:g}"
     layers = [module for module in pipe.transformer.modules() if isinstance(module, BaseTunerLayer)]
     ranks, applied = {layer.r["lora"] for layer in layers}, {layer.scaling["lora"] for layer in layers}

@@ -136,7 +136,7 @@ def files_folder(checkpoint: Checkpoint) -> Path:
 
 def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     return CogVideoXTransformer3DModel.from_pretrained(
-        files_folder(checkpoint), subfolder="transformer", torch_dtype=dtype, variant=checkpoint.variant
+        files_folder(checkpoint), subfolder="transformer", dtype=dtype, variant=checkpoint.variant
     )
 
 
@@ -144,10 +144,12 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> CogVideoXTra
 def loaded_vae(checkpoint: Checkpoint, dtype, device, tiling: bool, slicing: bool) -> Iterator[AutoencoderKLCogVideoX]:
     """The VAE, for the length of a `with` block."""
     vae = AutoencoderKLCogVideoX.from_pretrained(
-        files_folder(checkpoint), subfolder="vae", torch_dtype=dtype, variant=checkpoint.variant
+        files_folder(checkpoint), subfolder="vae", dtype=dtype, variant=checkpoint.variant
     )
     if tiling:
-        vae.enable_tiling()
+        # The tile of the published VAEs. diffusers 0.42.1 takes half the size in the VAE's config, and where that is no
+        # multiple of 48 x 40 what it stitches is larger than what it was given.
+        vae.enable_tiling(tile_sample_min_height=240, tile_sample_min_width=360)
     if slicing:
         vae.enable_slicing()
     try:
@@ -180,10 +182,21 @@ def caption_encoder(checkpoint: Checkpoint, dtype, device) -> Iterator[Callable]
         torch.cuda.empty_cache()
 
 
-def encoder_fingerprint(folder: Path, **settings) -> str:
-    """Tells one encoder from another: a hash over its files, and over the settings that change what it encodes.
+def vae_fingerprint(checkpoint: Checkpoint, dtype: torch.dtype, tiling: bool) -> str:
+    """Tells apart VAEs, and uses of one, that encode differently; slicing does not."""
+    return _fingerprint(files_folder(checkpoint) / "vae", dtype=dtype, tiling=tiling)
 
-    Of a file over 16 MiB it reads 1,024 evenly spaced blocks of 4 KiB: T5 has 9.5 GB, training moves all of it.
+
+def text_fingerprint(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
+    """Tells apart text encoders, and uses of one, that encode differently."""
+    folder, max_length = files_folder(checkpoint), checkpoint.transformer["max_text_seq_length"]
+    return _fingerprint(folder / "tokenizer") + _fingerprint(folder / "text_encoder", dtype=dtype, length=max_length)
+
+
+def _fingerprint(folder: Path, **settings) -> str:
+    """A hash over the files of a model and the settings it runs with.
+
+    Of a file over 16 MiB it reads 1,024 evenly spaced blocks of 4 KiB: T5 has 9.5 GB, and training moves all of it.
     """
     digest = hashlib.sha256(repr(sorted(settings.items())).encode())
     for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin", ".model")):

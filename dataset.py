@@ -7,6 +7,7 @@ What is wrong with a dataset is returned as sentences, not raised one by one, so
 
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import decord
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
@@ -84,6 +86,9 @@ class Data(NamedTuple):
     shapes: list[tuple[int, ...]]  # of each clip's cached latents, (2c, f, h, w)
     prompts: dict[str, Path]  # embeddings of the validation prompts, and of ""
 
+    def batches_per_epoch(self, batch_size: int) -> int:
+        return len(epoch_batches(self.shapes, batch_size, seed=0, epoch=0, random_flip=False))
+
     def summary(self) -> str:
         lengths = Counter(4 * (shape[1] - 1) + 1 for shape in self.shapes)
         parts = [f"{count} of {length} frames" for length, count in sorted(lengths.items())]
@@ -99,6 +104,21 @@ class Probed(NamedTuple):
 
 
 # ---- the lists -------------------------------------------------------------------------------------------------------
+
+
+def download(name: str, cache_dir: Path | None) -> Path:
+    """The folder of a dataset repository, from the hub.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", cache_dir=cache_dir))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--dataset_name {name}: cannot be downloaded ({str(error).strip().splitlines()[0]}); check the name and "
+            "`hf auth login`, or download it yourself and pass its folder as --instance_data_root"
+        ) from error
 
 
 def read_clips(root: Path, caption_file: str, video_file: str, id_token: str | None) -> tuple[list[Clip], list[str]]:
@@ -450,10 +470,6 @@ def epoch_batches(shapes: list, batch_size: int, seed: int, epoch: int, random_f
     return batches
 
 
-def batches_per_epoch(shapes: list, batch_size: int) -> int:
-    return len(epoch_batches(shapes, batch_size, seed=0, epoch=0, random_flip=False))
-
-
 class Plan(NamedTuple):
     """A run in whole numbers. Micro-batches are counted over all ranks, and over all epochs laid end to end."""
 
@@ -469,6 +485,10 @@ class Plan(NamedTuple):
     def epoch(self, step: int) -> float:
         return self.batches_seen(step) / self.batches_per_epoch
 
+    @property
+    def last_epoch(self) -> float:
+        return self.epoch(self.total_steps)
+
     def ends_epochs(self, step: int, every: int) -> bool:
         """Whether the update passes the end of epoch `every`, 2 * `every`, ..."""
         return self.epoch(step) // every > self.epoch(step - 1) // every
@@ -477,23 +497,35 @@ class Plan(NamedTuple):
 def make_plan(
     batches_per_epoch: int, batches_per_step: int, epochs: int, max_steps: int | None, *, step: int, batches_seen: int
 ) -> Plan:
-    """The plan of a run that stands at `step`; epochs that are left are turned into updates of today's size."""
+    """The plan of a run that stands at `step`; the epochs that are left are turned into updates of today's size."""
     left = max(epochs * batches_per_epoch - batches_seen, 0)
     total_steps = max_steps or step + math.ceil(left / batches_per_step)
     return Plan(step, batches_seen, batches_per_step, batches_per_epoch, total_steps)
 
 
-def rank_batches(shapes, batch_size, seed, random_flip, *, rank: int, world: int, start: int) -> Iterator[list]:
-    """Endless batches of one rank: number start + rank, start + rank + world, ... of all epochs laid end to end.
+def rank_batches(shapes, batch_size: int, seed: int, random_flip: bool, numbers: Iterable[int]) -> Iterator[list]:
+    """The micro-batches with these (ascending) numbers.
 
     The sequence is the same for every number of ranks, they only share it out: N ranks see in one turn what one rank
-    sees in N, no clip is ever dropped or seen more often than another, and `start` is all there is to resume.
+    sees in N, no clip is ever left out or seen more often than another, and a number is all there is to resume.
     """
-    per_epoch = batches_per_epoch(shapes, batch_size)
-    number, epoch, batches = start + rank, None, []
-    while True:
+    epoch, per_epoch = None, len(epoch_batches(shapes, batch_size, seed, 0, random_flip))
+    for number in numbers:
         if number // per_epoch != epoch:
             epoch = number // per_epoch
             batches = epoch_batches(shapes, batch_size, seed, epoch, random_flip)
         yield batches[number % per_epoch]
-        number += world
+
+
+def micro_batches(data: Data, plan: Plan, ranks: Ranks, batch_size, seed, random_flip, num_workers) -> Iterator[tuple]:
+    """Endless (number, batch) of this rank; a batch is "parameters" [B, 2c, f, h, w] and "prompt_embeds" [B, L, D]."""
+    first = plan.first_batch + ranks.index
+    order = rank_batches(data.shapes, batch_size, seed, random_flip, itertools.count(first, ranks.count))
+    loader = torch.utils.data.DataLoader(
+        data.clips,
+        batch_sampler=order,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or it would draw from the global one
+    )
+    return zip(itertools.count(first, ranks.count), loader)

@@ -10,16 +10,14 @@ and epochs; the number decides which clips and which noise it holds, so N ranks,
 import argparse
 import contextlib
 import importlib
-import itertools
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -32,7 +30,6 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType, get_scheduler
-from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 
 import checkpoints
@@ -52,7 +49,7 @@ FIXED_BY_A_CHECKPOINT = (
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PLR0915 - a statement per option
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     count, positive, path = _at_least(0), _at_least(1), lambda text: Path(text).expanduser()
 
@@ -62,9 +59,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model("--variant", help="weight files to take where the repository has several, such as fp16")
     model("--cache_dir", type=path, help="folder for downloads (default: that of huggingface_hub)")
 
-    data = parser.add_argument_group("data").add_argument
-    data("--instance_data_root", type=path, metavar="FOLDER", help="folder with the two list files and the videos")
-    data("--dataset_name", metavar="NAME", help="hub dataset repository to download and read like a folder")
+    data_group = parser.add_argument_group("data")
+    data, source = data_group.add_argument, data_group.add_mutually_exclusive_group(required=True).add_argument
+    source("--instance_data_root", type=path, metavar="FOLDER", help="folder with the two list files and the videos")
+    source("--dataset_name", metavar="NAME", help="hub dataset repository to download and read like a folder")
     data("--caption_column", default="prompts.txt", metavar="FILE", help="list of captions, one per line")
     data("--video_column", default="videos.txt", metavar="FILE", help="list of videos, line n belongs to caption n")
     data("--id_token", help="put before each caption, with a space: a name for the style or character to learn")
@@ -159,62 +157,58 @@ def check_args(args: argparse.Namespace, refuse) -> None:
     for name in ("height", "width"):
         if (value := getattr(args, name)) % 16:
             refuse(f"--{name} {value}: must be divisible by 16; nearest is {max(16, 16 * round(value / 16))}")
-    if (args.max_num_frames - 1) % 4:
-        nearest = 8 * round((args.max_num_frames - 1) / 8) + 1
-        refuse(f"--max_num_frames {args.max_num_frames}: must be 4k + 1 for the VAE; nearest of the best is {nearest}")
-    if bool(args.instance_data_root) == bool(args.dataset_name):
-        refuse("give the data by one of --instance_data_root FOLDER and --dataset_name NAME")
     for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
         if not getattr(args, name) > 0:
             refuse(f"--{name} {getattr(args, name)}: must be above 0")
-    if args.optimizer != "prodigy" and any(value for name, value in vars(args).items() if name.startswith("prodigy_")):
-        refuse(f"--prodigy_* options do nothing with --optimizer {args.optimizer}; pass --optimizer prodigy")
-    if args.optimizer == "prodigy" and args.use_8bit_adam:
-        refuse("--use_8bit_adam does nothing with --optimizer prodigy; pass --optimizer adamw, or leave it away")
+    frames, prodigy = args.max_num_frames, args.optimizer == "prodigy"
+    if frames % 4 != 1:
+        refuse(f"--max_num_frames {frames}: must be 4k + 1, best 8k + 1; nearest is {8 * round((frames - 1) / 8) + 1}")
+    if not prodigy and any(value for name, value in vars(args).items() if name.startswith("prodigy_")):
+        refuse(
+            f"--prodigy_...: does nothing with --optimizer {args.optimizer}; pass --optimizer prodigy, or leave it out"
+        )
+    if prodigy and args.use_8bit_adam:
+        refuse("--use_8bit_adam: does nothing with --optimizer prodigy; pass --optimizer adamw, or leave it out")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
-        refuse("--lr_warmup_steps does nothing with --lr_scheduler constant; pass constant_with_warmup")
-    if args.validation_prompt is not None and not all(validation_prompts(args)):
-        refuse(f"--validation_prompt {args.validation_prompt!r}: a prompt is empty; check the separator")
+        refuse("--lr_warmup_steps: does nothing with --lr_scheduler constant; pass constant_with_warmup")
+    if not all(validation_prompts(args)):
+        refuse(f"--validation_prompt {args.validation_prompt!r}: a prompt is empty; write one around every separator")
 
 
 def validation_prompts(args: argparse.Namespace) -> list[str]:
-    if args.validation_prompt is None:
-        return []
-    return [prompt.strip() for prompt in args.validation_prompt.split(args.validation_prompt_separator)]
+    prompts = args.validation_prompt.split(args.validation_prompt_separator) if args.validation_prompt else []
+    return [prompt.strip() for prompt in prompts]
 
 
 # ---- launch ----------------------------------------------------------------------------------------------------------
 
 
-def start_accelerator(args: argparse.Namespace) -> Accelerator:
+def start(args: argparse.Namespace) -> tuple[Accelerator, dataset.Ranks]:
     _check_gpu_of_this_process()
+    # An update is always so many micro-batches, also where an epoch ends.
+    accumulation = GradientAccumulationPlugin(args.gradient_accumulation_steps, sync_with_dataloader=False)
+    # Ranks without a validation video wait for the others: minutes for 5b, more than NCCL's ten for 1.5.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to in (None, "none") else args.report_to,
             project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
-            # An update is always N micro-batches, also where an epoch ends.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                # Ranks without a validation video wait for the others: minutes for 5b, more than NCCL's ten for 1.5.
-                InitProcessGroupKwargs(timeout=timedelta(hours=1)),
-            ],
+            gradient_accumulation_plugin=accumulation,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), patience],
         )
     except (ValueError, ImportError) as error:  # fp16 without a GPU, a tracker that is not installed
         raise ValueError(f"{error} (--mixed_precision {args.mixed_precision}, --report_to {args.report_to})") from error
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    return accelerator
+    return accelerator, dataset.Ranks(
+        accelerator.process_index, accelerator.num_processes, gather_object, accelerator.wait_for_everyone
+    )
 
 
 def _check_gpu_of_this_process() -> None:
     rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if torch.cuda.is_available() and rank >= gpus and os.environ.get("ACCELERATE_USE_CPU") != "true":
-        raise ValueError(
-            f"process {rank + 1} of this machine has no GPU, there are {gpus}: pass --num_processes {gpus}"
-        )
+        raise ValueError(f"process {rank + 1} of this machine: it has {gpus} GPUs; pass --num_processes {gpus}")
 
 
 @contextlib.contextmanager
@@ -232,46 +226,31 @@ def explained():
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def prepare_data(args, accelerator: Accelerator, checkpoint: cogvideox.Checkpoint, dtype: torch.dtype) -> dataset.Data:
+def prepare_data(args, accelerator, checkpoint: cogvideox.Checkpoint, dtype, ranks: dataset.Ranks) -> dataset.Data:
     """Reads, checks and encodes the dataset; T5 and VAE are gone from memory afterwards."""
-    root = args.instance_data_root or download_dataset(args)
+    root = args.instance_data_root or dataset.download(args.dataset_name, args.cache_dir)
     clips, problems = dataset.read_clips(root, args.caption_column, args.video_column, args.id_token)
     view = dataset.View(
         args.height, args.width, args.fps, args.max_num_frames, args.skip_frames_start, args.skip_frames_end,
         args.video_reshape_mode, args.seed,
     )  # fmt: skip
-    files, device = cogvideox.files_folder(checkpoint), accelerator.device
+    device, tiling, slicing = accelerator.device, args.enable_tiling, args.enable_slicing
     return dataset.encode_dataset(
         root, clips, problems, view,
         cache=args.latents_cache_dir or root / ".cogvideox_cache",
         prompts=[*validation_prompts(args), ""],  # "": what guidance moves away from
         random_flip=args.random_flip,
         video_encoder=dataset.Encoder(
-            cogvideox.encoder_fingerprint(files / "vae", dtype=dtype, tiling=args.enable_tiling),
-            partial(cogvideox.video_encoder, checkpoint, dtype, device, args.enable_tiling, args.enable_slicing),
+            cogvideox.vae_fingerprint(checkpoint, dtype, tiling),
+            partial(cogvideox.video_encoder, checkpoint, dtype, device, tiling, slicing),
         ),
         text_encoder=dataset.Encoder(
-            cogvideox.encoder_fingerprint(
-                files / "text_encoder", dtype=dtype, max_length=checkpoint.transformer["max_text_seq_length"]
-            ),
-            partial(cogvideox.caption_encoder, checkpoint, dtype, device),
+            cogvideox.text_fingerprint(checkpoint, dtype), partial(cogvideox.caption_encoder, checkpoint, dtype, device)
         ),
         num_workers=args.dataloader_num_workers,
         progress=partial(bar, accelerator),
-        ranks=dataset.Ranks(
-            accelerator.process_index, accelerator.num_processes, gather_object, accelerator.wait_for_everyone
-        ),
+        ranks=ranks,
     )  # fmt: skip
-
-
-def download_dataset(args: argparse.Namespace) -> Path:
-    try:
-        return Path(snapshot_download(args.dataset_name, repo_type="dataset", cache_dir=args.cache_dir))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--dataset_name {args.dataset_name}: cannot be downloaded ({str(error).strip().splitlines()[0]}); check "
-            "the name and `hf auth login`, or download it yourself and pass its folder as --instance_data_root"
-        ) from error
 
 
 def bar(accelerator: Accelerator, items, description: str, unit: str, **options) -> tqdm:
@@ -281,9 +260,9 @@ def bar(accelerator: Accelerator, items, description: str, unit: str, **options)
 # ---- what is trained -------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(args, weights: list[torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    options = {"lr": learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    options["weight_decay"] = args.adam_weight_decay
+def make_optimizer(args, weights: list[torch.nn.Parameter], clips_per_step: int) -> torch.optim.Optimizer:
+    options = {"lr": args.learning_rate * (clips_per_step if args.scale_lr else 1), "eps": args.adam_epsilon}
+    options |= {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay}
     if args.optimizer == "prodigy":
         names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
         options |= {name: getattr(args, f"prodigy_{name}") for name in names}
@@ -301,67 +280,66 @@ def optional(package: str, option: str):
         raise ValueError(f"{option}: needs {package}, which cannot be imported; pip install {package}") from error
 
 
-def make_plan(args, accelerator: Accelerator, data: dataset.Data, state: dict) -> dataset.Plan:
-    per_step = accelerator.num_processes * args.gradient_accumulation_steps
-    per_epoch = dataset.batches_per_epoch(data.shapes, args.train_batch_size)
-    plan = dataset.make_plan(per_epoch, per_step, args.num_train_epochs, args.max_train_steps, **state)
-    if args.lr_warmup_steps >= plan.total_steps:
-        raise ValueError(
-            f"--lr_warmup_steps {args.lr_warmup_steps}: the run has {plan.total_steps} updates; warm up for fewer"
-        )
-    return plan
+def make_lr_scheduler(args, optimizer, total_steps: int):
+    warmup = args.lr_warmup_steps
+    if warmup >= max(total_steps, 1):
+        raise ValueError(f"--lr_warmup_steps {warmup}: the run has {total_steps} updates; warm up for fewer of them")
+    return get_scheduler(args.lr_scheduler, optimizer, None, warmup, total_steps, args.lr_num_cycles, args.lr_power)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
-def losses(args, accelerator, checkpoint, transformer, dtype, data, plan) -> Iterator[torch.Tensor]:
+class Run(NamedTuple):
+    """What the loop works with, none of which it replaces."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    ranks: dataset.Ranks
+    checkpoint: cogvideox.Checkpoint
+    dtype: torch.dtype
+    data: dataset.Data
+    plan: dataset.Plan
+    transformer: torch.nn.Module
+
+
+def losses(run: Run) -> Iterator[torch.Tensor]:
     """The loss of each micro-batch of this rank, in order; its noise depends on the seed and its number alone."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    order = dataset.rank_batches(
-        data.shapes, args.train_batch_size, args.seed, args.random_flip, rank=rank, world=world, start=plan.first_batch
-    )
-    batches = torch.utils.data.DataLoader(
-        data.clips, batch_sampler=order, num_workers=args.dataloader_num_workers, pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # or it would draw from the global one
-    )  # fmt: skip
-    for number, batch in zip(itertools.count(plan.first_batch + rank, world), batches):
-        generator = cogvideox.generator_for(accelerator.device, args.seed, number)
-        yield cogvideox.training_loss(checkpoint, transformer, batch, generator, dtype)
+    args = run.args
+    for number, batch in dataset.micro_batches(
+        run.data, run.plan, run.ranks, args.train_batch_size, args.seed, args.random_flip, args.dataloader_num_workers
+    ):
+        generator = cogvideox.generator_for(run.accelerator.device, args.seed, number)
+        yield cogvideox.training_loss(run.checkpoint, run.transformer, batch, generator, run.dtype)
 
 
-def update(accelerator: Accelerator, transformer, optimizer, micro_batch_losses, max_grad_norm: float) -> tuple:
+def update(run: Run, optimizer, micro_batch_losses: Iterator[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer update; returns its loss on this rank, and the norm of its gradient over all."""
+    accelerator, micro_batches = run.accelerator, run.args.gradient_accumulation_steps
     total, weights = 0.0, optimizer.param_groups[0]["params"]
-    for _ in range(accelerator.gradient_accumulation_steps):
-        with accelerator.accumulate(transformer):
+    for _ in range(micro_batches):
+        with accelerator.accumulate(run.transformer):
             loss = next(micro_batch_losses)
             accelerator.backward(loss)  # divides by the number of micro-batches
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(weights, max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(weights, run.args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        total += loss.detach() / accelerator.gradient_accumulation_steps
+        total += loss.detach() / micro_batches
     return total, grad_norm
 
 
-def log(args, accelerator, plan, step: int, loss, grad_norm, optimizer, since: tuple[int, float]) -> dict:
+def log(run: Run, step: int, loss, grad_norm, learning_rate: float, since: tuple[int, float]) -> dict:
     """Writes one row; `since` is an earlier step and its time, with nothing but updates in between."""
-    row = {"step": step, "epoch": round(plan.epoch(step), 4), "loss": accelerator.reduce(loss, "mean").item()}
-    row |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item()}
+    loss = run.accelerator.reduce(loss, "mean").item()
+    row = {"step": step, "epoch": round(run.plan.epoch(step), 4), "loss": loss, "lr": learning_rate}
+    row["grad_norm"] = grad_norm.item()
     row["seconds"] = round((time.perf_counter() - since[1]) / (step - since[0]), 4)
-    row["peak_memory_gib"] = round(peak_memory_gib(), 3)
-    if accelerator.is_main_process:
-        checkpoints.append_metrics(args.output_dir, row)
-    accelerator.log({f"train/{name}": value for name, value in row.items() if name != "step"}, step=step)
+    row["peak_memory_gib"] = round(checkpoints.peak_memory_gib(), 3)
+    if run.accelerator.is_main_process:
+        checkpoints.append_metrics(run.args.output_dir, row)
+    run.accelerator.log({f"train/{name}": value for name, value in row.items() if name != "step"}, step=step)
     return row
-
-
-def peak_memory_gib() -> float:
-    """Of the GPU since the start, or of the process where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def validation_due(args, plan: dataset.Plan, step: int) -> bool:
@@ -370,37 +348,30 @@ def validation_due(args, plan: dataset.Plan, step: int) -> bool:
     return bool(due and args.validation_prompt)
 
 
-def validate(args, accelerator, checkpoint, transformer, dtype, prompts: dict[str, Path], step: int) -> None:
+def validate(run: Run, step: int) -> None:
+    args, device = run.args, run.accelerator.device
+    vae = cogvideox.loaded_vae(run.checkpoint, run.dtype, device, args.enable_tiling, args.enable_slicing)
+    options = ("height", "width", "guidance_scale", "use_dynamic_cfg")
     validation.validate(
-        accelerator, checkpoint, transformer, prompts, args.output_dir, step,
-        vae=cogvideox.loaded_vae(checkpoint, dtype, accelerator.device, args.enable_tiling, args.enable_slicing),
-        seeds=range(args.seed, args.seed + args.num_validation_videos),
-        fps=args.fps,
-        height=args.height,
-        width=args.width,
-        num_frames=args.max_num_frames,
-        guidance_scale=args.guidance_scale,
-        use_dynamic_cfg=args.use_dynamic_cfg,
+        run.accelerator, run.ranks, run.checkpoint, run.transformer, vae, run.data.prompts, args.output_dir, step,
+        seeds=range(args.seed, args.seed + args.num_validation_videos), fps=args.fps, num_frames=args.max_num_frames,
+        **{name: getattr(args, name) for name in options},
     )  # fmt: skip
 
 
-def start_records(args, accelerator, checkpoint, data, plan) -> None:
+def start_records(run: Run) -> None:
     """Says what is going to happen, to the person, to args.json and to the trackers."""
+    args, plan, say = run.args, run.plan, run.accelerator.print
     options = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    accelerator.init_trackers(args.tracker_name, {name: str(value) for name, value in options.items()})
-    accelerator.print(
-        f"{checkpoint.describe()}\n{data.summary()}\n"
-        f"updates {plan.first_step + 1} to {plan.total_steps}, each of {plan.batches_per_step} x "
-        f"{args.train_batch_size} clips; {plan.epoch(plan.total_steps):.4g} epochs"
-    )
+    run.accelerator.init_trackers(args.tracker_name, {name: str(value) for name, value in options.items()})
+    say(f"{run.checkpoint.describe()}\n{run.data.summary()}")
+    clips = plan.batches_per_step * args.train_batch_size
+    say(f"updates {plan.first_step + 1} to {plan.total_steps}, {clips} clips in each; {plan.last_epoch:.4g} epochs")
     if args.max_num_frames % 8 != 1:
-        accelerator.print(f"--max_num_frames {args.max_num_frames} is not 8k + 1: the VAE gives back another length")
-    if accelerator.is_main_process:
-        packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
-        run = {"checkpoint": checkpoint.describe(), "clips": len(data.shapes), "processes": accelerator.num_processes}
-        versions = {package: version(package) for package in packages}
-        checkpoints.write_json(args.output_dir / "args.json", run | {"options": options, "versions": versions})
-        checkpoints.rewind_metrics(args.output_dir, plan.first_step)
+        say(f"--max_num_frames {args.max_num_frames} is not 8k + 1: the VAE gives back videos of another length")
+    if run.accelerator.is_main_process:
+        about = {"checkpoint": run.checkpoint.describe(), "clips": len(run.data.shapes), "processes": run.ranks.count}
+        checkpoints.write_run(args.output_dir, about | {"options": options}, plan.first_step)
 
 
 # ---- the story -------------------------------------------------------------------------------------------------------
@@ -409,7 +380,7 @@ def start_records(args, accelerator, checkpoint, data, plan) -> None:
 def main(args: argparse.Namespace) -> None:
     with explained():
         # Data: read, checked and encoded, before the transformer comes in.
-        accelerator = start_accelerator(args)
+        accelerator, ranks = start(args)
         dtype = DTYPES[accelerator.mixed_precision]
         checkpoint = cogvideox.read_checkpoint(
             args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir
@@ -418,13 +389,14 @@ def main(args: argparse.Namespace) -> None:
         cogvideox.check_lora_targets(checkpoint.transformer, args.lora_target_modules)
         fixed = {name: getattr(args, name) for name in FIXED_BY_A_CHECKPOINT} | {"transformer": checkpoint.identity}
         resume_from = checkpoints.find_checkpoint(args.output_dir, args.resume_from_checkpoint, fixed)
-        hub_repo = (
-            checkpoints.create_hub_repo(args.hub_model_id or args.output_dir.name, args.hub_token)
-            if args.push_to_hub
-            else None
+        hub_repo = args.push_to_hub and checkpoints.create_hub_repo(
+            args.hub_model_id or args.output_dir, args.hub_token
         )
-        data = prepare_data(args, accelerator, checkpoint, dtype)
-        plan = make_plan(args, accelerator, data, checkpoints.read_position(resume_from))
+        data = prepare_data(args, accelerator, checkpoint, dtype, ranks)
+        plan = dataset.make_plan(
+            data.batches_per_epoch(args.train_batch_size), ranks.count * args.gradient_accumulation_steps,
+            args.num_train_epochs, args.max_train_steps, **checkpoints.read_position(resume_from),
+        )  # fmt: skip
 
         # What is trained: LoRA weights in float32, over a frozen transformer in the compute dtype.
         transformer = cogvideox.load_transformer(checkpoint, dtype)
@@ -433,12 +405,8 @@ def main(args: argparse.Namespace) -> None:
         if args.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         weights = [weight for weight in transformer.parameters() if weight.requires_grad]
-        scale = plan.batches_per_step * args.train_batch_size if args.scale_lr else 1
-        optimizer = make_optimizer(args, weights, args.learning_rate * scale)
-        lr_scheduler = get_scheduler(
-            args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=plan.total_steps,
-            num_cycles=args.lr_num_cycles, power=args.lr_power,
-        )  # fmt: skip
+        optimizer = make_optimizer(args, weights, plan.batches_per_step * args.train_batch_size)
+        lr_scheduler = make_lr_scheduler(args, optimizer, plan.total_steps)
 
     # Where to start. The schedule is not prepared: accelerate would advance it once per rank.
     transformer, optimizer = accelerator.prepare(transformer.train(), optimizer)
@@ -446,16 +414,17 @@ def main(args: argparse.Namespace) -> None:
     checkpoints.register_lora_hooks(accelerator, checkpoint)
     if resume_from:
         accelerator.load_state(resume_from)
-    start_records(args, accelerator, checkpoint, data, plan)
+    run = Run(args, accelerator, ranks, checkpoint, dtype, data, plan, transformer)
+    start_records(run)
 
     # Train: one turn is one update.
-    micro_batch_losses = losses(args, accelerator, checkpoint, transformer, dtype, data, plan)
+    micro_batch_losses = losses(run)
     progress = bar(accelerator, None, "Training", "update", total=plan.total_steps, initial=plan.first_step)
     since = plan.first_step, time.perf_counter()
     for step in range(plan.first_step + 1, plan.total_steps + 1):
-        loss, grad_norm = update(accelerator, transformer, optimizer, micro_batch_losses, args.max_grad_norm)
+        loss, grad_norm = update(run, optimizer, micro_batch_losses)
         if logs := step % args.logging_steps == 0:
-            row = log(args, accelerator, plan, step, loss, grad_norm, optimizer, since)
+            row = log(run, step, loss, grad_norm, lr_scheduler.get_last_lr()[0], since)
             progress.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.2e}")
         lr_scheduler.step()
         progress.update()
@@ -463,17 +432,17 @@ def main(args: argparse.Namespace) -> None:
             position = {"step": step, "batches_seen": plan.batches_seen(step)}
             checkpoints.save_checkpoint(accelerator, args.output_dir, position, fixed, args.checkpoints_total_limit)
         if validates := validation_due(args, plan, step):
-            validate(args, accelerator, checkpoint, transformer, dtype, data.prompts, step)
+            validate(run, step)
         if logs or saves or validates:
             since = step, time.perf_counter()
+    progress.close()
 
     # Result.
     if accelerator.is_main_process:
         checkpoints.save_lora(accelerator.unwrap_model(transformer), args.output_dir, checkpoint)
         print(f"LoRA: {args.output_dir / checkpoints.LORA_FILE}")
         if hub_repo:
-            checkpoints.write_model_card(hub_repo, args.output_dir, checkpoint, vars(args))
-            checkpoints.push_to_hub(hub_repo, args.output_dir, args.hub_token)
+            checkpoints.push_to_hub(hub_repo, args.output_dir, checkpoint, vars(args), args.hub_token)
     accelerator.end_training()
 
 

@@ -2,11 +2,11 @@
 
 import io
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import imageio.v3 as iio
-from accelerate.utils import gather_object
 from diffusers.utils import export_to_video
 from PIL import Image
 from tqdm.auto import tqdm
@@ -22,22 +22,21 @@ class Video(NamedTuple):
     mp4: bytes
 
 
-def validate(accelerator, checkpoint, transformer, prompts: dict[str, Path], output_dir: Path, step: int, *,
-             seeds: list[int], fps: int, vae, **options) -> None:  # fmt: skip
+def validate(accelerator, ranks, checkpoint, transformer, vae, prompts: dict[str, Path], output_dir: Path, step: int,
+             *, seeds: Iterable[int], fps: int, **options) -> None:  # fmt: skip
     """Samples every prompt with every seed, each rank its share; the main rank writes and logs the videos.
 
     The noise depends on prompt and seed alone, so that videos of different steps can be compared, and comes from
     generators of its own, so that training goes on as if nothing had happened. To be called by every rank.
 
     Args:
-        prompts: their cached embeddings, and that of "", which guidance moves away from.
         vae: context manager that gives it, for as long as it is needed.
+        prompts: their cached embeddings, and that of "", which guidance moves away from.
         options: of CogVideoXPipeline.__call__.
     """
     jobs = [(prompt, i, seed) for i, prompt in enumerate(text for text in prompts if text) for seed in seeds]
-    mine = jobs[accelerator.process_index :: accelerator.num_processes]
     videos = []
-    if mine:
+    if mine := ranks.share(jobs):
         embeds = {text: dataset.load_prompt_embeds(path).to(accelerator.device) for text, path in prompts.items()}
         bar = tqdm(mine, f"Validation, step {step}", unit="video", leave=False, disable=not accelerator.is_main_process)
         with vae as loaded_vae:
@@ -47,7 +46,7 @@ def validate(accelerator, checkpoint, transformer, prompts: dict[str, Path], out
                     generator=cogvideox.generator_for(accelerator.device, seed, i), **options,
                 )  # fmt: skip
                 videos.append(Video(f"prompt-{i:02d}_seed-{seed}.mp4", prompt, encode_mp4(frames, fps)))
-    videos = gather_object(videos)  # as bytes, so that they reach the main rank's disk from other machines too
+    videos = ranks.gather(videos)  # as bytes, so that they reach the main rank's disk from other machines too
     if accelerator.is_main_process:
         folder = output_dir / "validation" / f"step-{step:06d}"
         for video in videos:
