@@ -1,7 +1,26 @@
-"""Temporary: the two fixtures that tests/test_cli_demo.py stands on."""
+"""What the tests stand on: tiny checkpoints, a small dataset, and the training script run in this process."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test may reach for the network
 
 import pytest
-from make_example import make_checkpoint
+from accelerate.state import AcceleratorState, GradientState
+from make_example import make_checkpoint, make_clips
+
+import checkpoints
+import train_cogvideox_lora
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its state for the whole process; a test must not see that of another."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +38,44 @@ def checkpoint_of(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_checkpoint(checkpoint_of):
     return checkpoint_of("2b")
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """Six clips of 32 frames at 24 fps, 128x96 pixels."""
+    return make_clips(tmp_path_factory.mktemp("clips"))
+
+
+def training_options(checkpoint, clips, output_dir, **options):
+    """Command line of a short run at 64x96 pixels and 9 frames; True stands for a switch."""
+    values = {
+        "pretrained_model_name_or_path": checkpoint,
+        "instance_data_root": clips,
+        "output_dir": output_dir,
+        "height": 64,
+        "width": 96,
+        "max_num_frames": 9,
+        "rank": 4,
+        "learning_rate": 1e-3,
+        "seed": 3407,
+        "mixed_precision": "no",
+    } | options
+    line = []
+    for name, value in values.items():
+        line += [f"--{name}"] if value is True else [f"--{name}", *map(str, value if type(value) is list else [value])]
+    return line
+
+
+@pytest.fixture
+def train(clips):
+    """Runs the training script in this process; returns the rows of metrics.jsonl."""
+
+    def run(checkpoint, output_dir, **options):
+        data = options.pop("instance_data_root", clips)
+        args = train_cogvideox_lora.parse_args(training_options(checkpoint, data, output_dir, **options))
+        train_cogvideox_lora.main(args)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        return checkpoints.read_metrics(output_dir)
+
+    return run

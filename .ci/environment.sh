@@ -1,0 +1,9 @@
+# Sourced by quickstart.sh and run_tests.sh: an activated environment is used as it is, else .venv is made and used.
+# Usage: . .ci/environment.sh requirements.txt
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+  [ -x .venv/bin/pip ] || python3 -m venv .venv
+  . .venv/bin/activate
+fi
+# torch by itself first: its version alone decides which build is taken.
+python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
+python -m pip install --quiet --disable-pip-version-check -r "$1"

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Trains a LoRA on one GPU. Every value can be overridden: MODEL_PATH=... DATASET_PATH=... bash finetune_single_gpu.sh;
+# further options of the training script go behind it: bash finetune_single_gpu.sh --num_train_epochs 30
+set -euo pipefail
+here="$(cd "$(dirname "$0")" && pwd)"
+
+# --quiet keeps accelerate's traceback from burying the training script's own message.
+accelerate launch --quiet --config_file "$here/accelerate_config_machine_single.yaml" --num_processes 1 \
+  "$here/train_cogvideox_lora.py" \
+  --pretrained_model_name_or_path "${MODEL_PATH:-THUDM/CogVideoX-2b}" \
+  --instance_data_root "${DATASET_PATH:-$HOME/disney}" --caption_column prompts.txt --video_column videos.txt \
+  --cache_dir "${CACHE_PATH:-$HOME/.cache/huggingface/hub}" --output_dir "${OUTPUT_PATH:-cogvideox-lora-single-gpu}" \
+  --height 480 --width 720 --fps 8 --max_num_frames 49 --enable_tiling --enable_slicing --gradient_checkpointing \
+  --rank 128 --mixed_precision bf16 --train_batch_size 1 --num_train_epochs 10 --checkpointing_steps 500 \
+  --learning_rate 1e-4 --optimizer AdamW --adam_beta1 0.9 --adam_beta2 0.95 --max_grad_norm 1.0 --seed 3407 \
+  "$@"

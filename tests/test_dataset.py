@@ -1,0 +1,324 @@
+"""Lists, frames, cache and batches."""
+
+from itertools import count, islice
+
+import imageio
+import numpy as np
+import pytest
+import torch
+
+import dataset
+
+VIEW = dataset.View(64, 96, 8, 49, 0, 0, "center", 0)
+
+
+def write(folder, prompts, videos):
+    folder.mkdir(exist_ok=True)
+    for name, content in (("prompts.txt", prompts), ("videos.txt", videos)):
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return dataset.read_clips(folder, "prompts.txt", "videos.txt", None)
+
+
+def make_video(path, num_frames=16, fps=8, height=96, width=128, value=None):
+    frames = np.zeros((num_frames, height, width, 3), np.uint8)
+    frames += np.linspace(0, 250, num_frames).astype(np.uint8)[:, None, None, None] if value is None else value
+    imageio.mimsave(path, frames, fps=fps, macro_block_size=1)
+    return path
+
+
+# ---- lists
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        b"a cat\r\na dog, with: a colon\r\n",
+        b"\xef\xbb\xbfa cat\na dog, with: a colon",
+        b"a cat\ra dog, with: a colon\r\n\n\n",
+        b"  a cat  \n\ta dog, with: a colon\n",
+    ],
+    ids=["windows", "byte order mark", "old mac, blank lines at the end", "spaces around"],
+)
+def test_ordinary_text_files_are_read_alike(tmp_path, prompts):
+    clips, problems = write(tmp_path, prompts, "a.mp4\nb.mp4\n")
+    assert problems == []
+    assert [clip.caption for clip in clips] == ["a cat", "a dog, with: a colon"]
+    assert [clip.line for clip in clips] == [1, 2]
+
+
+def test_characters_that_python_counts_as_line_ends_do_not_shift_captions(tmp_path):
+    clips, problems = write(tmp_path, "one\u2028still one\ntwo\x0cstill two\n", "a.mp4\nb.mp4\n")
+    assert problems == []
+    assert [clip.video.name for clip in clips if "two" in clip.caption] == ["b.mp4"]
+
+
+def test_paths_may_be_relative_absolute_from_home_and_hold_spaces_and_umlauts(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    clips, _ = write(tmp_path, "1\n2\n3\n", f"videos/ein schöner Film.mp4\n{tmp_path}/x.mp4\n~/y.mp4\n")
+    assert [str(clip.video) for clip in clips] == [
+        f"{tmp_path}/videos/ein schöner Film.mp4", f"{tmp_path}/x.mp4", "/somewhere/y.mp4"
+    ]  # fmt: skip
+
+
+def test_the_id_token_stands_before_each_caption_with_one_space(tmp_path):
+    write(tmp_path, "a cat\n", "a.mp4\n")
+    clips, _ = dataset.read_clips(tmp_path, "prompts.txt", "videos.txt", "DISNEY")
+    assert clips[0].caption == "DISNEY a cat"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "videos", "expected"),
+    [
+        ("one\n\nthree\n", "a.mp4\nb.mp4\nc.mp4\n", ["prompts.txt:2: blank line"]),
+        (
+            "one\ntwo\n",
+            "a.mp4\n\n\nb.mp4\n",
+            ["videos.txt:2: blank", "videos.txt:3: blank", "2 lines and videos.txt 4"],
+        ),
+        ("one\ntwo\n", "a.mp4\n", ["prompts.txt has 2 lines and videos.txt 1"]),
+        (b"ok\nna\xefve\n", "a.mp4\nb.mp4\n", ["prompts.txt:2: not UTF-8 text (byte 0xef)"]),
+        ("", "a.mp4\n", ["prompts.txt: the file is empty"]),
+    ],
+)
+def test_problems_of_the_lists_are_all_told_with_file_and_line(tmp_path, prompts, videos, expected):
+    _, problems = write(tmp_path, prompts, videos)
+    assert len(problems) == len(expected)
+    for problem, text in zip(problems, expected):
+        assert text in problem
+
+
+def test_a_blank_line_drops_no_caption_onto_another_video(tmp_path):
+    clips, _ = write(tmp_path, "one\n\nthree\n", "a.mp4\nb.mp4\nc.mp4\n")
+    assert [(clip.caption, clip.video.name) for clip in clips] == [("one", "a.mp4"), ("three", "c.mp4")]
+
+
+def test_a_near_file_name_is_named_with_the_option_that_takes_it(tmp_path):
+    (tmp_path / "prompt.txt").write_text("a cat\n")
+    (tmp_path / "videos.txt").write_text("a.mp4\n")
+    _, problems = dataset.read_clips(tmp_path, "prompts.txt", "videos.txt", None)
+    assert "there is prompt.txt: pass --caption_column prompt.txt" in problems[0]
+
+
+# ---- frames
+
+
+@pytest.mark.parametrize(
+    ("available", "most", "expected"),
+    [(1, 49, 1), (4, 49, 1), (5, 49, 5), (8, 49, 5), (9, 49, 9), (16, 49, 9), (17, 49, 17), (48, 49, 41), (49, 49, 49),
+     (200, 49, 49), (100, 13, 13), (12, 13, 9), (100, 81, 81)],
+)  # fmt: skip
+def test_clips_are_cut_to_8k_plus_1_frames(available, most, expected):
+    assert dataset.trainable_length(available, most) == expected
+
+
+@pytest.mark.parametrize("rate", [8, 24, 25, 29.97, 60])
+def test_frames_are_chosen_by_their_time(rate):
+    timestamps = np.arange(int(rate * 7)) / rate
+    indices = dataset.choose_frames(timestamps, VIEW)
+    assert len(indices) == 49
+    assert np.abs(timestamps[indices] - np.arange(49) / 8).max() <= 0.5 / rate + 1e-9
+
+
+def test_unevenly_spaced_frames_are_chosen_by_their_time_too():
+    timestamps = np.array([0, 0.1, 0.2, 0.33, 1.0, 1.1, 1.125, 1.3])  # nothing between 0.33 and 1
+    assert dataset.choose_frames(timestamps, VIEW._replace(max_num_frames=9)) == [0, 1, 2, 3, 3, 3, 4, 4, 4]
+
+
+def test_skipped_frames_are_not_seen_and_are_counted_in_the_file():
+    indices = dataset.choose_frames(np.arange(40) / 8, VIEW._replace(skip_frames_start=10, skip_frames_end=13))
+    assert indices == list(range(10, 27))  # 17 of the 17 that are left
+
+
+def test_the_clip_s_last_moment_is_not_lost_to_rounding():
+    assert len(dataset.choose_frames(np.arange(49) / 8, VIEW)) == 49
+    assert len(dataset.choose_frames(np.arange(49 * 3) / 24, VIEW)) == 49
+
+
+def test_skipping_more_than_there_is_says_so():
+    with pytest.raises(ValueError, match="has 10 frames and nothing is left after --skip_frames_start 6"):
+        dataset.choose_frames(np.arange(10) / 8, VIEW._replace(skip_frames_start=6, skip_frames_end=4))
+
+
+@pytest.mark.parametrize("size", [(480, 720), (96, 128), (720, 405), (64, 96), (1080, 1920)])
+def test_the_aspect_of_what_is_shown_is_kept(size):
+    """A circle stays a circle: what is cut off is cut off evenly on both sides."""
+    height, width = size
+    y, x = np.mgrid[:height, :width]
+    radius = min(size) // 5
+    circle = (255 * ((x - width / 2) ** 2 + (y - height / 2) ** 2 < radius**2)).astype(np.uint8)
+    frames = torch.from_numpy(circle)[None, :, :, None].repeat(2, 1, 1, 3)
+    shown = dataset.resize_and_crop(frames, 64, 96, (0.5, 0.5))
+    assert shown.shape == (2, 64, 96, 3) and shown.dtype == torch.uint8
+    rows, columns = ((shown[0, :, :, 0] > 127).any(axis).nonzero().flatten() for axis in (1, 0))
+    assert abs(len(rows) - len(columns)) <= 1
+    assert abs(rows.float().mean() - 31.5) <= 1 and abs(columns.float().mean() - 47.5) <= 1
+
+
+def test_random_cropping_stays_where_it_was_drawn_and_differs_between_clips(tmp_path):
+    view = VIEW._replace(crop="random", max_num_frames=9)
+    gradient = np.broadcast_to(np.linspace(0, 255, 400).astype(np.uint8)[None, :, None], (96, 400, 3))
+    videos = [tmp_path / f"{i}.mp4" for i in range(4)]
+    for i, video in enumerate(videos):
+        imageio.mimsave(video, [gradient] * (9 + i), fps=8, macro_block_size=1)
+    first = [dataset.read_frames(video, view, False) for video in videos]
+    again = [dataset.read_frames(video, view, False) for video in videos]
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert len({int(frames[0, 0, 0, 0]) for frames in first}) > 1
+
+
+def test_mirrored_frames_are_the_mirror_image(tmp_path):
+    video = make_video(tmp_path / "a.mp4")
+    view = VIEW._replace(max_num_frames=9)
+    assert torch.equal(dataset.read_frames(video, view, True), dataset.read_frames(video, view, False).flip(2))
+
+
+def test_frames_read_are_the_frames_of_the_file(tmp_path):
+    video = make_video(tmp_path / "a.mp4", num_frames=48, fps=24)
+    frames = dataset.read_frames(video, VIEW._replace(max_num_frames=9), False)
+    expected = np.linspace(0, 250, 48)[::3][:9]  # every third of 24 is 8 a second
+    assert np.abs(frames[:, 32, 48, 0].numpy() - expected).max() <= 3  # as far as the codec goes
+
+
+# ---- cache
+
+
+def test_whatever_changes_the_frames_changes_the_place_in_the_cache(tmp_path):
+    def path(clip, view=VIEW, encoder="vae", flip=False):
+        return dataset.probe_clips([clip], view, tmp_path / "cache", encoder, flip)[0].paths
+
+    clip = dataset.Clip(make_video(tmp_path / "a.mp4"), "a", 1)
+    other = dataset.Clip(make_video(tmp_path / "b.mp4", num_frames=17), "b", 2)
+    changes = {"height": 80, "width": 112, "fps": 12, "max_num_frames": 9, "skip_frames_start": 1, "skip_frames_end": 1}
+    paths = [path(clip)[0], path(other)[0], path(clip, encoder="other")[0], path(clip, flip=True)[1]]
+    paths += [path(clip, VIEW._replace(**{name: value}))[0] for name, value in changes.items()]
+    paths += [path(clip, VIEW._replace(crop="random", seed=seed))[0] for seed in (1, 2)]
+    assert len(set(paths)) == len(paths)
+
+
+def test_what_does_not_change_the_frames_does_not(tmp_path):
+    original = make_video(tmp_path / "a.mp4")
+    copy = tmp_path / "another name.mp4"
+    copy.write_bytes(original.read_bytes())
+    clips = [dataset.Clip(original, "a", 1), dataset.Clip(copy, "b", 2)]
+    first, second = dataset.probe_clips(clips, VIEW, tmp_path, "vae", False)
+    reseeded = dataset.probe_clips(clips[:1], VIEW._replace(seed=5), tmp_path, "vae", False)[0]
+    assert first.paths == second.paths == reseeded.paths
+
+
+def test_a_file_in_the_cache_is_complete_or_absent(tmp_path, monkeypatch):
+    def full(self, data):
+        open(self, "wb").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(ValueError, match="No space left on device.*--latents_cache_dir"):
+        dataset.write_cached(tmp_path / "latents" / "a.safetensors", {"x": torch.zeros(2)})
+    assert list((tmp_path / "latents").iterdir()) == []
+
+
+def test_an_interrupted_encoding_pass_goes_on_where_it_was(tmp_path):
+    clips = [dataset.Clip(make_video(tmp_path / f"{i}.mp4", num_frames=9 + i), str(i), i + 1) for i in range(4)]
+    encoded = []
+
+    def prepare(fail_at=None):
+        def load():
+            def encode(frames):
+                if len(encoded) == fail_at:
+                    raise KeyboardInterrupt
+                encoded.append(frames)
+                return torch.zeros(2, (len(frames) - 1) // 4 + 1, 2, 2)
+
+            return _Context(encode)
+
+        return dataset.encode_dataset(
+            tmp_path, clips, [], VIEW, cache=tmp_path / "cache", prompts=[""], random_flip=False,
+            video_encoder=dataset.Encoder("v", load),
+            text_encoder=dataset.Encoder("t", lambda: _Context(lambda text: torch.zeros(3, 2))),
+            num_workers=0, progress=lambda items, *_: items, ranks=dataset.Ranks(),
+        )  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(fail_at=2)
+    assert len(encoded) == 2
+    data = prepare()
+    assert len(encoded) == 4
+    prepare()
+    assert len(encoded) == 4
+    assert data.summary() == "4 clips: 4 of 9 frames"
+    assert data.clips[3, False]["parameters"].shape == (2, 3, 2, 2)
+
+
+class _Context:
+    def __init__(self, value):
+        self.value = value
+
+    def __enter__(self):
+        return self.value
+
+    def __exit__(self, *_):
+        return False
+
+
+# ---- batches
+
+
+def number_of(batch):
+    return [clip for clip, _ in batch]
+
+
+def test_every_clip_is_seen_once_an_epoch_and_only_with_clips_of_its_shape():
+    shapes = [(13,)] * 7 + [(3,)] * 4 + [(1,)]
+    for epoch in range(3):
+        batches = dataset.epoch_batches(shapes, 3, 42, epoch, False)
+        assert sorted(clip for batch in batches for clip in number_of(batch)) == list(range(12))
+        assert all(len({shapes[clip] for clip in number_of(batch)}) == 1 for batch in batches)
+        assert len(batches) == 6
+    assert dataset.epoch_batches(shapes, 3, 42, 0, False) != dataset.epoch_batches(shapes, 3, 42, 1, False)
+    assert dataset.epoch_batches(shapes, 3, 42, 0, False) != dataset.epoch_batches(shapes, 3, 43, 0, False)
+
+
+def test_half_of_the_turns_are_mirrored_if_asked():
+    batches = dataset.epoch_batches([0] * 400, 1, 42, 0, True)
+    assert 150 < sum(mirrored for ((_, mirrored),) in batches) < 250
+    assert not any(mirrored for ((_, mirrored),) in dataset.epoch_batches([0] * 400, 1, 42, 0, False))
+
+
+@pytest.mark.parametrize(("world", "clips"), [(1, 5), (2, 5), (3, 5), (8, 3)])
+def test_ranks_share_out_the_sequence_that_one_rank_sees(world, clips):
+    shapes = [0] * clips
+    whole = list(islice(dataset.rank_batches(shapes, 1, 42, False, count()), 24))
+    for rank in range(world):
+        share = list(islice(dataset.rank_batches(shapes, 1, 42, False, count(rank, world)), 24 // world))
+        assert share == whole[rank::world]
+    resumed = list(islice(dataset.rank_batches(shapes, 1, 42, False, count(17)), 7))
+    assert resumed == whole[17:]
+
+
+@pytest.mark.parametrize(
+    ("per_epoch", "per_step", "epochs", "expected"),
+    [(70, 1, 10, 700), (70, 8, 10, 88), (25, 4, 10, 63), (3, 8, 10, 4), (5, 2, 1, 3)],
+)
+def test_epochs_become_updates_of_all_ranks(per_epoch, per_step, epochs, expected):
+    plan = dataset.make_plan(per_epoch, per_step, epochs, None, step=0, batches_seen=0)
+    assert plan.total_steps == expected
+    assert plan.last_epoch >= epochs > plan.epoch(expected - 1)
+
+
+def test_a_run_that_goes_on_with_other_ranks_still_sees_its_epochs():
+    first = dataset.make_plan(10, 1, 6, None, step=0, batches_seen=0)
+    second = dataset.make_plan(10, 4, 6, None, step=30, batches_seen=first.batches_seen(30))
+    assert (first.total_steps, second.total_steps, second.last_epoch) == (60, 38, 6.2)
+
+
+def test_epochs_end_once_however_they_fall_on_updates():
+    plan = dataset.make_plan(7, 3, 6, None, step=0, batches_seen=0)
+    ends = [step for step in range(1, plan.total_steps + 1) if plan.ends_epochs(step, 2)]
+    assert ends == [5, 10, 14]  # 14, 28, 42 micro-batches
+
+
+def test_shares_are_put_together_in_order():
+    for world in (1, 2, 3, 5):
+        items = list(range(7))
+        shares = [dataset.Ranks(index, world).share(items) for index in range(world)]
+        ranks = dataset.Ranks(0, world, gather=lambda mine: shares)  # noqa: B023 - called within the turn
+        assert ranks.gather_shares(shares[0]) == items
