@@ -482,6 +482,10 @@ class Plan(NamedTuple):
     def batches_seen(self, step: int) -> int:
         return self.first_batch + (step - self.first_step) * self.batches_per_step
 
+    def position(self, step: int) -> dict:
+        """What a run that goes on from here has to know."""
+        return {"step": step, "batches_seen": self.batches_seen(step)}
+
     def epoch(self, step: int) -> float:
         return self.batches_seen(step) / self.batches_per_epoch
 

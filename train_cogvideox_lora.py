@@ -52,7 +52,6 @@ FIXED_BY_A_CHECKPOINT = (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PLR0915 - a statement per option
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     count, positive, path = _at_least(0), _at_least(1), lambda text: Path(text).expanduser()
-
     model = parser.add_argument_group("model").add_argument
     model("--pretrained_model_name_or_path", required=True, metavar="NAME", help="CogVideoX folder or hub name")
     model("--revision", help="branch, tag or commit of the hub repository")
@@ -130,7 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     out("--checkpoints_total_limit", type=positive, metavar="N", help="keep the newest N (default: all)")
     out("--resume_from_checkpoint", metavar="PATH", help="a checkpoint folder, or 'latest' in --output_dir")
     out("--logging_steps", type=positive, default=1, metavar="N", help="log every N updates")
-    out("--report_to", help="tensorboard, wandb, comet_ml or all (default: metrics.jsonl alone)")
+    out("--report_to", default="none", help="tensorboard, wandb, comet_ml, all, or none: metrics.jsonl alone")
     out("--tracker_name", default="cogvideox-lora", help="project name in the tracker")
     out("--logging_dir", default="logs", help="the tracker's folder in --output_dir")
     out("--push_to_hub", action="store_true", help="upload the result at the end")
@@ -192,7 +191,7 @@ def start(args: argparse.Namespace) -> tuple[Accelerator, dataset.Ranks]:
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
-            log_with=None if args.report_to in (None, "none") else args.report_to,
+            log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
             gradient_accumulation_plugin=accumulation,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), patience],
@@ -425,12 +424,13 @@ def main(args: argparse.Namespace) -> None:
         loss, grad_norm = update(run, optimizer, micro_batch_losses)
         if logs := step % args.logging_steps == 0:
             row = log(run, step, loss, grad_norm, lr_scheduler.get_last_lr()[0], since)
-            progress.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.2e}")
+            progress.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.2e}", refresh=False)
         lr_scheduler.step()
         progress.update()
         if saves := step % args.checkpointing_steps == 0:
-            position = {"step": step, "batches_seen": plan.batches_seen(step)}
-            checkpoints.save_checkpoint(accelerator, args.output_dir, position, fixed, args.checkpoints_total_limit)
+            checkpoints.save_checkpoint(
+                accelerator, args.output_dir, plan.position(step), fixed, args.checkpoints_total_limit
+            )
         if validates := validation_due(args, plan, step):
             validate(run, step)
         if logs or saves or validates:
@@ -443,6 +443,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"LoRA: {args.output_dir / checkpoints.LORA_FILE}")
         if hub_repo:
             checkpoints.push_to_hub(hub_repo, args.output_dir, checkpoint, vars(args), args.hub_token)
+    # Without it torch 2.13 can hang at exit: gloo's thread and the end of DDP wait for each other.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

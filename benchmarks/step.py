@@ -1,0 +1,246 @@
+"""Seconds, tokens per second and peak memory of training steps, as JSON.
+
+    python benchmarks/step.py --model 2b --gradient_checkpointing --output benchmarks/results/2b-recompute.json
+    python benchmarks/step.py --model tiny        # on any CPU, in seconds
+
+Needs no checkpoint and no clips: the transformer has the full size and random weights, the cache holds random latents
+and embeddings. All else is what train_cogvideox_lora.py runs: its accelerator, optimizer, batches, loss and update.
+
+Peak memory is counted after the warm-up: what PyTorch allocated on the GPU, or all that the process ever had on a CPU.
+Of several processes (accelerate launch) the first one reports its own times and memory; tokens are those of all.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import set_seed
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import checkpoints
+import cogvideox
+import dataset
+import train_cogvideox_lora as train
+
+# Options of the training script that are passed on to it.
+TRAINING = (
+    "rank", "height", "width", "max_num_frames", "train_batch_size", "gradient_accumulation_steps", "mixed_precision",
+)  # fmt: skip
+
+
+class Model(NamedTuple):
+    """What tells a checkpoint apart, from its published configs, and the clips it was made for."""
+
+    transformer: dict  # what differs from the defaults of CogVideoXTransformer3DModel, which are those of 2b
+    scaling_factor: float  # of the VAE
+    scheduler: type
+    snr_shift_scale: float
+    height: int
+    width: int
+    max_num_frames: int
+
+
+FIVE_B = {"num_layers": 42, "num_attention_heads": 48, "use_rotary_positional_embeddings": True}
+FIVE_B_1_5 = {"patch_size_t": 2, "patch_bias": False, "sample_height": 96, "sample_width": 170, "sample_frames": 81}
+TINY = {
+    "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4,
+    "time_embed_dim": 32, "text_embed_dim": 32, "sample_height": 8, "sample_width": 12, "sample_frames": 9,
+}  # fmt: skip
+MODELS = {
+    "2b": Model({}, 1.15258426, CogVideoXDDIMScheduler, 3.0, 480, 720, 49),
+    "5b": Model(FIVE_B, 0.7, CogVideoXDPMScheduler, 1.0, 480, 720, 49),
+    "1.5": Model(FIVE_B | FIVE_B_1_5, 0.7, CogVideoXDPMScheduler, 1.0, 768, 1360, 81),
+    "tiny": Model(TINY, 1.15258426, CogVideoXDDIMScheduler, 3.0, 64, 96, 9),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+
+    what = parser.add_argument_group("what is measured").add_argument
+    what("--model", choices=list(MODELS), default="2b", help="1.5 is CogVideoX1.5-5B; tiny is for a CPU")
+    what("--num_layers", type=int, metavar="N", help="transformer blocks (default: the model's)")
+    what("--steps", type=int, default=10, metavar="N", help="updates that are measured")
+    what("--warmup", type=int, default=3, metavar="N", help="updates before them, for kernels and memory to settle")
+    what("--output", type=Path, metavar="FILE", help="also write the JSON there")
+
+    same = parser.add_argument_group("as in train_cogvideox_lora.py").add_argument
+    same("--rank", type=int, default=128, help="rank of the LoRA matrices")
+    same("--height", type=int, help="pixels (default: the model's)")
+    same("--width", type=int, help="pixels (default: the model's)")
+    same("--num_frames", "--max_num_frames", dest="max_num_frames", type=int, help="4k + 1 (default: the model's)")
+    same("--train_batch_size", type=int, default=1, metavar="N", help="clips per micro-batch and GPU")
+    same("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="micro-batches per update")
+    same("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    same("--mixed_precision", choices=list(train.DTYPES), help="default: bf16 on a GPU, no (float32) on a CPU")
+
+    options = parser.parse_args(argv)
+    for name, lowest in {"steps": 1, "warmup": 0, "num_layers": 1}.items():
+        if (value := getattr(options, name)) is not None and value < lowest:
+            parser.error(f"--{name} {value}: must be at least {lowest}")
+    return options
+
+
+def training_args(options: argparse.Namespace) -> argparse.Namespace:
+    """The training script's options, checked by itself; the model's own size where none is asked for."""
+    model = MODELS[options.model]
+    values = {"height": model.height, "width": model.width, "max_num_frames": model.max_num_frames}
+    values["mixed_precision"] = "bf16" if torch.cuda.is_available() else "no"
+    values |= {name: value for name, value in vars(options).items() if name in TRAINING and value is not None}
+    values["max_train_steps"] = options.warmup + options.steps
+    # Required by the parser; nothing is read from either.
+    line = ["--pretrained_model_name_or_path", options.model, "--instance_data_root", "."]
+    for name, value in values.items():
+        line += [f"--{name}", str(value)]
+    return train.parse_args(line + ["--gradient_checkpointing"] * options.gradient_checkpointing)
+
+
+# ---- a checkpoint and a cache that were never on disk ----------------------------------------------------------------
+
+
+def random_checkpoint(name: str, num_layers: int | None = None) -> cogvideox.Checkpoint:
+    """The configs of a model, as `cogvideox.read_checkpoint` gives them."""
+    model = MODELS[name]
+    config = model.transformer | ({"num_layers": num_layers} if num_layers else {})
+    return cogvideox.Checkpoint(
+        name=name,
+        transformer=dict(cogvideox.empty_transformer(config).config),
+        vae={"scaling_factor": model.scaling_factor, "block_out_channels": (128, 256, 256, 512)},
+        scheduler=model.scheduler(
+            prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
+            clip_sample=False, snr_shift_scale=model.snr_shift_scale,
+        ),
+        hub={},
+        variant=None,
+    )  # fmt: skip
+
+
+def random_transformer(config: dict, dtype: torch.dtype, device: torch.device) -> CogVideoXTransformer3DModel:
+    """Made on the device in its final dtype: 5b has 22 GB in float32. PyTorch's initial weights keep it finite."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return CogVideoXTransformer3DModel.from_config(config)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def random_data(checkpoint: cogvideox.Checkpoint, args: argparse.Namespace, dtype: torch.dtype) -> dataset.Data:
+    """One batch of clips, such as the cache would hold them."""
+    config, factor = checkpoint.transformer, checkpoint.spatial_factor
+    shape = (config["in_channels"], (args.max_num_frames - 1) // 4 + 1, args.height // factor, args.width // factor)
+    clips = {}
+    for i in range(args.train_batch_size):
+        mean, log_variance = torch.randn(shape, dtype=dtype), torch.full(shape, -10.0, dtype=dtype)
+        prompt_embeds = torch.randn(config["max_text_seq_length"], config["text_embed_dim"], dtype=dtype)
+        # (clip, mirrored), as the batches of training ask for it
+        clips[i, False] = {"parameters": torch.cat([mean, log_variance]), "prompt_embeds": prompt_embeds}
+    return dataset.Data(clips, [tuple(clip["parameters"].shape) for clip in clips.values()], prompts={})
+
+
+def tokens_per_clip(checkpoint: cogvideox.Checkpoint, parameters_shape: tuple[int, ...]) -> int:
+    """Text and video tokens that the transformer attends to, for cached latents of shape (2c, f, h, w)."""
+    config, (_, f, h, w) = checkpoint.transformer, parameters_shape
+    frames = math.ceil(f / (config["patch_size_t"] or 1))
+    return config["max_text_seq_length"] + frames * (h // config["patch_size"]) * (w // config["patch_size"])
+
+
+# ---- the measurement -------------------------------------------------------------------------------------------------
+
+
+def prepare(options: argparse.Namespace) -> tuple[train.Run, torch.optim.Optimizer, object]:
+    """The run, optimizer and learning-rate schedule that the training script would have before its first update."""
+    args = training_args(options)
+    accelerator, ranks = train.start(args)
+    dtype = train.DTYPES[accelerator.mixed_precision]
+    checkpoint = random_checkpoint(options.model, options.num_layers)
+    cogvideox.check_text_to_video(checkpoint, dtype)
+    set_seed(args.seed)
+    data = random_data(checkpoint, args, dtype)
+    plan = dataset.make_plan(
+        data.batches_per_epoch(args.train_batch_size), ranks.count * args.gradient_accumulation_steps,
+        args.num_train_epochs, args.max_train_steps, step=0, batches_seen=0,
+    )  # fmt: skip
+
+    transformer = random_transformer(checkpoint.transformer, dtype, accelerator.device)
+    cogvideox.add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    weights = [weight for weight in transformer.parameters() if weight.requires_grad]
+    optimizer = train.make_optimizer(args, weights, plan.batches_per_step * args.train_batch_size)
+    lr_scheduler = train.make_lr_scheduler(args, optimizer, plan.total_steps)
+    transformer, optimizer = accelerator.prepare(transformer.train(), optimizer)
+    return train.Run(args, accelerator, ranks, checkpoint, dtype, data, plan, transformer), optimizer, lr_scheduler
+
+
+def measure(run: train.Run, optimizer, lr_scheduler, warmup: int, steps: int) -> tuple[list[float], list[float]]:
+    """Seconds and loss of each update, those of the warm-up first."""
+    on_gpu = run.accelerator.device.type == "cuda"
+    synchronize = torch.cuda.synchronize if on_gpu else lambda: None
+    micro_batch_losses = train.losses(run)
+    seconds, losses = [], []
+    for step in range(warmup + steps):
+        if on_gpu and step == warmup:
+            torch.cuda.reset_peak_memory_stats()
+        synchronize()
+        start = time.perf_counter()
+        loss, _ = train.update(run, optimizer, micro_batch_losses)
+        lr_scheduler.step()
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+        losses.append(loss.item())
+    return seconds, losses
+
+
+def report(run: train.Run, options: argparse.Namespace, seconds: list[float], losses: list[float]) -> dict:
+    device, measured = run.accelerator.device, seconds[options.warmup :]
+    tokens, median = tokens_per_clip(run.checkpoint, run.data.shapes[0]), statistics.median(measured)
+    clips = run.plan.batches_per_step * run.args.train_batch_size
+    own = {name: getattr(options, name) for name in ("steps", "warmup", "gradient_checkpointing")}
+    packages = ("torch", "diffusers", "peft", "accelerate", "transformers")
+    return {
+        "model": options.model,
+        "checkpoint": run.checkpoint.describe(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
+        "processes": run.ranks.count,
+        "versions": {package: version(package) for package in packages},
+        "options": {name: getattr(run.args, name) for name in TRAINING} | own,
+        "trainable_weights": sum(weight.numel() for weight in run.transformer.parameters() if weight.requires_grad),
+        "tokens": tokens,
+        "seconds_per_step": round(median, 4),
+        "seconds_of_each_step": [round(value, 4) for value in measured],
+        "first_step_seconds": round(seconds[0], 4),
+        "tokens_per_second": round(tokens * clips / median, 1),
+        "peak_memory_gib": round(checkpoints.peak_memory_gib(), 3),
+        "losses": losses[options.warmup :],
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse_args(argv)
+    with train.explained():
+        run, optimizer, lr_scheduler = prepare(options)
+    seconds, losses = measure(run, optimizer, lr_scheduler, options.warmup, options.steps)
+    if not all(map(math.isfinite, losses)):
+        sys.exit(f"losses {losses}: must be finite for the times to mean anything; pass --mixed_precision bf16 or no")
+    if run.accelerator.is_main_process:
+        result = report(run, options, seconds, losses)
+        print(json.dumps(result, indent=2))
+        if options.output:
+            checkpoints.write_json(options.output, result)
+    run.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Runs the training script and kills this process with SIGKILL, as a power cut would. For tests.
+
+usage: kill_after_checkpoint.py (saved|saving) STEP OPTIONS...   after that checkpoint, or in the middle of writing it
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import checkpoints
+import train_cogvideox_lora
+
+moment, step, *options = sys.argv[1:]
+original_save, original_rename = checkpoints.save_checkpoint, os.rename
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save(accelerator, output_dir, position, *others):
+    if moment == "saving" and position["step"] == int(step):
+        os.rename = lambda *_: die()
+    original_save(accelerator, output_dir, position, *others)
+    if position["step"] == int(step):
+        die()
+
+
+checkpoints.save_checkpoint = save
+train_cogvideox_lora.main(train_cogvideox_lora.parse_args(options))

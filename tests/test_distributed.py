@@ -1,0 +1,122 @@
+"""Several ranks, on CPU with gloo: started by torchrun and by `accelerate launch`, as users start them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, training_options
+from safetensors.torch import load_file
+
+import checkpoints
+
+RUN = {"max_train_steps": 6, "lr_scheduler": "cosine", "checkpointing_steps": 3, "random_flip": True}
+ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def launch(command, expected=0, **environment):
+    result = subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | environment,
+        timeout=300,
+    )
+    assert (result.returncode == 0) == (expected == 0), result.stderr[-3000:]
+    return result
+
+
+def torchrun(script, *options, expected=0):
+    command = ["torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29517, script, *options]
+    return launch(command, expected)
+
+
+def rows_of(folder):
+    columns = ("step", "epoch", "loss", "lr", "grad_norm")
+    return [{name: row[name] for name in columns} for row in checkpoints.read_metrics(folder)]
+
+
+def lora_of(folder):
+    return load_file(folder / checkpoints.LORA_FILE)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_checkpoint, clips, tmp_path_factory):
+    """A straight run of two ranks with accumulation 2."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    options = {"gradient_accumulation_steps": 2, "validation_prompt": "a cat:::a dog:::a cow"}
+    options = training_options(tiny_checkpoint, clips, folder, **RUN | options)
+    result = torchrun(ROOT / "train_cogvideox_lora.py", *options)
+    return folder, result
+
+
+def test_two_ranks_equal_one_rank_with_twice_the_accumulation(two_ranks, tiny_checkpoint, tmp_path, train):
+    """The same clips with the same noise, so the same losses, the same schedule and the same weights."""
+    folder, _ = two_ranks
+    train(tiny_checkpoint, tmp_path / "one", gradient_accumulation_steps=4, **RUN)
+    for ours, theirs in zip(rows_of(folder), rows_of(tmp_path / "one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    one, two = lora_of(tmp_path / "one"), lora_of(folder)
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+def test_ranks_share_the_validation_and_all_of_it_arrives(two_ranks):
+    folder, _ = two_ranks
+    names = [path.name for path in sorted((folder / "validation" / "step-000006").glob("*.mp4"))]
+    assert names == [f"prompt-{i:02d}_seed-3407.mp4" for i in range(3)]
+
+
+def test_only_one_rank_speaks(two_ranks):
+    _, result = two_ranks
+    assert result.stdout.count("6 clips: 6 of 9 frames") == 1
+
+
+def test_killed_ranks_that_resume_equal_a_straight_run(two_ranks, tiny_checkpoint, clips, tmp_path):
+    straight, _ = two_ranks
+    options = training_options(tiny_checkpoint, clips, tmp_path / "run", gradient_accumulation_steps=2, **RUN)
+    torchrun(ROOT / "tests" / "kill_after_checkpoint.py", "saved", 3, *options, expected=1)
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+    torchrun(ROOT / "train_cogvideox_lora.py", *options, "--resume_from_checkpoint", "latest")
+    assert rows_of(tmp_path / "run") == rows_of(straight)
+    one, two = lora_of(straight), lora_of(tmp_path / "run")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_accelerate_launch_with_the_multi_config_does_what_torchrun_does(two_ranks, tiny_checkpoint, clips, tmp_path):
+    folder, _ = two_ranks
+    options = training_options(tiny_checkpoint, clips, tmp_path / "run", gradient_accumulation_steps=2, **RUN)
+    config = ROOT / "accelerate_config_machine_multi.yaml"
+    launch([
+        "accelerate.commands.launch", "--config_file", config, "--num_machines", 1, "--num_processes", 2,
+        "--main_process_port", 29518, ROOT / "train_cogvideox_lora.py", *options,
+    ])  # fmt: skip
+    assert rows_of(tmp_path / "run") == rows_of(folder)
+
+
+def test_ranks_draw_different_noise_and_timesteps_and_hold_equal_weights(tiny_checkpoint, clips, tmp_path):
+    """Also with more ranks than clips; each rank writes down what it saw."""
+    few = tmp_path / "one clip"
+    few.mkdir()
+    for name in ("prompts.txt", "videos.txt"):
+        line = (clips / name).read_text().splitlines()[0]
+        (few / name).write_text(str(clips / line) if name == "videos.txt" else line)
+    options = training_options(tiny_checkpoint, few, tmp_path / "run", max_train_steps=2)
+    torchrun(ROOT / "tests" / "witness.py", tmp_path, *options)
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
+    assert len(first["timesteps"]) == 2 and not torch.equal(first["timesteps"], second["timesteps"])
+    assert not torch.allclose(first["noisy"], second["noisy"])
+    assert first["lora"].keys() == second["lora"].keys()
+    assert all(torch.equal(first["lora"][name], second["lora"][name]) for name in first["lora"])
+    assert any(weight.abs().max() > 0 for name, weight in first["lora"].items() if "lora_B" in name)
+
+
+def test_a_bad_dataset_ends_all_ranks_with_one_message(tiny_checkpoint, clips, tmp_path):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "prompts.txt").write_text("one\ntwo\nthree\n")
+    (bad / "videos.txt").write_text("a.mp4\nb.mp4\nc.mp4\n")
+    options = training_options(tiny_checkpoint, bad, tmp_path / "run")
+    result = torchrun(ROOT / "train_cogvideox_lora.py", *options, expected=1)
+    assert result.stderr.count("3 problems in the dataset, nothing is trained:\n  line 1: ") == 1
+    assert "exitcode  : 2" in result.stderr

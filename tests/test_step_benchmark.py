@@ -1,0 +1,174 @@
+"""benchmarks/step.py on a CPU, and the checks that tests/test_gpu.py repeats on a GPU."""
+
+import json
+import math
+
+import pytest
+import step
+import torch
+from conftest import training_options
+
+import checkpoints
+import cogvideox
+import dataset
+import train_cogvideox_lora
+
+# ---- checks for any device -------------------------------------------------------------------------------------------
+
+
+def trainable(run):
+    return {name: weight for name, weight in run.transformer.named_parameters() if weight.requires_grad}
+
+
+def check_steps(*argv, steps=4):
+    """Losses stay finite, LoRA stays float32 over a base in the compute dtype, and every weight of it moves."""
+    options = step.parse_args([*argv, "--warmup", "0", "--steps", str(steps)])
+    run, optimizer, lr_scheduler = step.prepare(options)
+    before = {name: weight.detach().clone() for name, weight in trainable(run).items()}
+
+    _, losses = step.measure(run, optimizer, lr_scheduler, options.warmup, options.steps)
+
+    assert all(map(math.isfinite, losses))
+    after = trainable(run)
+    assert {weight.dtype for weight in after.values()} == {torch.float32}
+    assert {weight.dtype for weight in run.transformer.parameters() if not weight.requires_grad} == {run.dtype}
+    assert all(weight.isfinite().all() for weight in after.values())
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def loss_and_gradients(run):
+    """Of the first micro-batch, and how often a block was called for it."""
+    block, calls, weights = run.transformer.transformer_blocks[0], [], trainable(run)
+    counter = block.register_forward_pre_hook(lambda *_: calls.append(1))
+    loss = next(train_cogvideox_lora.losses(run))
+    run.accelerator.backward(loss)
+    counter.remove()
+    gradients = {name: weight.grad.clone() for name, weight in weights.items()}
+    for weight in weights.values():
+        weight.grad = None
+    return loss.item(), gradients, len(calls)
+
+
+def check_gradient_checkpointing(*argv, tolerance):
+    """Loss and gradients with recomputation are those without, up to `tolerance` times their size."""
+    run, _, _ = step.prepare(step.parse_args(argv))
+    for name, weight in trainable(run).items():
+        if "lora_B" in name:  # zero at the start, and with them the gradients of lora_A
+            torch.nn.init.normal_(weight, std=0.02)
+    loss, gradients, calls = loss_and_gradients(run)
+    run.transformer.enable_gradient_checkpointing()
+    recomputed_loss, recomputed_gradients, recomputed_calls = loss_and_gradients(run)
+
+    assert (calls, recomputed_calls) == (1, 2)
+    assert recomputed_loss == pytest.approx(loss, rel=tolerance)
+    for name, gradient in gradients.items():
+        assert gradient.norm() > 0, name
+        assert (recomputed_gradients[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+def check_training_script(monkeypatch, checkpoint, folder, **options):
+    """The whole script on two clips that are never decoded: writing mp4 files needs an ffmpeg that may not be there."""
+    clips = folder / "clips"
+    clips.mkdir()
+    (clips / "prompts.txt").write_text("a red circle\na blue square\n")
+    (clips / "videos.txt").write_text("red.mp4\nblue.mp4\n")
+    for name in ("red", "blue"):
+        (clips / f"{name}.mp4").write_text(name)
+    frames = torch.randint(0, 256, (9, 64, 96, 3), dtype=torch.uint8)
+    monkeypatch.setattr(dataset, "_video_problem", lambda clip, view: None)
+    monkeypatch.setattr(dataset, "read_frames", lambda video, view, mirrored: frames)
+
+    line = training_options(checkpoint, clips, folder / "run", max_train_steps=3, **options)
+    train_cogvideox_lora.main(train_cogvideox_lora.parse_args(line))
+
+    rows = checkpoints.read_metrics(folder / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
+    weights = checkpoints.load_file(folder / "run" / checkpoints.LORA_FILE)
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert all(weight.isfinite().all() and weight.any() for weight in weights.values())
+
+
+# ---- on a CPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def without_gpu(monkeypatch):
+    """Where there is one, tests/test_gpu.py uses it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_lora_stays_float32_and_all_of_it_moves(precision):
+    check_steps("--model", "tiny", "--rank", "4", "--mixed_precision", precision)
+
+
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients():
+    check_gradient_checkpointing("--model", "tiny", "--rank", "4", tolerance=1e-6)
+
+
+def test_training_script_in_bf16(monkeypatch, tiny_checkpoint, tmp_path):
+    check_training_script(monkeypatch, tiny_checkpoint, tmp_path, mixed_precision="bf16")
+
+
+@pytest.mark.parametrize("switch", [[], ["--gradient_checkpointing"]])
+def test_prints_json_and_writes_the_same(switch, tmp_path, capsys):
+    file = tmp_path / "results" / "tiny.json"
+    step.main(["--model", "tiny", "--steps", "2", "--warmup", "1", "--rank", "4", "--output", str(file), *switch])
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads(file.read_text())
+    assert len(result["losses"]) == len(result["seconds_of_each_step"]) == 2
+    assert all(map(math.isfinite, result["losses"]))
+    assert result["seconds_per_step"] > 0 and result["peak_memory_gib"] > 0
+    assert result["options"]["gradient_checkpointing"] is bool(switch)
+    assert result["trainable_weights"] == 2 * 4 * 2 * 4 * 64  # layers, targets, A and B, rank, width
+
+
+def test_an_update_counts_all_its_tokens(capsys):
+    step.main(["--model", "tiny", "--steps", "1", "--warmup", "0", "--rank", "4", "--train_batch_size", "2",
+               "--gradient_accumulation_steps", "3"])  # fmt: skip
+    result = json.loads(capsys.readouterr().out)
+    tokens = result["tokens_per_second"] * result["seconds_per_step"]
+    assert tokens == pytest.approx(6 * result["tokens"], rel=0.01)
+
+
+@pytest.mark.parametrize("model, tokens", {"2b": 17776, "5b": 17776, "1.5": 45106, "tiny": 298}.items())
+def test_tokens_of_a_clip_of_the_models_own_size(model, tokens):
+    args = step.training_args(step.parse_args(["--model", model]))
+    shape = (32, (args.max_num_frames - 1) // 4 + 1, args.height // 8, args.width // 8)
+    assert step.tokens_per_clip(step.random_checkpoint(model), shape) == tokens
+
+
+def test_tiny_is_what_a_tiny_checkpoint_on_disk_is(tiny_checkpoint):
+    written = cogvideox.read_checkpoint(tiny_checkpoint)
+    assert public(step.random_checkpoint("tiny").transformer) == public(written.transformer)
+
+
+@pytest.mark.parametrize("model, variant", [("tiny", "2b"), ("2b", "2b"), ("5b", "5b"), ("1.5", "1.5-5B")])
+def test_models_differ_as_the_example_checkpoints_do(model, variant, checkpoint_of):
+    written, made = cogvideox.read_checkpoint(checkpoint_of(variant)), step.random_checkpoint(model)
+    for name in ("use_rotary_positional_embeddings", "patch_size", "patch_size_t", "patch_bias", "ofs_embed_dim"):
+        assert made.transformer[name] == written.transformer[name], name
+    assert made.scheduler.__class__ is written.scheduler.__class__
+    assert public(made.scheduler.config) == public(written.scheduler.config)
+    assert made.vae["scaling_factor"] == written.vae["scaling_factor"]
+    assert made.spatial_factor == written.spatial_factor
+
+
+def public(config):
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--num_frames", "10"], "--max_num_frames 10: must be 4k + 1"),
+        (["--model", "1.5", "--mixed_precision", "fp16"], "CogVideoX 1.5 gives NaN in float16"),
+    ],
+)
+def test_refuses_what_cannot_work(argv, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        step.main(argv)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
