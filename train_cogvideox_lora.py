@@ -29,7 +29,7 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
-from diffusers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType, get_scheduler
+from diffusers.optimization import SchedulerType, get_scheduler
 from tqdm.auto import tqdm
 
 import checkpoints
@@ -99,7 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     optim("--use_8bit_adam", action="store_true", help="adam and adamw with 8-bit state (needs bitsandbytes)")
     optim("--learning_rate", type=float, default=1e-4, help="peak value; 1.0 for prodigy")
     optim("--scale_lr", action="store_true", help="multiply it by GPUs x accumulation x batch size")
-    schedules = [kind.value for kind in TYPE_TO_SCHEDULER_FUNCTION if kind != SchedulerType.PIECEWISE_CONSTANT]
+    schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
     optim("--lr_scheduler", choices=schedules, default="constant", help="course of the learning rate")
     optim("--lr_warmup_steps", type=count, default=0, metavar="N", help="updates of linear warm-up")
     optim("--lr_num_cycles", type=positive, default=1, metavar="N", help="restarts of cosine_with_restarts")
@@ -184,9 +184,8 @@ def validation_prompts(args: argparse.Namespace) -> list[str]:
 
 def start(args: argparse.Namespace) -> tuple[Accelerator, dataset.Ranks]:
     _check_gpu_of_this_process()
-    # An update is always so many micro-batches, also where an epoch ends.
     accumulation = GradientAccumulationPlugin(args.gradient_accumulation_steps, sync_with_dataloader=False)
-    # Ranks without a validation video wait for the others: minutes for 5b, more than NCCL's ten for 1.5.
+    # Ranks without a validation video wait for the others, with 1.5 for more than NCCL's ten minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
     try:
         accelerator = Accelerator(
@@ -196,8 +195,10 @@ def start(args: argparse.Namespace) -> tuple[Accelerator, dataset.Ranks]:
             gradient_accumulation_plugin=accumulation,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), patience],
         )
-    except (ValueError, ImportError) as error:  # fp16 without a GPU, a tracker that is not installed
+    except (ValueError, ImportError) as error:
         raise ValueError(f"{error} (--mixed_precision {args.mixed_precision}, --report_to {args.report_to})") from error
+    if args.report_to != "none" and not accelerator.log_with:
+        raise ValueError(f"--report_to {args.report_to}: not installed; pip install {args.report_to}, or leave it out")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator, dataset.Ranks(
         accelerator.process_index, accelerator.num_processes, gather_object, accelerator.wait_for_everyone
@@ -419,7 +420,7 @@ def main(args: argparse.Namespace) -> None:
     # Train: one turn is one update.
     micro_batch_losses = losses(run)
     progress = bar(accelerator, None, "Training", "update", total=plan.total_steps, initial=plan.first_step)
-    since = plan.first_step, time.perf_counter()
+    since, limit = (plan.first_step, time.perf_counter()), args.checkpoints_total_limit
     for step in range(plan.first_step + 1, plan.total_steps + 1):
         loss, grad_norm = update(run, optimizer, micro_batch_losses)
         if logs := step % args.logging_steps == 0:
@@ -428,9 +429,7 @@ def main(args: argparse.Namespace) -> None:
         lr_scheduler.step()
         progress.update()
         if saves := step % args.checkpointing_steps == 0:
-            checkpoints.save_checkpoint(
-                accelerator, args.output_dir, plan.position(step), fixed, args.checkpoints_total_limit
-            )
+            checkpoints.save_checkpoint(accelerator, args.output_dir, plan.position(step), fixed, limit)
         if validates := validation_due(args, plan, step):
             validate(run, step)
         if logs or saves or validates:

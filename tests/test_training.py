@@ -270,6 +270,15 @@ def test_optimizers_train(tiny_checkpoint, tmp_path, train, optimizer):
     assert all(weight.abs().max() > 0 for weight in lora_of(tmp_path / "run").values())
 
 
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+def test_every_precision_trains_float32_lora_weights(tiny_checkpoint, tmp_path, train, precision):
+    rows = train(tiny_checkpoint, tmp_path / "run", max_train_steps=3, mixed_precision=precision)
+    assert all(0 < row["loss"] < 5 for row in rows)
+    lora = lora_of(tmp_path / "run")
+    assert {weight.dtype for weight in lora.values()} == {torch.float32}
+    assert all(weight.abs().max() > 0 for weight in lora.values())
+
+
 def test_scale_lr_multiplies_by_the_clips_of_an_update(tiny_checkpoint, tmp_path, train):
     rows = train(
         tiny_checkpoint, tmp_path / "run", max_train_steps=1, scale_lr=True, train_batch_size=2,

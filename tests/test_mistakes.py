@@ -1,0 +1,190 @@
+"""What a person does wrong ends in exit code 2 and one message, with nothing written; ordinary mess works."""
+
+import shutil
+import subprocess
+import sys
+
+import imageio
+import numpy as np
+import pytest
+from conftest import ROOT, training_options
+from make_example import draw_clip, make_clips
+
+import dataset
+
+
+def assert_refused(capsys, call, parts):
+    with pytest.raises(SystemExit) as stop:
+        call()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert all(part in error for part in parts), error
+    assert "Traceback" not in error
+
+
+def test_all_problems_of_a_dataset_are_told_together_before_a_model_loads(
+    tiny_checkpoint, tmp_path, train, capsys, monkeypatch
+):
+    folder = make_clips(tmp_path / "clips", count=1)
+    good = (folder / "videos.txt").read_text().strip()
+    content = (folder / good).read_bytes()
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "truncated.mp4").write_bytes(content[: len(content) // 2])
+    (folder / "random.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
+    imageio.mimsave(folder / "short.mp4", draw_clip("square", "red", "left", 3, 96, 128), macro_block_size=1)
+    imageio.mimsave(folder / "small.mp4", draw_clip("square", "red", "left", 9, 48, 48), macro_block_size=1)
+    videos = [good, "missing.mp4", "empty.mp4", "truncated.mp4", "random.mp4", "", "short.mp4", "small.mp4", "videos"]
+    (folder / "videos.txt").write_text("\n".join(videos) + "\n")
+    (folder / "prompts.txt").write_text("caption\n" * 10)
+    for name in ("video_encoder", "caption_encoder", "load_transformer"):
+        monkeypatch.setattr(f"cogvideox.{name}", lambda *_: pytest.fail("a model was loaded"))
+    parts = [
+        "9 problems in the dataset, nothing is trained",
+        "videos.txt:6: blank line; write the missing line",
+        "prompts.txt has 10 lines and videos.txt 9",
+        "line 2: ", "missing.mp4: no such file",
+        "line 3: ", "empty.mp4: the file is empty",
+        "line 4: ", "truncated.mp4: cannot be read as a video",
+        "line 5: ", "random.mp4: cannot be read as a video",
+        "line 7: ", "short.mp4: has 3 frames and nothing is left after --skip_frames_start 5",
+        "line 8: ", "small.mp4: is 48x48 pixels",
+        "line 9: ", "videos: no such file",
+    ]  # fmt: skip
+    call = lambda: train(tiny_checkpoint, tmp_path / "run", instance_data_root=folder, skip_frames_start=5)  # noqa: E731
+    assert_refused(capsys, call, parts)
+    assert not (tmp_path / "run").exists() and not (folder / ".cogvideox_cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"instance_data_root": "/no/where"}, ["/no/where: no such folder", "--instance_data_root"]),
+        ({"caption_column": "captions.txt"}, ["captions.txt: no such file", "--caption_column"]),
+        ({"skip_frames_end": 32}, ["6 problems", "has 32 frames and nothing is left"]),
+        (
+            {"resume_from_checkpoint": "latest"},
+            ["--resume_from_checkpoint latest", "no checkpoint", "leave the option"],
+        ),
+        (
+            {"resume_from_checkpoint": "checkpoint-7"},
+            ["--resume_from_checkpoint checkpoint-7", "no complete checkpoint"],
+        ),
+        ({"lora_target_modules": ["to_q", "to_x"]}, ["--lora_target_modules to_x", "no such linear layer", "to_out.0"]),
+        ({"report_to": "nonsense"}, ["nonsense", "--report_to"]),
+        ({"lr_scheduler": "cosine", "lr_warmup_steps": 50}, ["--lr_warmup_steps 50: the run has 6 updates"]),
+        ({"use_8bit_adam": True}, ["--use_8bit_adam: needs bitsandbytes", "pip install bitsandbytes"]),
+        ({"report_to": "comet_ml"}, ["--report_to comet_ml: not installed", "pip install"]),
+        (
+            {"dataset_name": "someone/clips"},
+            ["--dataset_name someone/clips: cannot be downloaded", "--instance_data_root"],
+        ),
+        ({"push_to_hub": True}, ["--push_to_hub: cannot create", "hf auth login"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_mistake_ends_in_a_message_that_names_the_way_out(tiny_checkpoint, clips, tmp_path, capsys, options, parts):
+    import train_cogvideox_lora
+
+    line = training_options(tiny_checkpoint, clips, tmp_path / "run", **options)
+    if "dataset_name" in options:
+        at = line.index("--instance_data_root")
+        del line[at : at + 2]
+    assert_refused(capsys, lambda: train_cogvideox_lora.main(train_cogvideox_lora.parse_args(line)), parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_cogvideox_checkpoint_is_refused(tiny_checkpoint, tmp_path, train, capsys):
+    assert_refused(
+        capsys, lambda: train("no/such-model", tmp_path / "run"), ["no/such-model: found no model_index.json"]
+    )
+    assert_refused(
+        capsys, lambda: train(tmp_path, tmp_path / "run"), ["found no model_index.json", "THUDM/CogVideoX-2b"]
+    )
+    other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    index = (other / "model_index.json").read_text()
+    (other / "model_index.json").write_text(index.replace("CogVideoXPipeline", "StableDiffusionPipeline"))
+    assert_refused(capsys, lambda: train(other, tmp_path / "run"), ["holds a StableDiffusionPipeline, not a CogVideoX"])
+    broken = shutil.copytree(tiny_checkpoint, tmp_path / "broken")
+    shutil.rmtree(broken / "vae")
+    assert_refused(capsys, lambda: train(broken, tmp_path / "run"), ["the checkpoint is not complete"])
+
+
+def test_an_image_to_video_checkpoint_is_refused_before_its_weights_load(checkpoint_of, tmp_path, train, capsys):
+    assert_refused(capsys, lambda: train(checkpoint_of("5b-I2V"), tmp_path / "run"), ["an image-to-video checkpoint"])
+
+
+def test_a_used_output_directory_is_not_mixed_up(tiny_checkpoint, tmp_path, train, capsys):
+    options = {"max_train_steps": 2, "checkpointing_steps": 1}
+    train(tiny_checkpoint, tmp_path / "run", **options)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    call = lambda: train(tiny_checkpoint, tmp_path / "run", **options)  # noqa: E731
+    assert_refused(
+        capsys, call, ["holds checkpoint-2 and pytorch_lora_weights.safetensors of an earlier run", "latest"]
+    )
+    call = lambda: train(tiny_checkpoint, tmp_path / "run", resume_from_checkpoint="checkpoint-1", **options)  # noqa: E731
+    assert_refused(capsys, call, ["holds checkpoint-2, which is later", "another --output_dir"])
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_full_or_unwritable_cache_folder_ends_in_a_message(tiny_checkpoint, tmp_path, train, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    call = lambda: train(tiny_checkpoint, tmp_path / "run", latents_cache_dir=tmp_path / "file")  # noqa: E731
+    assert_refused(capsys, call, ["cannot write the cache", "--latents_cache_dir"])
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    call = lambda: train(tiny_checkpoint, tmp_path / "run", latents_cache_dir=tmp_path / "full")  # noqa: E731
+    assert_refused(capsys, call, ["cannot write the cache (No space left on device)", "make room"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_stops_decoding_midway_is_named_after_the_others_are_encoded(
+    tiny_checkpoint, tmp_path, train, capsys, monkeypatch
+):
+    folder = make_clips(tmp_path / "clips", count=3)
+    read = dataset.read_frames
+
+    def stop(video, *args):
+        if video.name.startswith("01"):
+            raise RuntimeError("decoder says no")
+        return read(video, *args)
+
+    monkeypatch.setattr(dataset, "read_frames", stop)
+    call = lambda: train(tiny_checkpoint, tmp_path / "run", instance_data_root=folder)  # noqa: E731
+    assert_refused(capsys, call, ["1 problem in the dataset", "line 2: ", "stopped in the middle", "decoder says no"])
+    assert len(list((folder / ".cogvideox_cache" / "latents").iterdir())) == 2
+
+
+def test_exit_code_and_message_of_the_real_command(tmp_path):
+    (tmp_path / "prompt.txt").write_text("a cat\n")
+    (tmp_path / "videos.txt").write_text("a.mp4\n")
+    options = training_options("THUDM/CogVideoX-2b", tmp_path, tmp_path / "run", height=100)
+    command = [sys.executable, ROOT / "train_cogvideox_lora.py", *options]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].endswith("--height 100: must be divisible by 16; nearest is 96")
+
+
+def test_ordinary_mess_works(tiny_checkpoint, tmp_path, train):
+    """Windows files, absolute paths, spaces, other alphabets, every usual rate, portrait, short clips, odd prompts."""
+    folder, elsewhere = tmp_path / "my clips", tmp_path / "anders wo"
+    folder.mkdir()
+    elsewhere.mkdir()
+    made = [
+        ("ein schöner Film.mp4", 24, 32, 96, 128), ("映像.mp4", 25, 32, 128, 96), ("29.97.mp4", 29.97, 40, 96, 128),
+        ("60 fps.mp4", 60, 70, 96, 128), ("short.mp4", 8, 3, 100, 130), ("wide.mp4", 8, 9, 66, 200),
+    ]  # fmt: skip
+    for name, fps, num_frames, height, width in made:
+        where = elsewhere if name.startswith("29") else folder
+        frames = draw_clip("circle", "blue", "up", num_frames, height, width)
+        imageio.mimsave(where / name, frames, fps=fps, macro_block_size=1)
+    videos = [str(elsewhere / name) if name.startswith("29") else name for name, *_ in made]
+    prompts = ["un café, avec: du lait", "一只猫", "a cat ::: no separator here", "'quoted'", '"doubly"', "a" * 3000]
+    (folder / "videos.txt").write_bytes("\ufeff".encode() + "\r\n".join(videos).encode() + b"\r\n")
+    (folder / "prompts.txt").write_bytes("\r\n".join(prompts).encode() + b"\r\n\r\n")
+    rows = train(
+        tiny_checkpoint, tmp_path / "run", instance_data_root=folder, random_flip=True, video_reshape_mode="random"
+    )
+    assert len(rows) == 6 and all(np.isfinite(row["loss"]) for row in rows)

@@ -1,0 +1,163 @@
+"""The options that scripts and people rely on, and the three ways in."""
+
+import os
+import shlex
+import subprocess
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from conftest import ROOT, training_options
+
+import train_cogvideox_lora
+
+# As users have it in their scripts.
+REFERENCE = """
+  --pretrained_model_name_or_path THUDM/CogVideoX-2b --cache_dir ~/.cache --enable_tiling --enable_slicing
+  --instance_data_root ~/disney/ --caption_column prompts.txt --video_column videos.txt
+  --validation_prompt "Mickey with the captain and friends:::Mickey and the bear" --validation_prompt_separator :::
+  --num_validation_videos 1 --validation_epochs 2 --seed 3407 --rank 128 --mixed_precision bf16
+  --output_dir cogvideox-lora-single-gpu --height 480 --width 720 --fps 8 --max_num_frames 49
+  --skip_frames_start 0 --skip_frames_end 0 --train_batch_size 1 --num_train_epochs 10 --checkpointing_steps 500
+  --gradient_accumulation_steps 1 --learning_rate 1e-4 --optimizer AdamW --adam_beta1 0.9 --adam_beta2 0.95
+"""
+
+OPTIONS = """
+  pretrained_model_name_or_path revision variant cache_dir instance_data_root dataset_name caption_column video_column
+  id_token height width fps max_num_frames skip_frames_start skip_frames_end video_reshape_mode random_flip
+  latents_cache_dir dataloader_num_workers enable_tiling enable_slicing rank lora_alpha lora_target_modules seed
+  mixed_precision train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps gradient_checkpointing
+  allow_tf32 optimizer use_8bit_adam learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power
+  adam_beta1 adam_beta2 adam_weight_decay adam_epsilon prodigy_beta3 prodigy_decouple prodigy_use_bias_correction
+  prodigy_safeguard_warmup max_grad_norm validation_prompt validation_prompt_separator num_validation_videos
+  validation_epochs validation_steps guidance_scale use_dynamic_cfg output_dir checkpointing_steps
+  checkpoints_total_limit resume_from_checkpoint logging_steps report_to tracker_name logging_dir push_to_hub
+  hub_model_id hub_token
+"""
+
+
+def parse(*options, **changes):
+    return train_cogvideox_lora.parse_args([*training_options("model", "data", "run", **changes), *options])
+
+
+def test_the_reference_command_means_what_it_meant(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    args = train_cogvideox_lora.parse_args(shlex.split(REFERENCE))
+    assert str(args.instance_data_root) == "/home/someone/disney" and str(args.cache_dir) == "/home/someone/.cache"
+    assert args.optimizer == "adamw" and args.lora_alpha == args.rank == 128
+    assert train_cogvideox_lora.validation_prompts(args) == [
+        "Mickey with the captain and friends",
+        "Mickey and the bear",
+    ]
+
+
+def test_the_options_are_these():
+    assert sorted(vars(parse())) == sorted(OPTIONS.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ("--height 100", ["--height 100", "divisible by 16", "nearest is 96"]),
+        ("--width 90", ["--width 90", "divisible by 16", "nearest is 96"]),
+        ("--max_num_frames 50", ["--max_num_frames 50", "4k + 1", "nearest is 49"]),
+        ("--max_num_frames 0", ["--max_num_frames", "at least 1"]),
+        ("--rank 0", ["--rank", "0: must be a whole number of at least 1"]),
+        ("--rank four", ["--rank", "four"]),
+        ("--lora_alpha 0", ["--lora_alpha 0.0: must be above 0"]),
+        ("--learning_rate -1", ["--learning_rate -1.0: must be above 0"]),
+        ("--skip_frames_start -1", ["--skip_frames_start", "at least 0"]),
+        ("--dataset_name someone/clips", ["--dataset_name", "not allowed with", "--instance_data_root"]),
+        ("--prodigy_decouple", ["--prodigy_", "--optimizer adamw", "pass --optimizer prodigy"]),
+        ("--optimizer prodigy --use_8bit_adam", ["--use_8bit_adam", "--optimizer prodigy"]),
+        ("--lr_warmup_steps 10", ["--lr_warmup_steps", "constant_with_warmup"]),
+        ("--validation_prompt a:::", ["--validation_prompt 'a:::'", "empty"]),
+        ("--video_reshape_mode none", ["--video_reshape_mode", "center"]),
+        ("--height_ 3", ["unrecognized arguments: --height_"]),
+        ("--resume latest", ["unrecognized arguments: --resume"]),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_by_name(capsys, options, parts):
+    with pytest.raises(SystemExit) as stop:
+        parse(*options.split())
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert all(part in message for part in parts), message
+
+
+def test_data_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        train_cogvideox_lora.parse_args(["--pretrained_model_name_or_path", "m"])
+    assert "one of the arguments --instance_data_root --dataset_name is required" in capsys.readouterr().err
+
+
+def launched(tmp_path, script, *options, **environment):
+    """What a launch script gives to `accelerate launch` and to the training script, parsed by both."""
+    fake = tmp_path / "accelerate"
+    fake.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\n')
+    fake.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": "/home/some one"} | environment
+    result = subprocess.run(
+        ["bash", ROOT / script, *options], env=environment, capture_output=True, text=True, check=True
+    )
+    command, *words = result.stdout.splitlines()
+    assert command == "launch"
+    launch = launch_command_parser().parse_args(words)
+    return launch, train_cogvideox_lora.parse_args(launch.training_script_args)
+
+
+def test_the_single_gpu_script_starts_one_process_with_its_defaults(tmp_path):
+    launch, args = launched(tmp_path, "finetune_single_gpu.sh")
+    assert launch.num_processes == 1 and not launch.multi_gpu
+    assert launch.config_file == str(ROOT / "accelerate_config_machine_single.yaml")
+    assert launch.training_script == str(ROOT / "train_cogvideox_lora.py")
+    assert str(args.instance_data_root) == "/home/some one/disney"
+    assert (args.height, args.width, args.max_num_frames, args.rank) == (480, 720, 49, 128)
+
+
+def test_values_of_the_scripts_can_be_overridden_and_options_added(tmp_path):
+    environment = {"MODEL_PATH": "a b/c", "DATASET_PATH": "data set", "OUTPUT_PATH": "out", "CACHE_PATH": "cache"}
+    for script in ("finetune_single_gpu.sh", "finetune_multi_gpus_1.sh"):
+        _, args = launched(tmp_path, script, "--rank", "64", "--id_token", "BW STYLE", **environment)
+        assert args.pretrained_model_name_or_path == "a b/c"
+        assert [str(p) for p in (args.instance_data_root, args.output_dir, args.cache_dir)] == [
+            "data set",
+            "out",
+            "cache",
+        ]
+        assert (args.rank, args.lora_alpha, args.id_token) == (64, 64, "BW STYLE")
+
+
+def test_the_multi_gpu_script_is_one_node_of_eight_by_default_and_counts_over_machines(tmp_path):
+    launch, _ = launched(tmp_path, "finetune_multi_gpus_1.sh")
+    assert (launch.num_machines, launch.num_processes, launch.machine_rank) == (1, 8, 0)
+    launch, args = launched(
+        tmp_path, "finetune_multi_gpus_1.sh", NUM_MACHINES="2", NUM_GPUS="4", MACHINE_RANK="1",
+        MAIN_PROCESS_IP="10.0.0.1", MAIN_PROCESS_PORT="29600",
+    )  # fmt: skip
+    assert (launch.num_machines, launch.num_processes, launch.machine_rank) == (2, 8, 1)
+    assert (launch.main_process_ip, launch.main_process_port) == ("10.0.0.1", 29600)
+    assert launch.config_file == str(ROOT / "accelerate_config_machine_multi.yaml")
+    assert args.rank == 128
+
+
+@pytest.mark.parametrize("name", ["README.md"])
+def test_every_command_of_the_readme_parses(name):
+    """Options of our scripts that stand in a code block of the README are options that they have."""
+    text = (ROOT / name).read_text()
+    blocks = "\n".join(text.split("```")[1::2]).replace("\\\n", " ")
+    commands = [line for line in blocks.splitlines() if "train_cogvideox_lora.py" in line or "finetune_" in line]
+    assert len(commands) >= 4
+    for command in commands:
+        tail = command.split("train_cogvideox_lora.py")[-1] if "train_cogvideox_lora.py" in command else command
+        used = {word[2:].split("=")[0] for word in shlex.split(tail, comments=True) if word.startswith("--")}
+        assert used <= set(OPTIONS.split()), f"{command}: {used - set(OPTIONS.split())}"
+    assert any("--config_file accelerate_config_machine_single.yaml --multi_gpu" in command for command in commands)
+
+
+def test_the_configs_are_accelerate_s(tmp_path):
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    single = ClusterConfig.from_yaml_file(ROOT / "accelerate_config_machine_single.yaml")
+    multi = ClusterConfig.from_yaml_file(ROOT / "accelerate_config_machine_multi.yaml")
+    assert (single.distributed_type, multi.distributed_type) == ("NO", "MULTI_GPU")
+    assert single.num_machines == 1 and single.num_processes == multi.num_processes == 8
