@@ -331,11 +331,10 @@ def update(run: Run, optimizer, micro_batch_losses: Iterator[torch.Tensor]) -> t
 
 def log(run: Run, step: int, loss, grad_norm, learning_rate: float, since: tuple[int, float]) -> dict:
     """Writes one row; `since` is an earlier step and its time, with nothing but updates in between."""
-    loss = run.accelerator.reduce(loss, "mean").item()
-    row = {"step": step, "epoch": round(run.plan.epoch(step), 4), "loss": loss, "lr": learning_rate}
-    row["grad_norm"] = grad_norm.item()
-    row["seconds"] = round((time.perf_counter() - since[1]) / (step - since[0]), 4)
-    row["peak_memory_gib"] = round(checkpoints.peak_memory_gib(), 3)
+    row = {"step": step, "epoch": round(run.plan.epoch(step), 4), "loss": run.accelerator.reduce(loss, "mean").item()}
+    row |= {"lr": learning_rate, "grad_norm": grad_norm.item()}
+    seconds = (time.perf_counter() - since[1]) / (step - since[0])
+    row |= {"seconds": round(seconds, 4), "peak_memory_gib": round(checkpoints.peak_memory_gib(), 3)}
     if run.accelerator.is_main_process:
         checkpoints.append_metrics(run.args.output_dir, row)
     run.accelerator.log({f"train/{name}": value for name, value in row.items() if name != "step"}, step=step)

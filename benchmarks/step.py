@@ -239,6 +239,8 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(result, indent=2))
         if options.output:
             checkpoints.write_json(options.output, result)
+    # Without it torch 2.13 can hang at exit: gloo's thread and the end of DDP wait for each other.
+    run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
 
 
