@@ -82,6 +82,13 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
+def _check_writable(output_dir: Path) -> None:
+    """Before hours of encoding, not after them."""
+    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--output_dir {output_dir}: {there} is no folder that can be written to; choose another")
+
+
 def find_checkpoint(output_dir: Path, resume_from: str | None, fixed: dict) -> Path | None:
     """The checkpoint to go on from; None for a fresh run.
 
@@ -92,6 +99,7 @@ def find_checkpoint(output_dir: Path, resume_from: str | None, fixed: dict) -> P
         FileNotFoundError: the checkpoint asked for is not there.
         ValueError: it was made with other `fixed` options, or the directory holds what a run made that went further.
     """
+    _check_writable(output_dir)
     existing = list_checkpoints(output_dir)
     names = ", ".join(path.name for path in existing) or "no checkpoint"
     if resume_from is None:
@@ -220,9 +228,8 @@ export_to_video(pipe("{prompt}").frames[0], "video.mp4", fps={fps})
 """
 
 
-def create_hub_repo(name: str | Path, token: str | None) -> str:
+def create_hub_repo(name: str, token: str | None) -> str:
     """The full name of the repository, made at the start so that a wrong token is found before training."""
-    name = name if isinstance(name, str) else name.name
     try:
         return create_repo(name, token=token, exist_ok=True).repo_id
     except (OSError, ValueError) as error:

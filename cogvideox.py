@@ -47,8 +47,12 @@ class Checkpoint(NamedTuple):
     transformer: dict
     vae: dict
     scheduler: CogVideoXDDIMScheduler | CogVideoXDPMScheduler
-    hub: dict  # revision and cache_dir, for its files
-    variant: str | None
+    hub: dict  # revision, cache_dir and variant: which files to download
+    folder: Path | None  # with its weights, once they are there
+
+    @property
+    def variant(self) -> str | None:
+        return self.hub["variant"]
 
     @property
     def identity(self) -> dict:
@@ -95,8 +99,8 @@ def read_checkpoint(name: str, revision: str | None = None, variant: str | None 
             transformer=dict(empty_transformer(_config(CogVideoXTransformer3DModel, name, "transformer", hub)).config),
             vae=_config(AutoencoderKLCogVideoX, name, "vae", hub),
             scheduler=SCHEDULERS[index["scheduler"][1]].from_pretrained(name, subfolder="scheduler", **hub),
-            hub=hub,
-            variant=variant,
+            hub=hub | {"variant": variant},
+            folder=local if local.is_dir() else None,
         )
     except (OSError, KeyError) as error:
         raise ValueError(f"{name}: the checkpoint is not complete ({error}); download it again") from error
@@ -127,16 +131,16 @@ def check_text_to_video(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         )
 
 
-def files_folder(checkpoint: Checkpoint) -> Path:
-    """The folder with the checkpoint's files, downloaded first where it is a hub name."""
-    if Path(checkpoint.name).is_dir():
-        return Path(checkpoint.name)
-    return Path(DiffusionPipeline.download(checkpoint.name, variant=checkpoint.variant, **checkpoint.hub))
+def download(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its weights in a folder: downloaded, where it is a hub name."""
+    if checkpoint.folder:
+        return checkpoint
+    return checkpoint._replace(folder=Path(DiffusionPipeline.download(checkpoint.name, **checkpoint.hub)))
 
 
 def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     return CogVideoXTransformer3DModel.from_pretrained(
-        files_folder(checkpoint), subfolder="transformer", dtype=dtype, variant=checkpoint.variant
+        checkpoint.folder, subfolder="transformer", dtype=dtype, variant=checkpoint.variant
     )
 
 
@@ -144,7 +148,7 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> CogVideoXTra
 def loaded_vae(checkpoint: Checkpoint, dtype, device, tiling: bool, slicing: bool) -> Iterator[AutoencoderKLCogVideoX]:
     """The VAE, for the length of a `with` block."""
     vae = AutoencoderKLCogVideoX.from_pretrained(
-        files_folder(checkpoint), subfolder="vae", dtype=dtype, variant=checkpoint.variant
+        checkpoint.folder, subfolder="vae", dtype=dtype, variant=checkpoint.variant
     )
     if tiling:
         # The tile of the published VAEs. diffusers 0.42.1 takes half the size in the VAE's config, and where that is no
@@ -169,7 +173,7 @@ def video_encoder(checkpoint: Checkpoint, dtype, device, tiling: bool, slicing: 
 @contextmanager
 def caption_encoder(checkpoint: Checkpoint, dtype, device) -> Iterator[Callable]:
     """`encode_caption` with a T5 that is in memory for the length of a `with` block."""
-    folder = files_folder(checkpoint)
+    folder = checkpoint.folder
     tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
     text_encoder = T5EncoderModel.from_pretrained(
         folder, subfolder="text_encoder", dtype=dtype, variant=checkpoint.variant
@@ -184,12 +188,12 @@ def caption_encoder(checkpoint: Checkpoint, dtype, device) -> Iterator[Callable]
 
 def vae_fingerprint(checkpoint: Checkpoint, dtype: torch.dtype, tiling: bool) -> str:
     """Tells apart VAEs, and uses of one, that encode differently; slicing does not."""
-    return _fingerprint(files_folder(checkpoint) / "vae", dtype=dtype, tiling=tiling)
+    return _fingerprint(checkpoint.folder / "vae", dtype=dtype, tiling=tiling)
 
 
 def text_fingerprint(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
     """Tells apart text encoders, and uses of one, that encode differently."""
-    folder, max_length = files_folder(checkpoint), checkpoint.transformer["max_text_seq_length"]
+    folder, max_length = checkpoint.folder, checkpoint.transformer["max_text_seq_length"]
     return _fingerprint(folder / "tokenizer") + _fingerprint(folder / "text_encoder", dtype=dtype, length=max_length)
 
 

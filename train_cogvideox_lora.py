@@ -137,6 +137,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     out("--hub_token", help="token for it (default: that of `hf auth login`); never written anywhere")
 
     args = parser.parse_args(argv)
+    args.hub_model_id = args.hub_model_id or args.output_dir.name
     args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
     check_args(args, parser.error)
     return args
@@ -187,22 +188,22 @@ def start(args: argparse.Namespace) -> tuple[Accelerator, dataset.Ranks]:
     accumulation = GradientAccumulationPlugin(args.gradient_accumulation_steps, sync_with_dataloader=False)
     # Ranks without a validation video wait for the others, with 1.5 for more than NCCL's ten minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
             gradient_accumulation_plugin=accumulation,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), patience],
+            kwargs_handlers=[ddp, patience],
         )
     except (ValueError, ImportError) as error:
         raise ValueError(f"{error} (--mixed_precision {args.mixed_precision}, --report_to {args.report_to})") from error
     if args.report_to != "none" and not accelerator.log_with:
         raise ValueError(f"--report_to {args.report_to}: not installed; pip install {args.report_to}, or leave it out")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    return accelerator, dataset.Ranks(
-        accelerator.process_index, accelerator.num_processes, gather_object, accelerator.wait_for_everyone
-    )
+    place = accelerator.process_index, accelerator.num_processes
+    return accelerator, dataset.Ranks(*place, gather_object, accelerator.wait_for_everyone)
 
 
 def _check_gpu_of_this_process() -> None:
@@ -381,16 +382,14 @@ def main(args: argparse.Namespace) -> None:
         # Data: read, checked and encoded, before the transformer comes in.
         accelerator, ranks = start(args)
         dtype = DTYPES[accelerator.mixed_precision]
-        checkpoint = cogvideox.read_checkpoint(
-            args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir
-        )
+        name = args.pretrained_model_name_or_path
+        checkpoint = cogvideox.read_checkpoint(name, args.revision, args.variant, args.cache_dir)
         cogvideox.check_text_to_video(checkpoint, dtype)
         cogvideox.check_lora_targets(checkpoint.transformer, args.lora_target_modules)
         fixed = {name: getattr(args, name) for name in FIXED_BY_A_CHECKPOINT} | {"transformer": checkpoint.identity}
         resume_from = checkpoints.find_checkpoint(args.output_dir, args.resume_from_checkpoint, fixed)
-        hub_repo = args.push_to_hub and checkpoints.create_hub_repo(
-            args.hub_model_id or args.output_dir, args.hub_token
-        )
+        hub_repo = args.push_to_hub and checkpoints.create_hub_repo(args.hub_model_id, args.hub_token)
+        checkpoint = cogvideox.download(checkpoint)
         data = prepare_data(args, accelerator, checkpoint, dtype, ranks)
         plan = dataset.make_plan(
             data.batches_per_epoch(args.train_batch_size), ranks.count * args.gradient_accumulation_steps,

@@ -120,8 +120,8 @@ def random_checkpoint(name: str, num_layers: int | None = None) -> cogvideox.Che
             prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
             clip_sample=False, snr_shift_scale=model.snr_shift_scale,
         ),
-        hub={},
-        variant=None,
+        hub={"variant": None},
+        folder=None,
     )  # fmt: skip
 
 

@@ -140,6 +140,12 @@ def test_a_full_or_unwritable_cache_folder_ends_in_a_message(tiny_checkpoint, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_an_output_directory_that_cannot_be_written_is_told_before_encoding(tiny_checkpoint, tmp_path, train, capsys):
+    (tmp_path / "file").write_text("")
+    call = lambda: train(tiny_checkpoint, tmp_path / "file" / "run")  # noqa: E731
+    assert_refused(capsys, call, [f"--output_dir {tmp_path}/file/run: {tmp_path}/file is no folder"])
+
+
 def test_a_file_that_stops_decoding_midway_is_named_after_the_others_are_encoded(
     tiny_checkpoint, tmp_path, train, capsys, monkeypatch
 ):

@@ -1,6 +1,7 @@
 """The training script end to end, on tiny models: what it leaves behind, and what it must not depend on."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,16 @@ def test_a_tiny_model_overfits_one_clip(tiny_checkpoint, tmp_path, train):
     )  # fmt: skip
     first, last = sum(losses(rows[:4])) / 4, sum(losses(rows[-20:])) / 20
     assert last < first / 2
+
+
+def test_a_hub_name_trains_like_its_folder(tiny_checkpoint, clips, tmp_path, train):
+    """From the download folder, as huggingface_hub lays it out: no test has a network."""
+    snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / ("0" * 40)
+    shutil.copytree(tiny_checkpoint, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    rows = train("someone/tiny", tmp_path / "a", cache_dir=tmp_path / "hub", max_train_steps=2)
+    assert losses(rows) == losses(train(tiny_checkpoint, tmp_path / "b", max_train_steps=2))
 
 
 # ---- strength
