@@ -116,7 +116,7 @@ def empty_transformer(config: dict) -> CogVideoXTransformer3DModel:
         return CogVideoXTransformer3DModel.from_config(config)
 
 
-def check_text_to_video(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+def check_text_to_video(checkpoint: Checkpoint, dtype: torch.dtype, height: int, width: int) -> None:
     """Refuses what text-to-video training cannot do with this checkpoint."""
     config = checkpoint.transformer
     if config["in_channels"] != config["out_channels"]:
@@ -125,9 +125,17 @@ def check_text_to_video(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
             f"{config['out_channels']} output channels), and this script trains text-to-video; "
             "use THUDM/CogVideoX-2b, THUDM/CogVideoX-5b or THUDM/CogVideoX1.5-5B"
         )
-    if config["patch_size_t"] and dtype == torch.float16:
+    if not config["patch_size_t"]:
+        return
+    if dtype == torch.float16:
         raise ValueError(
             f"{checkpoint.name}: CogVideoX 1.5 gives NaN in float16; pass --mixed_precision bf16, or no for float32"
+        )
+    most = [checkpoint.spatial_factor * config[f"sample_{side}"] for side in ("height", "width")]
+    if height > most[0] or width > most[1]:
+        raise ValueError(
+            f"--height {height} --width {width}: the positions of {checkpoint.name} end at {most[0]}x{most[1]} pixels; "
+            "pass at most that"
         )
 
 

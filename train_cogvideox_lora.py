@@ -382,9 +382,10 @@ def main(args: argparse.Namespace) -> None:
         # Data: read, checked and encoded, before the transformer comes in.
         accelerator, ranks = start(args)
         dtype = DTYPES[accelerator.mixed_precision]
-        name = args.pretrained_model_name_or_path
-        checkpoint = cogvideox.read_checkpoint(name, args.revision, args.variant, args.cache_dir)
-        cogvideox.check_text_to_video(checkpoint, dtype)
+        checkpoint = cogvideox.read_checkpoint(
+            args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir
+        )
+        cogvideox.check_text_to_video(checkpoint, dtype, args.height, args.width)
         cogvideox.check_lora_targets(checkpoint.transformer, args.lora_target_modules)
         fixed = {name: getattr(args, name) for name in FIXED_BY_A_CHECKPOINT} | {"transformer": checkpoint.identity}
         resume_from = checkpoints.find_checkpoint(args.output_dir, args.resume_from_checkpoint, fixed)

@@ -165,7 +165,7 @@ def prepare(options: argparse.Namespace) -> tuple[train.Run, torch.optim.Optimiz
     accelerator, ranks = train.start(args)
     dtype = train.DTYPES[accelerator.mixed_precision]
     checkpoint = random_checkpoint(options.model, options.num_layers)
-    cogvideox.check_text_to_video(checkpoint, dtype)
+    cogvideox.check_text_to_video(checkpoint, dtype, args.height, args.width)
     set_seed(args.seed)
     data = random_data(checkpoint, args, dtype)
     plan = dataset.make_plan(

@@ -76,14 +76,18 @@ def test_what_training_feeds_the_transformer_is_what_the_pipeline_feeds_it(
     assert_same_inputs(recorder.calls[0], theirs[0])
 
 
-@pytest.mark.parametrize("variant", ["2b", "5b", "1.5-5B"])
-@pytest.mark.parametrize(("height", "width", "num_frames"), [(64, 96, 9), (64, 64, 17), (48, 96, 1), (96, 80, 25)])
+SIZES = [(64, 96, 9), (64, 64, 17), (48, 96, 1)]
+
+
+@pytest.mark.parametrize(
+    ("variant", "height", "width", "num_frames"),
+    [(variant, *size) for variant in ("2b", "5b", "1.5-5B") for size in SIZES]
+    + [("2b", 96, 80, 25), ("5b", 96, 80, 25)],  # the positions of 1.5 end at the size in its config
+)
 def test_shapes_and_positions_are_those_of_the_text_to_video_pipeline(
     checkpoint_of, variant, height, width, num_frames
 ):
     folder = checkpoint_of(variant)
-    if variant == "1.5-5B" and (height > 64 or width > 96):
-        pytest.skip("the positions of 1.5 end at the size in its config")
     pipeline = CogVideoXPipeline.from_pretrained(folder)
     theirs = record(pipeline.transformer)
     pipeline(
@@ -222,11 +226,13 @@ def test_the_variant_is_read_from_the_configs(checkpoint_of, variant, text, tmp_
     assert text in cogvideox.read_checkpoint(str(tmp_path / "CogVideoX-2b-really")).describe()
 
 
-def test_an_image_to_video_checkpoint_and_1_5_in_float16_are_refused(checkpoint_of):
+def test_what_a_checkpoint_cannot_do_is_refused(checkpoint_of):
     with pytest.raises(ValueError, match="image-to-video checkpoint .8 input channels"):
-        cogvideox.check_text_to_video(cogvideox.read_checkpoint(str(checkpoint_of("5b-I2V"))), torch.bfloat16)
+        cogvideox.check_text_to_video(cogvideox.read_checkpoint(str(checkpoint_of("5b-I2V"))), torch.bfloat16, 64, 96)
     with pytest.raises(ValueError, match="NaN in float16"):
-        cogvideox.check_text_to_video(cogvideox.read_checkpoint(str(checkpoint_of("1.5-5B"))), torch.float16)
+        cogvideox.check_text_to_video(cogvideox.read_checkpoint(str(checkpoint_of("1.5-5B"))), torch.float16, 64, 96)
+    with pytest.raises(ValueError, match="--height 64 --width 112: the positions of .* end at 64x96"):
+        cogvideox.check_text_to_video(cogvideox.read_checkpoint(str(checkpoint_of("1.5-5B"))), torch.bfloat16, 64, 112)
 
 
 def test_encoders_that_encode_differently_have_different_fingerprints(checkpoint_of):
