@@ -124,14 +124,23 @@ def find_checkpoint(output_dir: Path, resume_from: str | None, fixed: dict) -> P
             f"--resume_from_checkpoint {resume_from}: {output_dir} holds {existing[-1].name}, which is later; resume "
             "from latest, or branch off into another --output_dir"
         )
-    saved = _read_state(found)["fixed"]
+    _check_fixed(found, fixed)
+    return found
+
+
+def _check_fixed(checkpoint: Path, fixed: dict) -> None:
+    saved = _read_state(checkpoint)["fixed"]
+    if saved["transformer"] != fixed["transformer"]:
+        raise ValueError(
+            f"--resume_from_checkpoint: {checkpoint.name} was trained on another kind of CogVideoX than that of "
+            "--pretrained_model_name_or_path; pass the one that args.json beside it names"
+        )
     for name, value in fixed.items():
         if saved[name] != value:
             raise ValueError(
-                f"--{name} {value}: {found.name} was trained with {saved[name]}, and resuming continues that; "
+                f"--{name} {value}: {checkpoint.name} was trained with {saved[name]}, and resuming continues that; "
                 f"pass --{name} {saved[name]}, or start a new run in another --output_dir"
             )
-    return found
 
 
 def save_checkpoint(accelerator, output_dir: Path, position: dict, fixed: dict, total_limit: int | None) -> None:

@@ -7,6 +7,7 @@ What differs between checkpoints is read from their configs, never from their na
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -238,6 +239,13 @@ def encode_video(vae: AutoencoderKLCogVideoX, frames: torch.Tensor) -> torch.Ten
 @torch.no_grad()
 def encode_caption(tokenizer, text_encoder: T5EncoderModel, caption: str, max_length: int) -> torch.Tensor:
     """Embeddings [L, D]; the padding is kept and no mask is used, since CogVideoX attends to all L tokens."""
+    length = len(tokenizer(caption, verbose=False).input_ids)
+    if length > max_length:
+        warnings.warn(
+            f"CogVideoX reads {max_length} tokens of a caption; the last {length - max_length} are cut off of: "
+            f"{caption[:60]} ...",
+            stacklevel=2,
+        )
     tokens = tokenizer(caption, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
     return text_encoder(tokens.input_ids.to(text_encoder.device))[0][0]
 

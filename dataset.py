@@ -138,10 +138,10 @@ def read_clips(root: Path, caption_file: str, video_file: str, id_token: str | N
             "line n of the other; add or remove lines until they match"
         )
     prefix = f"{id_token} " if id_token else ""
-    clips = [
+    clips = [  # with a video but no caption too, so that its own problems are told as well
         Clip(root / Path(video).expanduser(), prefix + caption, line)
-        for line, (caption, video) in enumerate(zip(captions, videos), start=1)
-        if caption and video
+        for line, (caption, video) in enumerate(itertools.zip_longest(captions, videos, fillvalue=""), start=1)
+        if video
     ]
     return clips, problems
 

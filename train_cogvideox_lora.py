@@ -366,7 +366,7 @@ def start_records(run: Run) -> None:
     run.accelerator.init_trackers(args.tracker_name, {name: str(value) for name, value in options.items()})
     say(f"{run.checkpoint.describe()}\n{run.data.summary()}")
     clips = plan.batches_per_step * args.train_batch_size
-    say(f"updates {plan.first_step + 1} to {plan.total_steps}, {clips} clips in each; {plan.last_epoch:.4g} epochs")
+    say(f"updates {plan.first_step + 1} to {plan.total_steps}, clips in each: {clips}; epochs: {plan.last_epoch:.4g}")
     if args.max_num_frames % 8 != 1:
         say(f"--max_num_frames {args.max_num_frames} is not 8k + 1: the VAE gives back videos of another length")
     if run.accelerator.is_main_process:

@@ -184,6 +184,14 @@ def test_timesteps_cover_the_schedule_one_per_sample(tiny_checkpoint):
     assert torch.histc(drawn.float(), 10, 0, 1000).min() > 140  # 200 on average
 
 
+def test_a_caption_that_is_too_long_is_cut_with_a_word(tiny_checkpoint):
+    checkpoint = cogvideox.download(cogvideox.read_checkpoint(str(tiny_checkpoint)))
+    with cogvideox.caption_encoder(checkpoint, torch.float32, "cpu") as encode:
+        with pytest.warns(UserWarning, match="the last 75 are cut off of: a circle"):
+            embeds = encode("a circle " * 150)
+        assert embeds.shape == (226, 32)
+
+
 # ---- LoRA
 
 

@@ -89,7 +89,7 @@ def test_problems_of_the_lists_are_all_told_with_file_and_line(tmp_path, prompts
 
 def test_a_blank_line_drops_no_caption_onto_another_video(tmp_path):
     clips, _ = write(tmp_path, "one\n\nthree\n", "a.mp4\nb.mp4\nc.mp4\n")
-    assert [(clip.caption, clip.video.name) for clip in clips] == [("one", "a.mp4"), ("three", "c.mp4")]
+    assert [(clip.caption, clip.video.name) for clip in clips] == [("one", "a.mp4"), ("", "b.mp4"), ("three", "c.mp4")]
 
 
 def test_a_near_file_name_is_named_with_the_option_that_takes_it(tmp_path):

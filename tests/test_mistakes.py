@@ -126,6 +126,13 @@ def test_a_used_output_directory_is_not_mixed_up(tiny_checkpoint, tmp_path, trai
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
+def test_another_checkpoint_cannot_resume_a_run(checkpoint_of, tmp_path, train, capsys):
+    options = {"max_train_steps": 1, "checkpointing_steps": 1}
+    train(checkpoint_of("2b"), tmp_path / "run", **options)
+    call = lambda: train(checkpoint_of("5b"), tmp_path / "run", resume_from_checkpoint="latest", **options)  # noqa: E731
+    assert_refused(capsys, call, ["checkpoint-1 was trained on another kind of CogVideoX", "args.json"])
+
+
 def test_a_full_or_unwritable_cache_folder_ends_in_a_message(tiny_checkpoint, tmp_path, train, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     call = lambda: train(tiny_checkpoint, tmp_path / "run", latents_cache_dir=tmp_path / "file")  # noqa: E731
