@@ -9,6 +9,7 @@ output_dir/
 """
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -21,6 +22,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save
 
 from cogvideox import Checkpoint
+from dataset import publish
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STATE_FILE = "training_state.json"
@@ -45,7 +47,7 @@ def save_lora(transformer, folder: Path, checkpoint: Checkpoint) -> None:
         "cogvideox_transformer": json.dumps(checkpoint.identity),
     }
     weights = {f"transformer.{name}": weight.cpu() for name, weight in get_peft_model_state_dict(transformer).items()}
-    publish_file(folder / LORA_FILE, save(weights, metadata))
+    publish(folder / LORA_FILE, save(weights, metadata))
 
 
 def load_lora(transformer, folder: Path) -> None:
@@ -165,6 +167,13 @@ def save_checkpoint(accelerator, output_dir: Path, position: dict, fixed: dict, 
     accelerator.wait_for_everyone()
 
 
+def load_checkpoint(accelerator, checkpoint: Path) -> None:
+    """Puts weights, optimizer, schedule and random state back; to be called by every rank."""
+    accelerator.load_state(checkpoint)
+    # accelerate counts micro-batches on, but we only stop between updates, and the next may have more of them.
+    accelerator.step = 0
+
+
 def read_position(checkpoint: Path | None) -> dict:
     """Where a run stands: updates done ("step") and micro-batches seen by all ranks ("batches_seen")."""
     state = _read_state(checkpoint) if checkpoint else {"step": 0, "batches_seen": 0}
@@ -178,26 +187,21 @@ def _read_state(checkpoint: Path) -> dict:
 # ---- records ---------------------------------------------------------------------------------------------------------
 
 
-def publish_file(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def write_json(path: Path, content: dict) -> None:
-    publish_file(path, (json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+    publish(path, (json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n").encode())
 
 
-def peak_memory_gib() -> float:
-    """Of the GPU since the start, or of the process where there is none."""
-    if torch.cuda.is_available():
+def peak_memory_gib(device: torch.device) -> float:
+    """Of the GPU since the start, or of the process where it trains on the CPU."""
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def append_metrics(output_dir: Path, row: dict) -> None:
     with open(output_dir / METRICS_FILE, "a", encoding="utf-8") as file:
+        # JSON has no infinity, which a gradient in float16 may have.
+        row = {name: value if math.isfinite(value) else None for name, value in row.items()}
         file.write(json.dumps(row) + "\n")
 
 
@@ -213,7 +217,7 @@ def write_run(output_dir: Path, run: dict, step: int) -> None:
     packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
     write_json(output_dir / "args.json", run | {"versions": {package: version(package) for package in packages}})
     rows = [row for row in read_metrics(output_dir) if row["step"] <= step]
-    publish_file(output_dir / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    publish(output_dir / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 # ---- the hub ---------------------------------------------------------------------------------------------------------
@@ -223,7 +227,7 @@ MODEL_CARD = """---
 ---
 # CogVideoX LoRA
 
-A LoRA for [{base}](https://huggingface.co/{base}), rank {rank}, alpha {alpha}.
+A LoRA for {base}, rank {rank}, alpha {alpha}.
 
 ```python
 import torch
@@ -241,7 +245,7 @@ def create_hub_repo(name: str, token: str | None) -> str:
     """The full name of the repository, made at the start so that a wrong token is found before training."""
     try:
         return create_repo(name, token=token, exist_ok=True).repo_id
-    except (OSError, ValueError) as error:
+    except Exception as error:  # without a network it is one of the HTTP library below, which changes with versions
         raise ValueError(
             f"--push_to_hub: cannot create {name} ({str(error).strip().splitlines()[0]}); log in with `hf auth login`, "
             "or pass --hub_token, or leave --push_to_hub away"
@@ -249,17 +253,18 @@ def create_hub_repo(name: str, token: str | None) -> str:
 
 
 def model_card(repo: str, checkpoint: Checkpoint, options: dict) -> str:
-    tags = ["cogvideox", "lora", "text-to-video"]
-    header = ModelCardData(base_model=checkpoint.name, library_name="diffusers", tags=tags)
+    # The hub refuses a card whose base_model is not one of its own names.
+    base = {"base_model": checkpoint.name} if not Path(checkpoint.name).is_dir() else {}
+    header = ModelCardData(library_name="diffusers", tags=["cogvideox", "lora", "text-to-video"], **base)
     prompt = (options["validation_prompt"] or "a prompt").split(options["validation_prompt_separator"])[0]
     return MODEL_CARD.format(
-        header=header.to_yaml(), base=checkpoint.name, repo=repo, rank=options["rank"], alpha=options["lora_alpha"],
-        prompt=prompt.strip().replace('"', "'"), fps=options["fps"],
+        header=header.to_yaml(), base=checkpoint.name if base else Path(checkpoint.name).name, repo=repo,
+        rank=options["rank"], alpha=options["lora_alpha"], prompt=prompt.strip().replace('"', "'"), fps=options["fps"],
     )  # fmt: skip
 
 
 def push_to_hub(repo: str, output_dir: Path, checkpoint: Checkpoint, options: dict, token: str | None) -> None:
     """Uploads the result, a card and the validation videos; not the checkpoints."""
-    publish_file(output_dir / "README.md", model_card(repo, checkpoint, options).encode())
+    publish(output_dir / "README.md", model_card(repo, checkpoint, options).encode())
     patterns = ["README.md", LORA_FILE, "validation/**", "args.json", METRICS_FILE]
     upload_folder(repo_id=repo, folder_path=output_dir, allow_patterns=patterns, token=token)

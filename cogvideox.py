@@ -84,7 +84,7 @@ def read_checkpoint(name: str, revision: str | None = None, variant: str | None 
         ValueError: it cannot be found, or is no complete CogVideoX checkpoint.
     """
     local = Path(name).expanduser()
-    name = str(local) if local.is_dir() else name
+    name = str(local.resolve()) if local.is_dir() else name
     rule = "--pretrained_model_name_or_path takes a folder, or a hub name such as THUDM/CogVideoX-2b"
     hub = {"revision": revision, "cache_dir": cache_dir}
     try:
@@ -141,10 +141,32 @@ def check_text_to_video(checkpoint: Checkpoint, dtype: torch.dtype, height: int,
 
 
 def download(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with its weights in a folder: downloaded, where it is a hub name."""
-    if checkpoint.folder:
-        return checkpoint
-    return checkpoint._replace(folder=Path(DiffusionPipeline.download(checkpoint.name, **checkpoint.hub)))
+    """The checkpoint with its weights in a folder: downloaded, where it is a hub name.
+
+    Raises:
+        ValueError: a file is missing that would be missed later, or not at all.
+    """
+    if not checkpoint.folder:
+        try:
+            folder = DiffusionPipeline.download(checkpoint.name, **checkpoint.hub)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"{checkpoint.name}: cannot be downloaded ({reason}); try again, what came stays"
+            ) from error
+        checkpoint = checkpoint._replace(folder=Path(folder))
+    for part in ("transformer", "vae", "text_encoder", "tokenizer"):
+        files = list((checkpoint.folder / part).glob("*"))
+        if part == "tokenizer":  # transformers 5 would make one without a vocabulary, and not say so
+            found = any(file.name in ("spiece.model", "tokenizer.json") for file in files)
+        else:
+            weights = [file for file in files if file.suffix in (".safetensors", ".bin")]
+            found = any((checkpoint.variant or "") in file.name and file.stat().st_size > 1024 for file in weights)
+        if not found:
+            kind = f"weights{f' of --variant {checkpoint.variant}' * bool(checkpoint.variant)}"
+            what = "spiece.model" if part == "tokenizer" else kind
+            raise ValueError(f"{checkpoint.folder}: no {what} in {part}/; download the checkpoint again")
+    return checkpoint
 
 
 def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> CogVideoXTransformer3DModel:

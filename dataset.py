@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 decord.logging.set_level(decord.logging.QUIET)
@@ -412,18 +413,25 @@ def cache_latents(
     return problems
 
 
-def write_cached(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Publishes a file that is complete or absent, also when the disk is full or the process is killed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def publish(path: Path, content: bytes) -> None:
+    """Writes a file that is complete or absent, also when the disk is full, the process killed or the power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # Not safetensors' save_file: it reports a full disk as an exception of its own.
-            temporary.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_cached(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Publishes tensors; not by safetensors' save_file, which reports a full disk as an exception of its own."""
+    try:
+        publish(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
     except OSError as error:
         raise ValueError(
             f"{path.parent}: cannot write the cache ({error.strerror}); it takes about 5 MB a clip and 2 MB a caption: "
@@ -437,8 +445,16 @@ def load_prompt_embeds(path: Path) -> torch.Tensor:
 
 def _latents_shape(path: Path) -> tuple[int, ...]:
     """Shape (2c, f, h, w) of cached latents, read from the file's header alone."""
-    with safe_open(path, framework="pt") as file:
-        return tuple(file.get_slice("parameters").get_shape())
+    try:
+        with safe_open(path, framework="pt") as file:
+            return tuple(file.get_slice("parameters").get_shape())
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path}: another process has encoded this, but this machine cannot see it; all machines of a run must "
+            "share the cache: put --latents_cache_dir on a shared disk"
+        ) from error
+    except SafetensorError as error:
+        raise ValueError(f"{path}: this file of the cache is damaged ({error}); delete it, it is made again") from error
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ and epochs; the number decides which clips and which noise it holds, so N ranks,
 
 import argparse
 import contextlib
-import importlib
 import os
 import sys
 import time
@@ -29,21 +28,22 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import SchedulerType
 from tqdm.auto import tqdm
 
 import checkpoints
 import cogvideox
 import dataset
+import optimizers
 import validation
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Restored with the optimizer on resuming, so that another value given then would have no effect.
-FIXED_BY_A_CHECKPOINT = (
-    "rank", "lora_alpha", "lora_target_modules", "optimizer", "use_8bit_adam", "learning_rate", "scale_lr",
-    "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "prodigy_beta3", "prodigy_decouple",
-    "prodigy_use_bias_correction", "prodigy_safeguard_warmup",
+OPTIMIZER_OPTIONS = (
+    "optimizer", "use_8bit_adam", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
+    "prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup",
 )  # fmt: skip
+# What a resumed run must share with its checkpoint: it comes back with the optimizer, or counts the place in the data.
+FIXED = (*OPTIMIZER_OPTIONS, "scale_lr", "rank", "lora_alpha", "lora_target_modules", "seed", "train_batch_size")
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     data("--latents_cache_dir", type=path, metavar="FOLDER", help="default: .cogvideox_cache in the data's folder")
     data("--dataloader_num_workers", type=count, default=0, metavar="N", help="processes that read data; 0: none")
     data("--enable_tiling", action="store_true", help="VAE in tiles: less memory, slower, slightly other latents")
-    data("--enable_slicing", action="store_true", help="VAE one sample at a time: less memory in batches")
+    data("--enable_slicing", action="store_true", help="accepted; the VAE has one clip at a time in any case")
 
     lora = parser.add_argument_group("LoRA").add_argument
     lora("--rank", type=positive, default=128, help="rank of the LoRA matrices")
@@ -97,7 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     optim = parser.add_argument_group("optimizer").add_argument
     optim("--optimizer", type=str.lower, choices=["adamw", "adam", "prodigy"], default="adamw", help="kind")
     optim("--use_8bit_adam", action="store_true", help="adam and adamw with 8-bit state (needs bitsandbytes)")
-    optim("--learning_rate", type=float, default=1e-4, help="peak value; 1.0 for prodigy")
+    optim("--learning_rate", type=float, help="peak value (default: 1e-4; prodigy, which finds its own: 1.0)")
     optim("--scale_lr", action="store_true", help="multiply it by GPUs x accumulation x batch size")
     schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
     optim("--lr_scheduler", choices=schedules, default="constant", help="course of the learning rate")
@@ -125,19 +125,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
 
     out = parser.add_argument_group("output").add_argument
     out("--output_dir", type=path, default=Path("cogvideox-lora"), help="run directory")
-    out("--checkpointing_steps", type=positive, default=500, metavar="N", help="save a checkpoint every N updates")
+    out(
+        "--checkpointing_steps",
+        type=positive,
+        default=500,
+        metavar="N",
+        help="save a checkpoint every N updates and at the end",
+    )
     out("--checkpoints_total_limit", type=positive, metavar="N", help="keep the newest N (default: all)")
     out("--resume_from_checkpoint", metavar="PATH", help="a checkpoint folder, or 'latest' in --output_dir")
     out("--logging_steps", type=positive, default=1, metavar="N", help="log every N updates")
     out("--report_to", default="none", help="tensorboard, wandb, comet_ml, all, or none: metrics.jsonl alone")
     out("--tracker_name", default="cogvideox-lora", help="project name in the tracker")
-    out("--logging_dir", default="logs", help="the tracker's folder in --output_dir")
+    out("--logging_dir", type=path, default="logs", help="the tracker's folder in --output_dir")
     out("--push_to_hub", action="store_true", help="upload the result at the end")
     out("--hub_model_id", help="repository for it (default: the name of --output_dir)")
-    out("--hub_token", help="token for it (default: that of `hf auth login`); never written anywhere")
+    out("--hub_token", help="better HF_TOKEN or `hf auth login`: trackers may log commands")
 
     args = parser.parse_args(argv)
-    args.hub_model_id = args.hub_model_id or args.output_dir.name
+    args.hub_model_id = args.hub_model_id or args.output_dir.absolute().name
+    if args.learning_rate is None:
+        args.learning_rate = 1.0 if args.optimizer == "prodigy" else 1e-4
     args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
     check_args(args, parser.error)
     return args
@@ -171,8 +179,8 @@ def check_args(args: argparse.Namespace, refuse) -> None:
         refuse("--use_8bit_adam: does nothing with --optimizer prodigy; pass --optimizer adamw, or leave it out")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         refuse("--lr_warmup_steps: does nothing with --lr_scheduler constant; pass constant_with_warmup")
-    if not all(validation_prompts(args)):
-        refuse(f"--validation_prompt {args.validation_prompt!r}: a prompt is empty; write one around every separator")
+    if not args.validation_prompt_separator or not all(validation_prompts(args)):
+        refuse(f"--validation_prompt {args.validation_prompt!r}: a prompt or its separator is empty; write both")
 
 
 def validation_prompts(args: argparse.Namespace) -> list[str]:
@@ -261,31 +269,20 @@ def bar(accelerator: Accelerator, items, description: str, unit: str, **options)
 # ---- what is trained -------------------------------------------------------------------------------------------------
 
 
+def read_checkpoint(args: argparse.Namespace, dtype: torch.dtype) -> cogvideox.Checkpoint:
+    """The checkpoint's configs, of which all that is asked for can be had."""
+    checkpoint = cogvideox.read_checkpoint(
+        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir
+    )
+    cogvideox.check_text_to_video(checkpoint, dtype, args.height, args.width)
+    cogvideox.check_lora_targets(checkpoint.transformer, args.lora_target_modules)
+    return checkpoint
+
+
 def make_optimizer(args, weights: list[torch.nn.Parameter], clips_per_step: int) -> torch.optim.Optimizer:
-    options = {"lr": args.learning_rate * (clips_per_step if args.scale_lr else 1), "eps": args.adam_epsilon}
-    options |= {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay}
-    if args.optimizer == "prodigy":
-        names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
-        options |= {name: getattr(args, f"prodigy_{name}") for name in names}
-        return optional("prodigyopt", "--optimizer prodigy").Prodigy(weights, **options)
-    if args.use_8bit_adam:
-        optimizers = optional("bitsandbytes", "--use_8bit_adam").optim
-        return {"adam": optimizers.Adam8bit, "adamw": optimizers.AdamW8bit}[args.optimizer](weights, **options)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer](weights, **options)
-
-
-def optional(package: str, option: str):
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ValueError(f"{option}: needs {package}, which cannot be imported; pip install {package}") from error
-
-
-def make_lr_scheduler(args, optimizer, total_steps: int):
-    warmup = args.lr_warmup_steps
-    if warmup >= max(total_steps, 1):
-        raise ValueError(f"--lr_warmup_steps {warmup}: the run has {total_steps} updates; warm up for fewer of them")
-    return get_scheduler(args.lr_scheduler, optimizer, None, warmup, total_steps, args.lr_num_cycles, args.lr_power)
+    options = {name: getattr(args, name) for name in OPTIMIZER_OPTIONS}
+    options["learning_rate"] *= clips_per_step if args.scale_lr else 1
+    return optimizers.make_optimizer(weights, **options)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -335,7 +332,10 @@ def log(run: Run, step: int, loss, grad_norm, learning_rate: float, since: tuple
     row = {"step": step, "epoch": round(run.plan.epoch(step), 4), "loss": run.accelerator.reduce(loss, "mean").item()}
     row |= {"lr": learning_rate, "grad_norm": grad_norm.item()}
     seconds = (time.perf_counter() - since[1]) / (step - since[0])
-    row |= {"seconds": round(seconds, 4), "peak_memory_gib": round(checkpoints.peak_memory_gib(), 3)}
+    row |= {
+        "seconds": round(seconds, 4),
+        "peak_memory_gib": round(checkpoints.peak_memory_gib(run.accelerator.device), 3),
+    }
     if run.accelerator.is_main_process:
         checkpoints.append_metrics(run.args.output_dir, row)
     run.accelerator.log({f"train/{name}": value for name, value in row.items() if name != "step"}, step=step)
@@ -382,14 +382,12 @@ def main(args: argparse.Namespace) -> None:
         # Data: read, checked and encoded, before the transformer comes in.
         accelerator, ranks = start(args)
         dtype = DTYPES[accelerator.mixed_precision]
-        checkpoint = cogvideox.read_checkpoint(
-            args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir
-        )
-        cogvideox.check_text_to_video(checkpoint, dtype, args.height, args.width)
-        cogvideox.check_lora_targets(checkpoint.transformer, args.lora_target_modules)
-        fixed = {name: getattr(args, name) for name in FIXED_BY_A_CHECKPOINT} | {"transformer": checkpoint.identity}
+        checkpoint = read_checkpoint(args, dtype)
+        fixed = {name: getattr(args, name) for name in FIXED} | {"mixed_precision": accelerator.mixed_precision}
+        fixed["transformer"] = checkpoint.identity
         resume_from = checkpoints.find_checkpoint(args.output_dir, args.resume_from_checkpoint, fixed)
-        hub_repo = args.push_to_hub and checkpoints.create_hub_repo(args.hub_model_id, args.hub_token)
+        make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], 1)  # a missing package or a bad value shows here
+        hub_repo = checkpoints.create_hub_repo(args.hub_model_id, args.hub_token) if args.push_to_hub else None
         checkpoint = cogvideox.download(checkpoint)
         data = prepare_data(args, accelerator, checkpoint, dtype, ranks)
         plan = dataset.make_plan(
@@ -405,14 +403,16 @@ def main(args: argparse.Namespace) -> None:
             transformer.enable_gradient_checkpointing()
         weights = [weight for weight in transformer.parameters() if weight.requires_grad]
         optimizer = make_optimizer(args, weights, plan.batches_per_step * args.train_batch_size)
-        lr_scheduler = make_lr_scheduler(args, optimizer, plan.total_steps)
+        lr_scheduler = optimizers.make_lr_scheduler(
+            optimizer, args.lr_scheduler, args.lr_warmup_steps, plan.total_steps, args.lr_num_cycles, args.lr_power
+        )
 
     # Where to start. The schedule is not prepared: accelerate would advance it once per rank.
     transformer, optimizer = accelerator.prepare(transformer.train(), optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)
     checkpoints.register_lora_hooks(accelerator, checkpoint)
     if resume_from:
-        accelerator.load_state(resume_from)
+        checkpoints.load_checkpoint(accelerator, resume_from)
     run = Run(args, accelerator, ranks, checkpoint, dtype, data, plan, transformer)
     start_records(run)
 
@@ -427,7 +427,7 @@ def main(args: argparse.Namespace) -> None:
             progress.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.2e}", refresh=False)
         lr_scheduler.step()
         progress.update()
-        if saves := step % args.checkpointing_steps == 0:
+        if saves := step % args.checkpointing_steps == 0 or step == plan.total_steps:
             checkpoints.save_checkpoint(accelerator, args.output_dir, plan.position(step), fixed, limit)
         if validates := validation_due(args, plan, step):
             validate(run, step)

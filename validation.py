@@ -50,7 +50,7 @@ def validate(accelerator, ranks, checkpoint, transformer, vae, prompts: dict[str
     if accelerator.is_main_process:
         folder = output_dir / "validation" / f"step-{step:06d}"
         for video in videos:
-            checkpoints.publish_file(folder / video.name, video.mp4)
+            dataset.publish(folder / video.name, video.mp4)
         checkpoints.write_json(folder / "prompts.json", {video.name: video.prompt for video in videos})
         log_videos(accelerator, folder, videos, step)
 

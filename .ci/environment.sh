@@ -1,4 +1,5 @@
-# Sourced by quickstart.sh and run_tests.sh: an activated environment is used as it is, else .venv is made and used.
+# Sourced by quickstart.sh and run_tests.sh: uses the environment that is active, or makes .venv and uses that, and
+# installs the pinned versions into it.
 # Usage: . .ci/environment.sh requirements.txt
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
   [ -x .venv/bin/pip ] || python3 -m venv .venv

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import checkpoints
 import cogvideox
 import dataset
+import optimizers
 import train_cogvideox_lora as train
 
 # Options of the training script that are passed on to it.
@@ -179,7 +180,7 @@ def prepare(options: argparse.Namespace) -> tuple[train.Run, torch.optim.Optimiz
         transformer.enable_gradient_checkpointing()
     weights = [weight for weight in transformer.parameters() if weight.requires_grad]
     optimizer = train.make_optimizer(args, weights, plan.batches_per_step * args.train_batch_size)
-    lr_scheduler = train.make_lr_scheduler(args, optimizer, plan.total_steps)
+    lr_scheduler = optimizers.make_lr_scheduler(optimizer, "constant", 0, plan.total_steps, 1, 1.0)
     transformer, optimizer = accelerator.prepare(transformer.train(), optimizer)
     return train.Run(args, accelerator, ranks, checkpoint, dtype, data, plan, transformer), optimizer, lr_scheduler
 
@@ -222,7 +223,7 @@ def report(run: train.Run, options: argparse.Namespace, seconds: list[float], lo
         "seconds_of_each_step": [round(value, 4) for value in measured],
         "first_step_seconds": round(seconds[0], 4),
         "tokens_per_second": round(tokens * clips / median, 1),
-        "peak_memory_gib": round(checkpoints.peak_memory_gib(), 3),
+        "peak_memory_gib": round(checkpoints.peak_memory_gib(device), 3),
         "losses": losses[options.warmup :],
     }
 

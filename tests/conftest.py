@@ -16,8 +16,10 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps its state for the whole process; a test must not see that of another."""
+def fresh_accelerate(request, monkeypatch):
+    """Accelerate keeps its state for the whole process; a test must not see that of another, nor a GPU unasked."""
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -41,4 +41,4 @@ cogvideox.sample_latents = lambda parameters, *others: sample_latents(parameters
 options = ["--pretrained_model_name_or_path", checkpoint, "--instance_data_root", str(folder), "--rank", "4"]
 options += ["--output_dir", str(folder / "run"), "--max_train_steps", updates, "--train_batch_size", "8"]
 train_cogvideox_lora.main(train_cogvideox_lora.parse_args([*options, "--mixed_precision", "no"]))
-print(checkpoints.peak_memory_gib())
+print(checkpoints.peak_memory_gib(torch.device("cpu")))

@@ -104,9 +104,27 @@ def test_a_folder_that_is_no_cogvideox_checkpoint_is_refused(tiny_checkpoint, tm
     index = (other / "model_index.json").read_text()
     (other / "model_index.json").write_text(index.replace("CogVideoXPipeline", "StableDiffusionPipeline"))
     assert_refused(capsys, lambda: train(other, tmp_path / "run"), ["holds a StableDiffusionPipeline, not a CogVideoX"])
-    broken = shutil.copytree(tiny_checkpoint, tmp_path / "broken")
-    shutil.rmtree(broken / "vae")
-    assert_refused(capsys, lambda: train(broken, tmp_path / "run"), ["the checkpoint is not complete"])
+    for missing, message in {
+        "vae": "the checkpoint is not complete",
+        "transformer/diffusion_pytorch_model.safetensors": "no weights in transformer/; download the checkpoint again",
+        "text_encoder/model.safetensors": "no weights in text_encoder/; download",
+        "tokenizer/spiece.model": "no spiece.model in tokenizer/; download",
+    }.items():
+        broken = shutil.copytree(tiny_checkpoint, tmp_path / missing.replace("/", "-"))
+        shutil.rmtree(broken / missing) if (broken / missing).is_dir() else (broken / missing).unlink()
+        assert_refused(capsys, lambda: train(broken, tmp_path / "run"), [message])  # noqa: B023 - called at once
+    call = lambda: train(tiny_checkpoint, tmp_path / "run", variant="fp16")  # noqa: E731
+    assert_refused(capsys, call, ["no weights of --variant fp16 in transformer/"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_file_of_the_cache_is_named(tiny_checkpoint, tmp_path, train, capsys):
+    folder = make_clips(tmp_path / "clips", count=1)
+    train(tiny_checkpoint, tmp_path / "a", instance_data_root=folder, max_train_steps=1)
+    (path,) = (folder / ".cogvideox_cache" / "latents").iterdir()
+    path.write_bytes(b"x")
+    call = lambda: train(tiny_checkpoint, tmp_path / "b", instance_data_root=folder)  # noqa: E731
+    assert_refused(capsys, call, [f"{path}: this file of the cache is damaged", "delete it"])
 
 
 def test_an_image_to_video_checkpoint_is_refused_before_its_weights_load(checkpoint_of, tmp_path, train, capsys):
@@ -138,10 +156,10 @@ def test_a_full_or_unwritable_cache_folder_ends_in_a_message(tiny_checkpoint, tm
     call = lambda: train(tiny_checkpoint, tmp_path / "run", latents_cache_dir=tmp_path / "file")  # noqa: E731
     assert_refused(capsys, call, ["cannot write the cache", "--latents_cache_dir"])
 
-    def full(path, content):
+    def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    monkeypatch.setattr("os.fsync", full)
     call = lambda: train(tiny_checkpoint, tmp_path / "run", latents_cache_dir=tmp_path / "full")  # noqa: E731
     assert_refused(capsys, call, ["cannot write the cache (No space left on device)", "make room"])
     assert not (tmp_path / "run").exists()

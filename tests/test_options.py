@@ -50,6 +50,12 @@ def test_the_reference_command_means_what_it_meant(monkeypatch):
     ]
 
 
+def test_prodigy_gets_the_learning_rate_that_it_is_made_for():
+    line = ["--pretrained_model_name_or_path", "m", "--instance_data_root", "d"]
+    assert train_cogvideox_lora.parse_args(line).learning_rate == 1e-4
+    assert train_cogvideox_lora.parse_args([*line, "--optimizer", "prodigy"]).learning_rate == 1.0
+
+
 def test_the_options_are_these():
     assert sorted(vars(parse())) == sorted(OPTIONS.split())
 
@@ -71,6 +77,7 @@ def test_the_options_are_these():
         ("--optimizer prodigy --use_8bit_adam", ["--use_8bit_adam", "--optimizer prodigy"]),
         ("--lr_warmup_steps 10", ["--lr_warmup_steps", "constant_with_warmup"]),
         ("--validation_prompt a:::", ["--validation_prompt 'a:::'", "empty"]),
+        ("--validation_prompt a --validation_prompt_separator=", ["--validation_prompt 'a'", "separator is empty"]),
         ("--video_reshape_mode none", ["--video_reshape_mode", "center"]),
         ("--height_ 3", ["unrecognized arguments: --height_"]),
         ("--resume latest", ["unrecognized arguments: --resume"]),

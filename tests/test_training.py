@@ -50,7 +50,7 @@ def test_the_reference_command_leaves_videos_checkpoints_metrics_and_the_lora(ti
     assert [row["step"] for row in rows] == list(range(1, 25))
     assert set(rows[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "seconds", "peak_memory_gib"}
     assert rows[-1]["epoch"] == 4
-    assert [path.name for path in checkpoints.list_checkpoints(run)] == ["checkpoint-10", "checkpoint-20"]
+    assert [path.name for path in checkpoints.list_checkpoints(run)] == [f"checkpoint-{n}" for n in (10, 20, 24)]
     assert (run / "checkpoint-20" / LORA_FILE).is_file() and (run / LORA_FILE).is_file()
     for step in (12, 24):
         folder = run / "validation" / f"step-{step:06d}"
@@ -228,7 +228,7 @@ def test_a_checkpoint_is_complete_or_absent(tiny_checkpoint, clips, tmp_path, tr
         tiny_checkpoint, tmp_path / "run", resume_from_checkpoint="latest", checkpoints_total_limit=1, **RESUMABLE
     )
     assert [row["step"] for row in rows] == list(range(1, 8))
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")] == ["checkpoint-6"]
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")] == ["checkpoint-7"]
     assert not list((tmp_path / "run").glob(".*"))
 
 
@@ -247,6 +247,28 @@ def test_the_new_checkpoint_is_complete_before_an_old_one_goes(tiny_checkpoint, 
         ("checkpoint-1", ["checkpoint-1", "checkpoint-2", "checkpoint-3"]),
         ("checkpoint-2", ["checkpoint-2", "checkpoint-3", "checkpoint-4"]),
     ]
+
+
+def test_a_finished_run_can_be_extended(tiny_checkpoint, tmp_path, train):
+    straight = train(tiny_checkpoint, tmp_path / "a", max_train_steps=5)
+    train(tiny_checkpoint, tmp_path / "b", max_train_steps=3)
+    longer = train(tiny_checkpoint, tmp_path / "b", max_train_steps=5, resume_from_checkpoint="latest")
+    assert losses(longer) == losses(straight)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3, 4])
+def test_a_resumed_run_may_have_updates_of_another_size(tiny_checkpoint, tmp_path, train, accumulation):
+    """The clips and their noise go on where they were, now in other portions, and every portion counts in full."""
+    train(tiny_checkpoint, tmp_path / "run", max_train_steps=3, gradient_accumulation_steps=2)
+    rows = train(
+        tiny_checkpoint, tmp_path / "run", max_train_steps=5, gradient_accumulation_steps=accumulation,
+        resume_from_checkpoint="latest",
+    )  # fmt: skip
+    assert [row["epoch"] for row in rows[3:]] == pytest.approx([(6 + n * accumulation) / 6 for n in (1, 2)], abs=1e-4)
+    one_by_one = train(tiny_checkpoint, tmp_path / "single", max_train_steps=14, learning_rate=1e-30)
+    still = [row["loss"] for row in one_by_one[6 : 6 + accumulation]]
+    assert rows[3]["loss"] == pytest.approx(sum(still) / accumulation, rel=0.05)
+    assert rows[3]["grad_norm"] > 0
 
 
 def test_a_run_branches_off_from_a_checkpoint_of_another(tiny_checkpoint, tmp_path, train):
