@@ -83,6 +83,18 @@ def test_killed_ranks_that_resume_equal_a_straight_run(two_ranks, tiny_checkpoin
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_two_ranks_go_on_where_one_rank_was_with_updates_of_another_size(tiny_checkpoint, clips, tmp_path, train):
+    """Six micro-batches by one rank, then portions of four by two: the same sequence of clips and noise."""
+    options = {"checkpointing_steps": 3, "learning_rate": 1e-30}  # still weights: a loss depends on its clips alone
+    train(tiny_checkpoint, tmp_path / "run", max_train_steps=3, gradient_accumulation_steps=2, **options)
+    later = {"max_train_steps": 5, "gradient_accumulation_steps": 2, "resume_from_checkpoint": "latest"}
+    line = training_options(tiny_checkpoint, clips, tmp_path / "run", **options | later)
+    torchrun(ROOT / "train_cogvideox_lora.py", *line)
+    singles = [row["loss"] for row in train(tiny_checkpoint, tmp_path / "one", max_train_steps=14, **options)]
+    expected = [sum(singles[first : first + 4]) / 4 for first in (6, 10)]
+    assert [row["loss"] for row in rows_of(tmp_path / "run")[3:]] == pytest.approx(expected, rel=1e-4)
+
+
 def test_accelerate_launch_with_the_multi_config_does_what_torchrun_does(two_ranks, tiny_checkpoint, clips, tmp_path):
     folder, _ = two_ranks
     options = training_options(tiny_checkpoint, clips, tmp_path / "run", gradient_accumulation_steps=2, **RUN)
