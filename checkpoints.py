@@ -137,12 +137,15 @@ def _check_fixed(checkpoint: Path, fixed: dict) -> None:
             f"--resume_from_checkpoint: {checkpoint.name} was trained on another kind of CogVideoX than that of "
             "--pretrained_model_name_or_path; pass the one that args.json beside it names"
         )
-    for name, value in fixed.items():
-        if saved[name] != value:
-            raise ValueError(
-                f"--{name} {value}: {checkpoint.name} was trained with {saved[name]}, and resuming continues that; "
-                f"pass --{name} {saved[name]}, or start a new run in another --output_dir"
-            )
+    others = [
+        f"--{name} {value}: {checkpoint.name} was trained with {saved[name]}"
+        for name, value in fixed.items()
+        if saved[name] != value
+    ]
+    if others:
+        raise ValueError(
+            f"{'; '.join(others)}. Resuming continues that: pass the same, or start a new run in another --output_dir"
+        )
 
 
 def save_checkpoint(accelerator, output_dir: Path, position: dict, fixed: dict, total_limit: int | None) -> None:

@@ -165,7 +165,7 @@ def _read_list(root: Path, name: str, option: str) -> tuple[list[str], list[str]
     if not lines:
         return [], [f"{name}: the file is empty; write one line per clip"]
     blank = [
-        f"{name}:{number}: blank line; write the missing line, or delete line {number} in both lists"
+        f"{name}:{number}: blank line; write what is missing, or delete it, in the other list too if it has its pair"
         for number, line in enumerate(lines, start=1)
         if not line
     ]
@@ -508,6 +508,12 @@ class Plan(NamedTuple):
     @property
     def last_epoch(self) -> float:
         return self.epoch(self.total_steps)
+
+    def summary(self, batch_size: int) -> str:
+        if self.first_step >= self.total_steps:
+            return f"all {self.total_steps} updates are done already; ask for more epochs or updates to go on"
+        clips, epochs = self.batches_per_step * batch_size, self.last_epoch
+        return f"updates {self.first_step + 1} to {self.total_steps}, clips in each: {clips}, epochs: {epochs:.4g}"
 
     def ends_epochs(self, step: int, every: int) -> bool:
         """Whether the update passes the end of epoch `every`, 2 * `every`, ..."""

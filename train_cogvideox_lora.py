@@ -12,6 +12,7 @@ import contextlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
@@ -50,7 +51,8 @@ FIXED = (*OPTIMIZER_OPTIONS, "scale_lr", "rank", "lora_alpha", "lora_target_modu
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PLR0915 - a statement per option
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="%(prog)s OPTIONS (see --help)", allow_abbrev=False)
+    parser.description = __doc__.split("\n")[0]
     count, positive, path = _at_least(0), _at_least(1), lambda text: Path(text).expanduser()
     model = parser.add_argument_group("model").add_argument
     model("--pretrained_model_name_or_path", required=True, metavar="NAME", help="CogVideoX folder or hub name")
@@ -196,6 +198,7 @@ def start(args: argparse.Namespace) -> tuple[Accelerator, dataset.Ranks]:
     accumulation = GradientAccumulationPlugin(args.gradient_accumulation_steps, sync_with_dataloader=False)
     # Ranks without a validation video wait for the others, with 1.5 for more than NCCL's ten minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.11 has no other name for it
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     try:
         accelerator = Accelerator(
@@ -256,9 +259,7 @@ def prepare_data(args, accelerator, checkpoint: cogvideox.Checkpoint, dtype, ran
         text_encoder=dataset.Encoder(
             cogvideox.text_fingerprint(checkpoint, dtype), partial(cogvideox.caption_encoder, checkpoint, dtype, device)
         ),
-        num_workers=args.dataloader_num_workers,
-        progress=partial(bar, accelerator),
-        ranks=ranks,
+        num_workers=args.dataloader_num_workers, progress=partial(bar, accelerator), ranks=ranks,
     )  # fmt: skip
 
 
@@ -364,9 +365,7 @@ def start_records(run: Run) -> None:
     args, plan, say = run.args, run.plan, run.accelerator.print
     options = {name: value for name, value in vars(args).items() if name != "hub_token"}
     run.accelerator.init_trackers(args.tracker_name, {name: str(value) for name, value in options.items()})
-    say(f"{run.checkpoint.describe()}\n{run.data.summary()}")
-    clips = plan.batches_per_step * args.train_batch_size
-    say(f"updates {plan.first_step + 1} to {plan.total_steps}, clips in each: {clips}; epochs: {plan.last_epoch:.4g}")
+    say(f"{run.checkpoint.describe()}\n{run.data.summary()}\n{plan.summary(args.train_batch_size)}")
     if args.max_num_frames % 8 != 1:
         say(f"--max_num_frames {args.max_num_frames} is not 8k + 1: the VAE gives back videos of another length")
     if run.accelerator.is_main_process:

@@ -40,7 +40,7 @@ def test_all_problems_of_a_dataset_are_told_together_before_a_model_loads(
         monkeypatch.setattr(f"cogvideox.{name}", lambda *_: pytest.fail("a model was loaded"))
     parts = [
         "9 problems in the dataset, nothing is trained",
-        "videos.txt:6: blank line; write the missing line",
+        "videos.txt:6: blank line; write what is missing",
         "prompts.txt has 10 lines and videos.txt 9",
         "line 2: ", "missing.mp4: no such file",
         "line 3: ", "empty.mp4: the file is empty",
