@@ -9,6 +9,7 @@ import sys
 import imageio.v3 as iio
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT, training_options
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from make_example import make_clips
@@ -122,13 +123,23 @@ def test_a_tiny_model_overfits_one_clip(tiny_checkpoint, tmp_path, train):
     assert last < first / 2
 
 
-def test_a_hub_name_trains_like_its_folder(tiny_checkpoint, clips, tmp_path, train):
-    """From the download folder, as huggingface_hub lays it out: no test has a network."""
-    snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / ("0" * 40)
-    shutil.copytree(tiny_checkpoint, snapshot)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
-    rows = train("someone/tiny", tmp_path / "a", cache_dir=tmp_path / "hub", max_train_steps=2)
+def downloaded(source, cache, name):
+    """`source` as huggingface_hub lays a download out: no test has a network."""
+    snapshot = cache / name / "snapshots" / ("0" * 40)
+    shutil.copytree(source, snapshot)
+    (cache / name / "refs").mkdir()
+    (cache / name / "refs" / "main").write_text("0" * 40)
+
+
+def test_hub_names_train_like_folders(tiny_checkpoint, clips, tmp_path, train):
+    downloaded(tiny_checkpoint, tmp_path / "hub", "models--someone--tiny")
+    downloaded(clips, tmp_path / "hub", "datasets--someone--clips")
+    line = training_options("someone/tiny", "-", tmp_path / "a", cache_dir=tmp_path / "hub", max_train_steps=2)
+    at = line.index("--instance_data_root")
+    line[at : at + 2] = ["--dataset_name", "someone/clips"]
+    train_cogvideox_lora.main(train_cogvideox_lora.parse_args(line))
+    rows = checkpoints.read_metrics(tmp_path / "a")
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert losses(rows) == losses(train(tiny_checkpoint, tmp_path / "b", max_train_steps=2))
 
 
