@@ -232,7 +232,8 @@ def explained():
         rank = int(os.environ.get("RANK", 0))
         message = f"{Path(__file__).name}: error: {error}" if rank == 0 else f"[rank {rank}] {error}".splitlines()[0]
         print(message, file=sys.stderr, flush=True)
-        sys.exit(2)
+        leave = os._exit if torch.distributed.is_initialized() else sys.exit  # gloo's threads can abort a normal end
+        leave(2)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
