@@ -20,6 +20,7 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
@@ -30,6 +31,7 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from diffusers.training_utils import cast_training_params
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
+from PIL import Image
 from transformers import AutoTokenizer, T5EncoderModel
 
 SCHEDULERS = {"CogVideoXDDIMScheduler": CogVideoXDDIMScheduler, "CogVideoXDPMScheduler": CogVideoXDPMScheduler}
@@ -60,13 +62,25 @@ class Checkpoint(NamedTuple):
         return {field: self.transformer[field] for field in IDENTITY}
 
     @property
+    def takes_image(self) -> bool:
+        """Whether the latents of a first image stand beside those of the noisy video."""
+        return self.transformer["in_channels"] == 2 * self.transformer["out_channels"]
+
+    @property
     def spatial_factor(self) -> int:
         """Pixels per latent, 8."""
         return 2 ** (len(self.vae["block_out_channels"]) - 1)
 
+    @property
+    def fixed_size(self) -> tuple[int, int, int] | None:
+        """Frames, height and width of every clip, where learned positions allow no others."""
+        config = self.transformer
+        sides = (self.spatial_factor * config[f"sample_{side}"] for side in ("height", "width"))
+        return (config["sample_frames"], *sides) if config["use_learned_positional_embeddings"] else None
+
     def describe(self) -> str:
         config = self.transformer
-        task = "text-to-video" if config["in_channels"] == config["out_channels"] else "image-to-video"
+        task = "image-to-video" if self.takes_image else "text-to-video"
         positions = "rotary" if config["use_rotary_positional_embeddings"] else "sin-cos"
         return (
             f"CogVideoX {task}, {config['num_layers']} layers of {config['num_attention_heads']} heads, "
@@ -117,25 +131,39 @@ def empty_transformer(config: dict) -> CogVideoXTransformer3DModel:
         return CogVideoXTransformer3DModel.from_config(config)
 
 
-def check_text_to_video(checkpoint: Checkpoint, dtype: torch.dtype, height: int, width: int) -> None:
-    """Refuses what text-to-video training cannot do with this checkpoint."""
-    config = checkpoint.transformer
-    if config["in_channels"] != config["out_channels"]:
+def check_training(
+    checkpoint: Checkpoint, dtype: torch.dtype, num_frames: int, height: int, width: int, image_options: list[str]
+) -> None:
+    """Refuses what this checkpoint cannot be trained on.
+
+    Args:
+        image_options: those that were given, which text-to-video has no use for.
+    """
+    config, name = checkpoint.transformer, checkpoint.name
+    channels = f"{config['in_channels']} input channels for {config['out_channels']} output channels"
+    if not checkpoint.takes_image and config["in_channels"] != config["out_channels"]:
         raise ValueError(
-            f"{checkpoint.name}: an image-to-video checkpoint ({config['in_channels']} input channels for "
-            f"{config['out_channels']} output channels), and this script trains text-to-video; "
-            "use THUDM/CogVideoX-2b, THUDM/CogVideoX-5b or THUDM/CogVideoX1.5-5B"
+            f"{name}: {channels}: neither text-to-video nor image-to-video, which are what can be trained; use another"
+        )
+    if image_options and not checkpoint.takes_image:
+        raise ValueError(
+            f"{', '.join(image_options)}: {name} is a text-to-video checkpoint ({channels}) and sees no image; leave "
+            "the option out, or use an image-to-video one such as THUDM/CogVideoX-5b-I2V"
+        )
+    if checkpoint.fixed_size not in (None, (num_frames, height, width)):
+        frames, *size = checkpoint.fixed_size
+        raise ValueError(
+            f"--max_num_frames {num_frames} --height {height} --width {width}: {name} has learned positions for "
+            f"{frames} frames of {size[0]}x{size[1]} pixels alone; pass those"
         )
     if not config["patch_size_t"]:
         return
     if dtype == torch.float16:
-        raise ValueError(
-            f"{checkpoint.name}: CogVideoX 1.5 gives NaN in float16; pass --mixed_precision bf16, or no for float32"
-        )
+        raise ValueError(f"{name}: CogVideoX 1.5 gives NaN in float16; pass --mixed_precision bf16, or no for float32")
     most = [checkpoint.spatial_factor * config[f"sample_{side}"] for side in ("height", "width")]
     if height > most[0] or width > most[1]:
         raise ValueError(
-            f"--height {height} --width {width}: the positions of {checkpoint.name} end at {most[0]}x{most[1]} pixels; "
+            f"--height {height} --width {width}: the positions of {name} end at {most[0]}x{most[1]} pixels; "
             "pass at most that"
         )
 
@@ -202,6 +230,18 @@ def video_encoder(checkpoint: Checkpoint, dtype, device, tiling: bool, slicing: 
 
 
 @contextmanager
+def image_encoder(checkpoint: Checkpoint, dtype, device, tiling: bool) -> Iterator[Callable | None]:
+    """`encode_images` with the encoder half of a VAE, for the length of a `with` block; None for text-to-video."""
+    if not checkpoint.takes_image:
+        yield None
+        return
+    with loaded_vae(checkpoint, dtype, device, tiling, slicing=False) as vae:
+        vae.decoder.to("meta")
+        torch.cuda.empty_cache()
+        yield partial(encode_images, vae)
+
+
+@contextmanager
 def caption_encoder(checkpoint: Checkpoint, dtype, device) -> Iterator[Callable]:
     """`encode_caption` with a T5 that is in memory for the length of a `with` block."""
     folder = checkpoint.folder
@@ -256,6 +296,12 @@ def encode_video(vae: AutoencoderKLCogVideoX, frames: torch.Tensor) -> torch.Ten
     video = frames.to(vae.device).permute(3, 0, 1, 2)[None]  # [1, C, F, H, W]
     video = (video.float() / 127.5 - 1).to(vae.dtype)
     return vae.encode(video).latent_dist.parameters[0]
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKLCogVideoX, images: torch.Tensor) -> torch.Tensor:
+    """Parameters of the latents' distribution [B, 2c, 1, h, w] for images [B, H, W, C] in [-1, 1]."""
+    return vae.encode(images.permute(0, 3, 1, 2)[:, :, None].to(vae.dtype)).latent_dist.parameters
 
 
 @torch.no_grad()
@@ -331,7 +377,9 @@ def add_lora(transformer: CogVideoXTransformer3DModel, rank: int, alpha: float, 
     cast_training_params(transformer, dtype=torch.float32)
 
 
-def velocity_loss(transformer, scheduler, latents, prompt_embeds, rotary, generator, dtype) -> torch.Tensor:
+def velocity_loss(
+    transformer, scheduler, latents, prompt_embeds, rotary, generator, dtype, image_latents=None, ofs=None
+) -> torch.Tensor:
     """Mean squared error between predicted and true velocity v = sqrt(a) noise - sqrt(1 - a) x0.
 
     Salimans & Ho 2022 (arXiv:2202.00512), appendix D. Noise and timesteps are drawn here, one timestep per sample.
@@ -342,35 +390,75 @@ def velocity_loss(transformer, scheduler, latents, prompt_embeds, rotary, genera
         rotary: tables from `rotary_embedding`, or None.
         generator: on the latents' device.
         dtype: that the transformer computes in.
+        image_latents: from `condition_on_images`, [B, f, c, h, w], or None.
+        ofs: CogVideoX 1.5's further conditioning number, [1], or None.
     """
     noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
     timesteps = torch.randint(
         0, scheduler.config.num_train_timesteps, latents.shape[:1], generator=generator, device=latents.device
     )
+    hidden_states = scheduler.add_noise(latents, noise, timesteps)
+    if image_latents is not None:
+        hidden_states = torch.cat([hidden_states, image_latents], dim=2)  # [B, f, 2c, h, w]
     predicted_velocity = transformer(
-        hidden_states=scheduler.add_noise(latents, noise, timesteps).to(dtype),
+        hidden_states=hidden_states.to(dtype),
         encoder_hidden_states=prompt_embeds.to(dtype),
         timestep=timesteps,
+        ofs=ofs,
         image_rotary_emb=rotary,
         return_dict=False,
     )[0]
     return F.mse_loss(predicted_velocity.float(), scheduler.get_velocity(latents, noise, timesteps))
 
 
-def training_loss(checkpoint: Checkpoint, transformer, batch: dict, generator, dtype) -> torch.Tensor:
+def noisy_images(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Images [B, H, W, C] in [-1, 1] plus noise, its scale exp(N(-3, 0.5)) drawn for each, as in pre-training.
+
+    Blattmann et al. 2023 (arXiv:2311.15127) for Stable Video Diffusion, which CogVideoX follows.
+    """
+    device = images.device
+    scale = torch.exp(torch.randn(len(images), 1, 1, 1, generator=generator, device=device) * 0.5 - 3.0)
+    return images + scale * torch.randn(images.shape, generator=generator, device=device)
+
+
+def condition_on_images(checkpoint, encode: Callable, images, num_latent_frames: int, generator) -> torch.Tensor:
+    """Latents [B, f, c, h, w] of the images in the first of f frames, zeros in the others; float32.
+
+    Noise is added before the encoding, and the VAE is not linear, so that no cached encoding could stand for it: one
+    image is encoded per clip and step. One in twenty is dropped whole, so that the model does not lean on it alone.
+
+    Args:
+        encode: from `image_encoder`.
+        images: uint8 [B, H, W, C].
+    """
+    images = noisy_images(images.float() / 127.5 - 1, generator)
+    kept = torch.rand(len(images), 1, 1, 1, 1, generator=generator, device=images.device) >= 0.05
+    factor = checkpoint.vae["scaling_factor"]
+    if checkpoint.vae.get("invert_scale_latents"):  # as CogVideoX1.5-5B-I2V was trained
+        factor = 1 / factor
+    latents = sample_latents(encode(images), factor, generator) * kept  # [B, 1, c, h, w]
+    return F.pad(latents, (0, 0, 0, 0, 0, 0, 0, num_latent_frames - 1))
+
+
+def training_loss(checkpoint: Checkpoint, transformer, batch: dict, generator, dtype, encode=None) -> torch.Tensor:
     """Velocity loss of a batch from the cache; all that is random in it comes from `generator`, on whose device it is.
 
     Args:
-        batch: "parameters" [B, 2c, f, h, w] of the latents' distribution, "prompt_embeds" [B, L, D].
+        batch: "parameters" [B, 2c, f, h, w] of the latents' distribution, "prompt_embeds" [B, L, D]; for
+            image-to-video also "image", uint8 [B, H, W, C].
+        encode: from `image_encoder`.
     """
-    device = generator.device
-    parameters = batch["parameters"].to(device, non_blocking=True)
-    latents = sample_latents(parameters, checkpoint.vae["scaling_factor"], generator)  # [B, f, c, h, w]
-    latents = pad_latent_frames(latents, checkpoint.transformer["patch_size_t"])
+    device, config = generator.device, checkpoint.transformer
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    latents = sample_latents(batch["parameters"], checkpoint.vae["scaling_factor"], generator)  # [B, f, c, h, w]
+    latents = pad_latent_frames(latents, config["patch_size_t"])
     _, f, _, h, w = latents.shape
     rotary = rotary_embedding(checkpoint, f, h, w, device)
-    prompt_embeds = batch["prompt_embeds"].to(device, non_blocking=True)
-    return velocity_loss(transformer, checkpoint.scheduler, latents, prompt_embeds, rotary, generator, dtype)
+    return velocity_loss(
+        transformer, checkpoint.scheduler, latents, batch["prompt_embeds"], rotary, generator, dtype,
+        image_latents=condition_on_images(checkpoint, encode, batch["image"], f, generator) if encode else None,
+        ofs=torch.full((1,), 2.0, dtype=dtype, device=device) if config["ofs_embed_dim"] else None,
+    )  # fmt: skip
 
 
 def generator_for(device: torch.device, *numbers: int) -> torch.Generator:
@@ -382,15 +470,19 @@ def generator_for(device: torch.device, *numbers: int) -> torch.Generator:
 # ---- sample ----------------------------------------------------------------------------------------------------------
 
 
-def sample_video(transformer, vae, scheduler, prompt_embeds, negative_prompt_embeds, *, generator, **options) -> list:
+def sample_video(
+    transformer, vae, scheduler, prompt_embeds, negative_prompt_embeds, *, image=None, generator, **options
+) -> list:
     """Frames (PIL images) of one video, sampled by diffusers' pipeline around the models that are already loaded.
 
     Args:
         scheduler: the checkpoint's own; a copy is used, so that training's stays as it is.
         prompt_embeds, negative_prompt_embeds: [L, D], in the transformer's dtype.
-        options: of CogVideoXPipeline.__call__: height, width, num_frames, guidance_scale, use_dynamic_cfg.
+        image: the first frame, uint8 [H, W, C]; None for text-to-video.
+        options: of the pipeline's __call__: height, width, num_frames, guidance_scale, use_dynamic_cfg.
     """
-    pipeline = CogVideoXPipeline(
+    pipeline_class = CogVideoXPipeline if image is None else CogVideoXImageToVideoPipeline
+    pipeline = pipeline_class(
         tokenizer=None,
         text_encoder=None,
         vae=vae,
@@ -398,6 +490,8 @@ def sample_video(transformer, vae, scheduler, prompt_embeds, negative_prompt_emb
         scheduler=type(scheduler).from_config(scheduler.config, timestep_spacing="trailing"),
     )
     pipeline.set_progress_bar_config(disable=True)
+    if image is not None:
+        options["image"] = Image.fromarray(image.numpy())
     return pipeline(
         prompt_embeds=prompt_embeds[None],
         negative_prompt_embeds=negative_prompt_embeds[None],

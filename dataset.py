@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
@@ -37,7 +38,8 @@ SMALLEST_SIDE = 64  # decord 0.6 cannot give frames narrower than this
 class Clip(NamedTuple):
     video: Path
     caption: str
-    line: int  # in both list files, counted from 1
+    line: int  # in the list files, counted from 1
+    image: Path | None = None  # that the video begins with; None: its own first frame
 
 
 class View(NamedTuple):
@@ -51,6 +53,8 @@ class View(NamedTuple):
     skip_frames_end: int
     crop: str  # "center", or "random": one place per clip, drawn from `seed` and the video's content
     seed: int
+    with_image: bool = False  # keep the image that the clip starts from, for image-to-video
+    whole: bool = False  # refuse a clip that does not give max_num_frames
 
 
 class Encoder(NamedTuple):
@@ -122,26 +126,38 @@ def download(name: str, cache_dir: Path | None) -> Path:
         ) from error
 
 
-def read_clips(root: Path, caption_file: str, video_file: str, id_token: str | None) -> tuple[list[Clip], list[str]]:
+def read_clips(
+    root: Path, caption_file: str, video_file: str, image_file: str | None, id_token: str | None
+) -> tuple[list[Clip], list[str]]:
     """Clips in the order of the lists, and what is wrong with the lists.
 
     Line n of the captions belongs to line n of the videos, so a blank line is refused instead of skipped: skipping it
     would give every later video the wrong caption. Blank lines at the very end are ignored.
+
+    Args:
+        image_file: list of the images that the videos begin with; None: their first frames.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; --instance_data_root is the folder that holds {caption_file}")
     captions, problems = _read_list(root, caption_file, "--caption_column")
     videos, more_problems = _read_list(root, video_file, "--video_column")
-    problems += more_problems
-    if captions and videos and len(captions) != len(videos):
+    images, image_problems = _read_list(root, image_file, "--image_column") if image_file else ([], [])
+    problems += more_problems + image_problems
+    lengths = {caption_file: len(captions), video_file: len(videos), image_file: len(images)}
+    lengths = {name: length for name, length in lengths.items() if length}
+    if len(set(lengths.values())) > 1:
+        (first, length), *others = lengths.items()
         problems.append(
-            f"{caption_file} has {len(captions)} lines and {video_file} {len(videos)}: line n of one belongs to "
-            "line n of the other; add or remove lines until they match"
+            f"{first} has {length} lines and {' and '.join(f'{name} {length}' for name, length in others)}: "
+            "line n of one belongs to line n of the other; add or remove lines until they match"
         )
     prefix = f"{id_token} " if id_token else ""
+    lines = itertools.zip_longest(captions, videos, images, fillvalue="")
     clips = [  # with a video but no caption too, so that its own problems are told as well
-        Clip(root / Path(video).expanduser(), prefix + caption, line)
-        for line, (caption, video) in enumerate(itertools.zip_longest(captions, videos, fillvalue=""), start=1)
+        Clip(
+            root / Path(video).expanduser(), prefix + caption, line, root / Path(image).expanduser() if image else None
+        )
+        for line, (caption, video, image) in enumerate(lines, start=1)
         if video
     ]
     return clips, problems
@@ -241,12 +257,53 @@ def read_frames(video: Path, view: View, mirrored: bool) -> torch.Tensor:
     reader = decord.VideoReader(str(video))
     indices = choose_frames(_timestamps(reader), view)
     frames = torch.from_numpy(reader.get_batch(indices).asnumpy())
-    place = (0.5, 0.5)
-    if view.crop == "random":
-        draw = random.Random(f"{view.seed} {file_hash(video)}")
-        place = (draw.random(), draw.random())
-    frames = resize_and_crop(frames, view.height, view.width, place)
+    frames = resize_and_crop(frames, view.height, view.width, _place(video, view))
     return frames.flip(2) if mirrored else frames
+
+
+def _place(video: Path, view: View) -> tuple[float, float]:
+    if view.crop == "center":
+        return 0.5, 0.5
+    draw = random.Random(f"{view.seed} {file_hash(video)}")
+    return draw.random(), draw.random()
+
+
+def read_image(path: Path, height: int, width: int, place: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
+    """An image scaled and cropped as frames are, uint8 [H, W, C].
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError("no such image; correct the path")
+    try:
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except OSError as error:
+        raise ValueError("cannot be read as an image; open it to check, and save it as PNG or JPEG") from error
+    return resize_and_crop(torch.from_numpy(np.array(image))[None], height, width, place)[0]
+
+
+def image_problems(paths: list[Path], option: str) -> list[str]:
+    """What is wrong with image files that an option names."""
+    problems = []
+    for path in paths:
+        try:
+            read_image(path, SMALLEST_SIDE, SMALLEST_SIDE)
+        except ValueError as error:
+            problems.append(f"{option} {path}: {error}")
+    return problems
+
+
+def first_image(clip: Clip, frames: torch.Tensor, view: View, mirrored: bool) -> torch.Tensor:
+    """What an image-to-video model is given to start from, uint8 [H, W, C].
+
+    Args:
+        frames: of the clip, from `read_frames`.
+    """
+    if clip.image is None:
+        return frames[0]
+    image = read_image(clip.image, view.height, view.width, _place(clip.video, view))
+    return image.flip(1) if mirrored else image
 
 
 def _timestamps(reader) -> np.ndarray:
@@ -338,13 +395,26 @@ def probe_clips(clips: list[Clip], view: View, cache: Path, encoder: str, random
 
 
 def _probe(clip: Clip, view: View, cache: Path, encoder: str, random_flip: bool) -> Probed:
-    if not clip.video.is_file():
-        return Probed([], [], _problem(clip, "no such file; correct the path, which starts at the dataset's folder"))
+    remedy = "no such file; correct the path, which starts at the dataset's folder"
+    for file in filter(None, (clip.video, clip.image)):
+        if not file.is_file():
+            return Probed([], [], _problem(clip, remedy, file))
     what = view._asdict() | ({"seed": None} if view.crop == "center" else {})  # the centre does not depend on it
+    for name in ("with_image", "whole"):  # what is not asked for changes nothing
+        if not what[name]:
+            del what[name]
     what |= {"video": file_hash(clip.video), "encoder": encoder}
+    if view.with_image and clip.image:
+        what["image"] = file_hash(clip.image)
     paths = [cache_path(cache, "latents", **what, mirrored=mirrored) for mirrored in (False, True)[: 1 + random_flip]]
     missing = [not path.exists() for path in paths]
-    return Probed(paths, missing, _video_problem(clip, view) if any(missing) else None)
+    problem = _video_problem(clip, view) if any(missing) else None
+    if clip.image and any(missing) and not problem:
+        try:
+            read_image(clip.image, view.height, view.width)
+        except ValueError as error:
+            problem = _problem(clip, str(error), clip.image)
+    return Probed(paths, missing, problem)
 
 
 def _video_problem(clip: Clip, view: View) -> str | None:
@@ -361,11 +431,17 @@ def _video_problem(clip: Clip, view: View) -> str | None:
         return _problem(clip, f"cannot be read as a video, the file is damaged or not a video; {remedy}")
     if min(height, width) < SMALLEST_SIDE:
         return _problem(clip, f"is {width}x{height} pixels; decord reads videos from {SMALLEST_SIDE} pixels a side")
+    if view.whole and len(indices) < view.max_num_frames:
+        return _problem(
+            clip,
+            f"gives {len(indices)} frames at --fps {view.fps}, and this checkpoint takes {view.max_num_frames}, no "
+            "fewer; use a longer clip, or remove it from the lists",
+        )
     return None
 
 
-def _problem(clip: Clip, what: str) -> str:
-    return f"line {clip.line}: {clip.video}: {what}"
+def _problem(clip: Clip, what: str, file: Path | None = None) -> str:
+    return f"line {clip.line}: {file or clip.video}: {what}"
 
 
 class _FramesToEncode(torch.utils.data.Dataset):
@@ -378,9 +454,10 @@ class _FramesToEncode(torch.utils.data.Dataset):
     def __getitem__(self, i):
         clip, mirrored, _ = self.work[i]
         try:
-            return i, read_frames(clip.video, self.view, mirrored)
+            frames = read_frames(clip.video, self.view, mirrored)
         except (RuntimeError, decord.DECORDError) as error:
-            return i, _problem(clip, f"stopped in the middle of decoding: {str(error).splitlines()[0]}")
+            return i, _problem(clip, f"stopped in the middle of decoding: {str(error).splitlines()[0]}"), {}
+        return i, frames, {"image": first_image(clip, frames, self.view, mirrored)} if self.view.with_image else {}
 
 
 def cache_latents(
@@ -400,7 +477,7 @@ def cache_latents(
     frames_loader = torch.utils.data.DataLoader(
         _FramesToEncode(work, view), batch_size=None, num_workers=num_workers, generator=torch.Generator()
     )
-    for i, frames in progress(frames_loader, "Encoding clips", "clip"):
+    for i, frames, image in progress(frames_loader, "Encoding clips", "clip"):
         clip, _, path = work[i]
         if isinstance(frames, str):
             problems.append(frames)
@@ -409,7 +486,7 @@ def cache_latents(
         if not torch.isfinite(parameters).all():
             problems.append(_problem(clip, "the VAE made NaN or infinity of it; train with --mixed_precision bf16"))
             continue
-        write_cached(path, {"parameters": parameters})
+        write_cached(path, {"parameters": parameters} | image)
     return problems
 
 
@@ -461,17 +538,18 @@ def _latents_shape(path: Path) -> tuple[int, ...]:
 
 
 class CachedClips(torch.utils.data.Dataset):
-    """Items (clip, mirrored) -> its latents' parameters [2c, f, h, w] and caption embeddings [L, D], read from disk."""
+    """Items (clip, mirrored), read from disk.
+
+    Each gives its latents' "parameters" [2c, f, h, w], its caption's "prompt_embeds" [L, D], and, if it was kept, the
+    "image" that it starts from, uint8 [H, W, C].
+    """
 
     def __init__(self, latents: list[list[Path]], captions: list[Path]):
         self.latents, self.captions = latents, captions
 
     def __getitem__(self, item):
         clip, mirrored = item
-        return {
-            "parameters": load_file(self.latents[clip][mirrored])["parameters"],
-            "prompt_embeds": load_prompt_embeds(self.captions[clip]),
-        }
+        return load_file(self.latents[clip][mirrored]) | {"prompt_embeds": load_prompt_embeds(self.captions[clip])}
 
 
 def epoch_batches(shapes: list, batch_size: int, seed: int, epoch: int, random_flip: bool) -> list[list]:
@@ -544,7 +622,7 @@ def rank_batches(shapes, batch_size: int, seed: int, random_flip: bool, numbers:
 
 
 def micro_batches(data: Data, plan: Plan, ranks: Ranks, batch_size, seed, random_flip, num_workers) -> Iterator[tuple]:
-    """Endless (number, batch) of this rank; a batch is "parameters" [B, 2c, f, h, w] and "prompt_embeds" [B, L, D]."""
+    """Endless (number, batch) of this rank; a batch is what `CachedClips` gives, stacked."""
     first = plan.first_batch + ranks.index
     order = rank_batches(data.shapes, batch_size, seed, random_flip, itertools.count(first, ranks.count))
     loader = torch.utils.data.DataLoader(

@@ -8,27 +8,15 @@ and epochs; the number decides which clips and which noise it holds, so N ranks,
 """
 
 import argparse
-import contextlib
-import os
-import sys
 import time
-import warnings
 from collections.abc import Iterator
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    gather_object,
-    set_seed,
-)
+from accelerate.utils import set_seed
 from diffusers.optimization import SchedulerType
 from tqdm.auto import tqdm
 
@@ -36,6 +24,7 @@ import checkpoints
 import cogvideox
 import dataset
 import optimizers
+import processes
 import validation
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -66,6 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     source("--dataset_name", metavar="NAME", help="hub dataset repository to download and read like a folder")
     data("--caption_column", default="prompts.txt", metavar="FILE", help="list of captions, one per line")
     data("--video_column", default="videos.txt", metavar="FILE", help="list of videos, line n belongs to caption n")
+    data("--image_column", metavar="FILE", help="image-to-video: list of images to start from (default: first frames)")
     data("--id_token", help="put before each caption, with a space: a name for the style or character to learn")
     data("--height", type=positive, default=480, help="pixels, divisible by 16; clips are resized to cover, then cut")
     data("--width", type=positive, default=720, help="pixels, divisible by 16")
@@ -119,6 +109,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     check = parser.add_argument_group("validation").add_argument
     check("--validation_prompt", metavar="TEXT", help="prompts to make videos of while training and at the end")
     check("--validation_prompt_separator", default=":::", metavar="TEXT", help="stands between the prompts")
+    check("--validation_images", metavar="FILES", help="image-to-video: theirs, with the separator (default: of clips)")
     check("--num_validation_videos", type=positive, default=1, metavar="N", help="videos per prompt, a seed each")
     check("--validation_epochs", type=positive, default=50, metavar="N", help="validate every N epochs")
     check("--validation_steps", type=positive, metavar="N", help="validate every N updates, too")
@@ -181,8 +172,14 @@ def check_args(args: argparse.Namespace, refuse) -> None:
         refuse("--use_8bit_adam: does nothing with --optimizer prodigy; pass --optimizer adamw, or leave it out")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         refuse("--lr_warmup_steps: does nothing with --lr_scheduler constant; pass constant_with_warmup")
+    _check_validation(args, refuse)
+
+
+def _check_validation(args: argparse.Namespace, refuse) -> None:
     if not args.validation_prompt_separator or not all(validation_prompts(args)):
         refuse(f"--validation_prompt {args.validation_prompt!r}: a prompt or its separator is empty; write both")
+    if len(validation_images(args)) > len(validation_prompts(args)):
+        refuse(f"--validation_images {args.validation_images!r}: more images than prompts; give each a prompt")
 
 
 def validation_prompts(args: argparse.Namespace) -> list[str]:
@@ -190,50 +187,19 @@ def validation_prompts(args: argparse.Namespace) -> list[str]:
     return [prompt.strip() for prompt in prompts]
 
 
+def validation_images(args: argparse.Namespace) -> list[Path | None]:
+    """One for each prompt, as far as they are given; None where nothing stands between two separators."""
+    images = args.validation_images.split(args.validation_prompt_separator) if args.validation_images else []
+    return [Path(image.strip()).expanduser() if image.strip() else None for image in images]
+
+
 # ---- launch ----------------------------------------------------------------------------------------------------------
 
 
 def start(args: argparse.Namespace) -> tuple[Accelerator, dataset.Ranks]:
-    _check_gpu_of_this_process()
-    accumulation = GradientAccumulationPlugin(args.gradient_accumulation_steps, sync_with_dataloader=False)
-    # Ranks without a validation video wait for the others, with 1.5 for more than NCCL's ten minutes.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.11 has no other name for it
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    try:
-        accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
-            gradient_accumulation_plugin=accumulation,
-            kwargs_handlers=[ddp, patience],
-        )
-    except (ValueError, ImportError) as error:
-        raise ValueError(f"{error} (--mixed_precision {args.mixed_precision}, --report_to {args.report_to})") from error
-    if args.report_to != "none" and not accelerator.log_with:
-        raise ValueError(f"--report_to {args.report_to}: not installed; pip install {args.report_to}, or leave it out")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    place = accelerator.process_index, accelerator.num_processes
-    return accelerator, dataset.Ranks(*place, gather_object, accelerator.wait_for_everyone)
-
-
-def _check_gpu_of_this_process() -> None:
-    rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if torch.cuda.is_available() and rank >= gpus and os.environ.get("ACCELERATE_USE_CPU") != "true":
-        raise ValueError(f"process {rank + 1} of this machine: it has {gpus} GPUs; pass --num_processes {gpus}")
-
-
-@contextlib.contextmanager
-def explained():
-    """Turns what a person can mend into one message and exit code 2; every rank says it, the first one in full."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        rank = int(os.environ.get("RANK", 0))
-        message = f"{Path(__file__).name}: error: {error}" if rank == 0 else f"[rank {rank}] {error}".splitlines()[0]
-        print(message, file=sys.stderr, flush=True)
-        leave = os._exit if torch.distributed.is_initialized() else sys.exit  # gloo's threads can abort a normal end
-        leave(2)
+    options = ("mixed_precision", "gradient_accumulation_steps", "report_to", "output_dir", "logging_dir")
+    return processes.start(**{name: getattr(args, name) for name in options})
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -242,10 +208,11 @@ def explained():
 def prepare_data(args, accelerator, checkpoint: cogvideox.Checkpoint, dtype, ranks: dataset.Ranks) -> dataset.Data:
     """Reads, checks and encodes the dataset; T5 and VAE are gone from memory afterwards."""
     root = args.instance_data_root or dataset.download(args.dataset_name, args.cache_dir)
-    clips, problems = dataset.read_clips(root, args.caption_column, args.video_column, args.id_token)
+    clips, problems = dataset.read_clips(root, args.caption_column, args.video_column, args.image_column, args.id_token)
+    problems += dataset.image_problems([image for image in validation_images(args) if image], "--validation_images")
     view = dataset.View(
         args.height, args.width, args.fps, args.max_num_frames, args.skip_frames_start, args.skip_frames_end,
-        args.video_reshape_mode, args.seed,
+        args.video_reshape_mode, args.seed, checkpoint.takes_image, checkpoint.fixed_size is not None,
     )  # fmt: skip
     device, tiling, slicing = accelerator.device, args.enable_tiling, args.enable_slicing
     return dataset.encode_dataset(
@@ -276,7 +243,8 @@ def read_checkpoint(args: argparse.Namespace, dtype: torch.dtype) -> cogvideox.C
     checkpoint = cogvideox.read_checkpoint(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir
     )
-    cogvideox.check_text_to_video(checkpoint, dtype, args.height, args.width)
+    image_options = [f"--{name}" for name in ("image_column", "validation_images") if getattr(args, name)]
+    cogvideox.check_training(checkpoint, dtype, args.max_num_frames, args.height, args.width, image_options)
     cogvideox.check_lora_targets(checkpoint.transformer, args.lora_target_modules)
     return checkpoint
 
@@ -305,12 +273,14 @@ class Run(NamedTuple):
 
 def losses(run: Run) -> Iterator[torch.Tensor]:
     """The loss of each micro-batch of this rank, in order; its noise depends on the seed and its number alone."""
-    args = run.args
-    for number, batch in dataset.micro_batches(
+    args, device = run.args, run.accelerator.device
+    micro_batches = dataset.micro_batches(
         run.data, run.plan, run.ranks, args.train_batch_size, args.seed, args.random_flip, args.dataloader_num_workers
-    ):
-        generator = cogvideox.generator_for(run.accelerator.device, args.seed, number)
-        yield cogvideox.training_loss(run.checkpoint, run.transformer, batch, generator, run.dtype)
+    )
+    with cogvideox.image_encoder(run.checkpoint, run.dtype, device, args.enable_tiling) as encode:
+        for number, batch in micro_batches:
+            generator = cogvideox.generator_for(device, args.seed, number)
+            yield cogvideox.training_loss(run.checkpoint, run.transformer, batch, generator, run.dtype, encode)
 
 
 def update(run: Run, optimizer, micro_batch_losses: Iterator[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -350,12 +320,24 @@ def validation_due(args, plan: dataset.Plan, step: int) -> bool:
     return bool(due and args.validation_prompt)
 
 
+def first_image(run: Run, i: int, path: Path | None) -> torch.Tensor | None:
+    """What validation prompt i starts from: the image given for it, or the first frame of a clip."""
+    if not run.checkpoint.takes_image:
+        return None
+    if path:
+        return dataset.read_image(path, run.args.height, run.args.width)
+    return run.data.clips[i % len(run.data.shapes), False]["image"]
+
+
 def validate(run: Run, step: int) -> None:
     args, device = run.args, run.accelerator.device
     vae = cogvideox.loaded_vae(run.checkpoint, run.dtype, device, args.enable_tiling, args.enable_slicing)
     options = ("height", "width", "guidance_scale", "use_dynamic_cfg")
+    images = dict(enumerate(validation_images(args)))
+    cases = [(prompt, first_image(run, i, images.get(i))) for i, prompt in enumerate(validation_prompts(args))]
     validation.validate(
-        run.accelerator, run.ranks, run.checkpoint, run.transformer, vae, run.data.prompts, args.output_dir, step,
+        run.accelerator, run.ranks, run.checkpoint, run.transformer, vae, cases, run.data.prompts,
+        args.output_dir, step,
         seeds=range(args.seed, args.seed + args.num_validation_videos), fps=args.fps, num_frames=args.max_num_frames,
         **{name: getattr(args, name) for name in options},
     )  # fmt: skip
@@ -378,7 +360,7 @@ def start_records(run: Run) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    with explained():
+    with processes.explained():
         # Data: read, checked and encoded, before the transformer comes in.
         accelerator, ranks = start(args)
         dtype = DTYPES[accelerator.mixed_precision]

@@ -1,12 +1,13 @@
 """Turns the model in training into videos of the validation prompts, on disk and in the trackers."""
 
 import io
+import itertools
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import imageio.v3 as iio
+import torch
 from diffusers.utils import export_to_video
 from PIL import Image
 from tqdm.auto import tqdm
@@ -22,31 +23,35 @@ class Video(NamedTuple):
     mp4: bytes
 
 
-def validate(accelerator, ranks, checkpoint, transformer, vae, prompts: dict[str, Path], output_dir: Path, step: int,
-             *, seeds: Iterable[int], fps: int, **options) -> None:  # fmt: skip
-    """Samples every prompt with every seed, each rank its share; the main rank writes and logs the videos.
+def validate(accelerator, ranks, checkpoint, transformer, vae, cases: list[tuple[str, torch.Tensor | None]],
+             embeds: dict[str, Path], output_dir: Path, step: int, *, seeds, fps: int, **options) -> None:  # fmt: skip
+    """Samples every case with every seed, each rank its share; the main rank writes and logs the videos.
 
-    The noise depends on prompt and seed alone, so that videos of different steps can be compared, and comes from
+    The noise depends on case and seed alone, so that videos of different steps can be compared, and comes from
     generators of its own, so that training goes on as if nothing had happened. To be called by every rank.
 
     Args:
         vae: context manager that gives it, for as long as it is needed.
-        prompts: their cached embeddings, and that of "", which guidance moves away from.
-        options: of CogVideoXPipeline.__call__.
+        cases: (prompt, first image, uint8 [H, W, C], or None).
+        embeds: cached embeddings of the prompts, and that of "", which guidance moves away from.
+        options: of the pipeline's __call__.
     """
-    jobs = [(prompt, i, seed) for i, prompt in enumerate(text for text in prompts if text) for seed in seeds]
+    jobs = [(i, prompt, image, seed) for i, (prompt, image) in enumerate(cases) for seed in seeds]
+    # As many for every rank, some twice: the ranks of a sharded model compute together.
+    turns = -(-len(jobs) // ranks.count) * ranks.count
+    mine = ranks.share(list(itertools.islice(itertools.cycle(jobs), turns)))
+    embeds = {text: dataset.load_prompt_embeds(path).to(accelerator.device) for text, path in embeds.items()}
+    bar = tqdm(mine, f"Validation, step {step}", unit="video", leave=False, disable=not accelerator.is_main_process)
     videos = []
-    if mine := ranks.share(jobs):
-        embeds = {text: dataset.load_prompt_embeds(path).to(accelerator.device) for text, path in prompts.items()}
-        bar = tqdm(mine, f"Validation, step {step}", unit="video", leave=False, disable=not accelerator.is_main_process)
-        with vae as loaded_vae:
-            for prompt, i, seed in bar:
-                frames = cogvideox.sample_video(
-                    accelerator.unwrap_model(transformer), loaded_vae, checkpoint.scheduler, embeds[prompt], embeds[""],
-                    generator=cogvideox.generator_for(accelerator.device, seed, i), **options,
-                )  # fmt: skip
-                videos.append(Video(f"prompt-{i:02d}_seed-{seed}.mp4", prompt, encode_mp4(frames, fps)))
-    videos = ranks.gather(videos)  # as bytes, so that they reach the main rank's disk from other machines too
+    with vae as loaded_vae:
+        for i, prompt, image, seed in bar:
+            frames = cogvideox.sample_video(
+                accelerator.unwrap_model(transformer), loaded_vae, checkpoint.scheduler, embeds[prompt], embeds[""],
+                image=image, generator=cogvideox.generator_for(accelerator.device, seed, i), **options,
+            )  # fmt: skip
+            videos.append(Video(f"prompt-{i:02d}_seed-{seed}.mp4", prompt, encode_mp4(frames, fps)))
+    # As bytes, so that they reach the main rank's disk from other machines too.
+    videos = list({video.name: video for video in ranks.gather(videos)}.values())
     if accelerator.is_main_process:
         folder = output_dir / "validation" / f"step-{step:06d}"
         for video in videos:

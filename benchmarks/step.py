@@ -31,6 +31,7 @@ import checkpoints
 import cogvideox
 import dataset
 import optimizers
+import processes
 import train_cogvideox_lora as train
 
 # Options of the training script that are passed on to it.
@@ -166,7 +167,7 @@ def prepare(options: argparse.Namespace) -> tuple[train.Run, torch.optim.Optimiz
     accelerator, ranks = train.start(args)
     dtype = train.DTYPES[accelerator.mixed_precision]
     checkpoint = random_checkpoint(options.model, options.num_layers)
-    cogvideox.check_text_to_video(checkpoint, dtype, args.height, args.width)
+    cogvideox.check_training(checkpoint, dtype, args.max_num_frames, args.height, args.width, [])
     set_seed(args.seed)
     data = random_data(checkpoint, args, dtype)
     plan = dataset.make_plan(
@@ -230,7 +231,7 @@ def report(run: train.Run, options: argparse.Namespace, seconds: list[float], lo
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
-    with train.explained():
+    with processes.explained():
         run, optimizer, lr_scheduler = prepare(options)
     seconds, losses = measure(run, optimizer, lr_scheduler, options.warmup, options.steps)
     if not all(map(math.isfinite, losses)):

@@ -20,6 +20,7 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
@@ -54,6 +55,17 @@ VARIANTS = {
         "vae": {"scaling_factor": 0.7},
         "scheduler": (CogVideoXDPMScheduler, {"snr_shift_scale": 1.0}),
     },
+    "1.5-5B-I2V": {
+        "transformer": {
+            "in_channels": 8,
+            "use_rotary_positional_embeddings": True,
+            "patch_size_t": 2,
+            "patch_bias": False,
+            "ofs_embed_dim": 32,
+        },
+        "vae": {"scaling_factor": 0.7, "invert_scale_latents": True},
+        "scheduler": (CogVideoXDPMScheduler, {"snr_shift_scale": 1.0}),
+    },
 }
 
 
@@ -86,7 +98,7 @@ def make_vae(**options):
 
 
 def make_checkpoint(folder, variant="2b", seed=0):
-    """Writes a tiny checkpoint that `CogVideoXPipeline.from_pretrained(folder)` loads; 64x96 pixels, 9 frames."""
+    """Writes a tiny checkpoint that `DiffusionPipeline.from_pretrained(folder)` loads; 64x96 pixels, 9 frames."""
     folder, parts = Path(folder), VARIANTS[variant]
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(folder / "tokenizer")
@@ -95,7 +107,8 @@ def make_checkpoint(folder, variant="2b", seed=0):
         feed_forward_proj="gated-gelu", dropout_rate=0.0,
     )  # fmt: skip
     scheduler_class, scheduler_options = parts["scheduler"]
-    pipeline = CogVideoXPipeline(
+    pipeline_class = CogVideoXImageToVideoPipeline if variant.endswith("I2V") else CogVideoXPipeline
+    pipeline = pipeline_class(
         tokenizer=tokenizer,
         text_encoder=T5EncoderModel(text_config),
         vae=make_vae(**parts["vae"]),

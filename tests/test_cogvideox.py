@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from diffusers import CogVideoXPipeline, CogVideoXVideoToVideoPipeline
+from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXVideoToVideoPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 import cogvideox
@@ -25,7 +26,7 @@ class Recorder(torch.nn.Module):
 
     def forward(self, hidden_states, **inputs):
         self.calls.append({"hidden_states": hidden_states} | inputs)
-        return (torch.zeros_like(hidden_states),)
+        return (torch.zeros_like(hidden_states[:, :, : self.config["out_channels"]]),)
 
 
 def record(transformer):
@@ -74,6 +75,73 @@ def test_what_training_feeds_the_transformer_is_what_the_pipeline_feeds_it(
     batch = {"parameters": parameters[None], "prompt_embeds": prompt_embeds[None]}
     cogvideox.training_loss(checkpoint, recorder, batch, torch.Generator().manual_seed(3), torch.float32)
     assert_same_inputs(recorder.calls[0], theirs[0])
+
+
+@pytest.mark.parametrize(("variant", "num_frames"), [("5b-I2V", 9), ("1.5-5B-I2V", 9), ("1.5-5B-I2V", 5)])
+def test_what_image_to_video_training_feeds_the_transformer_is_what_the_pipeline_feeds_it(
+    checkpoint_of, frames, monkeypatch, variant, num_frames
+):
+    """Bit for bit at the first two timesteps, for the same video, prompt and image.
+
+    The pipeline starts from noise alone, so that at its second step it is given the noisy clip. It knows neither the
+    image's noise nor its dropout (their tests are below), and it draws from the encodings in another order, so here
+    every draw is the mean.
+    """
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda distribution, generator: distribution.mode())
+    monkeypatch.setattr(cogvideox, "noisy_images", lambda images, generator: images)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.ones(shape))
+    folder, clip = checkpoint_of(variant), frames(num_frames)
+    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(folder)
+    channels, mean = 4, pipeline.vae.encode(clip.permute(3, 0, 1, 2)[None] / 127.5 - 1).latent_dist.mode()
+
+    checkpoint = cogvideox.read_checkpoint(str(folder))
+    with cogvideox.video_encoder(checkpoint, torch.float32, "cpu", False, False) as encode:
+        parameters = encode(clip)
+    with cogvideox.caption_encoder(checkpoint, torch.float32, "cpu") as encode:
+        prompt_embeds = encode(PROMPT)
+    batch = {"parameters": parameters[None], "prompt_embeds": prompt_embeds[None], "image": clip[:1]}
+    recorder = Recorder(checkpoint.transformer)
+    with cogvideox.image_encoder(checkpoint, torch.float32, "cpu", False) as encode:
+        for timestep in (999, 499):
+            monkeypatch.setattr(torch, "randint", lambda *_, t=timestep, **__: torch.tensor([t]))
+            cogvideox.training_loss(
+                checkpoint, recorder, batch, torch.Generator().manual_seed(3), torch.float32, encode
+            )
+    noise, noisy = (call["hidden_states"][:, :, :channels] for call in recorder.calls)
+    assert torch.equal(noise, torch.randn(noise.shape, generator=torch.Generator().manual_seed(3)))
+    latents = mean.transpose(1, 2) * pipeline.vae.config.scaling_factor
+    latents = torch.cat([latents[:, : noise.shape[1] - latents.shape[1]], latents], dim=1)  # the even number of 1.5
+    assert torch.equal(noisy, pipeline.scheduler.add_noise(latents, noise, torch.tensor([499])))
+
+    theirs = record(pipeline.transformer)
+    pipeline(
+        image=Image.fromarray(clip[0].numpy()), prompt=PROMPT, height=HEIGHT, width=WIDTH, num_frames=num_frames,
+        num_inference_steps=2, guidance_scale=1, latents=noise, output_type="latent",
+        callback_on_step_end=lambda *_: {"latents": noisy},
+    )  # fmt: skip
+    for ours, its in zip(recorder.calls, theirs, strict=True):
+        assert_same_inputs(ours, its)
+    assert recorder.calls[0]["hidden_states"][:, 0, channels:].abs().max() > 0
+
+
+def test_the_image_gets_noise_of_a_scale_of_its_own():
+    """exp(N(-3, 0.5)), other for each image and each draw."""
+    images = torch.zeros(400, 8, 8, 3)
+    noisy = cogvideox.noisy_images(images, torch.Generator().manual_seed(0))
+    scales = noisy.flatten(1).std(dim=1).log()
+    assert scales.mean().item() == pytest.approx(-3, abs=0.1) and scales.std().item() == pytest.approx(0.5, abs=0.1)
+    assert not torch.equal(noisy, cogvideox.noisy_images(images, torch.Generator().manual_seed(1)))
+
+
+def test_one_image_in_twenty_is_dropped_whole(checkpoint_of):
+    checkpoint = cogvideox.read_checkpoint(str(checkpoint_of("5b-I2V")))
+    images = torch.zeros(2000, 2, 2, 3, dtype=torch.uint8)
+    encode = lambda images: torch.ones(len(images), 8, 1, 2, 2)  # noqa: E731
+    latents = cogvideox.condition_on_images(checkpoint, encode, images, 3, torch.Generator().manual_seed(0))
+    assert latents.shape == (2000, 3, 4, 2, 2) and not latents[:, 1:].any()
+    empty = [not latent.any() for latent in latents]
+    assert 70 < sum(empty) < 130
+    assert all(latent[0].all() for latent, none in zip(latents, empty) if not none)
 
 
 SIZES = [(64, 96, 9), (64, 64, 17), (48, 96, 1)]
@@ -227,20 +295,45 @@ def test_a_target_that_is_no_linear_layer_is_named(tiny_checkpoint, targets):
 
 @pytest.mark.parametrize(
     ("variant", "text"),
-    [("2b", "text-to-video, 2 layers of 2 heads, sin-cos"), ("5b", "rotary"), ("5b-I2V", "image-to-video")],
+    [
+        ("2b", "text-to-video, 2 layers of 2 heads, sin-cos"),
+        ("5b", "rotary"),
+        ("5b-I2V", "image-to-video"),
+        ("1.5-5B-I2V", "image-to-video"),
+    ],
 )
 def test_the_variant_is_read_from_the_configs(checkpoint_of, variant, text, tmp_path):
     (tmp_path / "CogVideoX-2b-really").symlink_to(checkpoint_of(variant))
     assert text in cogvideox.read_checkpoint(str(tmp_path / "CogVideoX-2b-really")).describe()
 
 
-def test_what_a_checkpoint_cannot_do_is_refused(checkpoint_of):
-    with pytest.raises(ValueError, match="image-to-video checkpoint .8 input channels"):
-        cogvideox.check_text_to_video(cogvideox.read_checkpoint(str(checkpoint_of("5b-I2V"))), torch.bfloat16, 64, 96)
-    with pytest.raises(ValueError, match="NaN in float16"):
-        cogvideox.check_text_to_video(cogvideox.read_checkpoint(str(checkpoint_of("1.5-5B"))), torch.float16, 64, 96)
-    with pytest.raises(ValueError, match="--height 64 --width 112: the positions of .* end at 64x96"):
-        cogvideox.check_text_to_video(cogvideox.read_checkpoint(str(checkpoint_of("1.5-5B"))), torch.bfloat16, 64, 112)
+@pytest.mark.parametrize(
+    ("variant", "dtype", "size", "options", "message"),
+    [
+        ("1.5-5B", torch.float16, (9, 64, 96), [], "NaN in float16"),
+        ("1.5-5B", torch.bfloat16, (9, 64, 112), [], "--height 64 --width 112: the positions of .* end at 64x96"),
+        (
+            "2b",
+            torch.bfloat16,
+            (9, 64, 96),
+            ["--image_column"],
+            "--image_column: .* text-to-video checkpoint .4 input",
+        ),
+        ("5b-I2V", torch.bfloat16, (9, 64, 112), [], "learned positions for 9 frames of 64x96 pixels alone"),
+        ("5b-I2V", torch.bfloat16, (17, 64, 96), [], "--max_num_frames 17 .* learned positions for 9 frames"),
+    ],
+)
+def test_what_a_checkpoint_cannot_do_is_refused(checkpoint_of, variant, dtype, size, options, message):
+    checkpoint = cogvideox.read_checkpoint(str(checkpoint_of(variant)))
+    with pytest.raises(ValueError, match=message):
+        cogvideox.check_training(checkpoint, dtype, *size, options)
+
+
+def test_a_checkpoint_with_other_conditions_is_refused(checkpoint_of):
+    checkpoint = cogvideox.read_checkpoint(str(checkpoint_of("2b")))
+    checkpoint = checkpoint._replace(transformer=checkpoint.transformer | {"in_channels": 12})
+    with pytest.raises(ValueError, match="12 input channels for 4 output channels: neither text-to-video nor image"):
+        cogvideox.check_training(checkpoint, torch.bfloat16, 9, 64, 96, [])
 
 
 def test_encoders_that_encode_differently_have_different_fingerprints(checkpoint_of):

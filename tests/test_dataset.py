@@ -16,7 +16,7 @@ def write(folder, prompts, videos):
     folder.mkdir(exist_ok=True)
     for name, content in (("prompts.txt", prompts), ("videos.txt", videos)):
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return dataset.read_clips(folder, "prompts.txt", "videos.txt", None)
+    return dataset.read_clips(folder, "prompts.txt", "videos.txt", None, None)
 
 
 def make_video(path, num_frames=16, fps=8, height=96, width=128, value=None):
@@ -62,7 +62,7 @@ def test_paths_may_be_relative_absolute_from_home_and_hold_spaces_and_umlauts(tm
 
 def test_the_id_token_stands_before_each_caption_with_one_space(tmp_path):
     write(tmp_path, "a cat\n", "a.mp4\n")
-    clips, _ = dataset.read_clips(tmp_path, "prompts.txt", "videos.txt", "DISNEY")
+    clips, _ = dataset.read_clips(tmp_path, "prompts.txt", "videos.txt", None, "DISNEY")
     assert clips[0].caption == "DISNEY a cat"
 
 
@@ -95,7 +95,7 @@ def test_a_blank_line_drops_no_caption_onto_another_video(tmp_path):
 def test_a_near_file_name_is_named_with_the_option_that_takes_it(tmp_path):
     (tmp_path / "prompt.txt").write_text("a cat\n")
     (tmp_path / "videos.txt").write_text("a.mp4\n")
-    _, problems = dataset.read_clips(tmp_path, "prompts.txt", "videos.txt", None)
+    _, problems = dataset.read_clips(tmp_path, "prompts.txt", "videos.txt", None, None)
     assert "there is prompt.txt: pass --caption_column prompt.txt" in problems[0]
 
 

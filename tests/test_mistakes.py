@@ -127,8 +127,48 @@ def test_a_damaged_file_of_the_cache_is_named(tiny_checkpoint, tmp_path, train, 
     assert_refused(capsys, call, [f"{path}: this file of the cache is damaged", "delete it"])
 
 
-def test_an_image_to_video_checkpoint_is_refused_before_its_weights_load(checkpoint_of, tmp_path, train, capsys):
-    assert_refused(capsys, lambda: train(checkpoint_of("5b-I2V"), tmp_path / "run"), ["an image-to-video checkpoint"])
+@pytest.mark.parametrize(
+    ("variant", "options", "parts"),
+    [
+        ("2b", {"validation_images": "a.png", "validation_prompt": "a"}, ["--validation_images: ", "sees no image"]),
+        ("5b", {"image_column": "images.txt"}, ["--image_column: ", "sees no image", "CogVideoX-5b-I2V"]),
+        ("5b-I2V", {"height": 48}, ["--height 48", "learned positions for 9 frames of 64x96 pixels alone"]),
+        ("5b-I2V", {"max_num_frames": 5}, ["--max_num_frames 5", "learned positions for 9 frames"]),
+        ("1.5-5B-I2V", {"mixed_precision": "fp16"}, ["NaN in float16", "bf16"]),
+        ("1.5-5B", {"mixed_precision": "fp16"}, ["NaN in float16", "bf16"]),
+    ],
+)
+def test_a_pairing_that_cannot_work_is_refused_before_weights_load(
+    checkpoint_of, tmp_path, train, capsys, monkeypatch, variant, options, parts
+):
+    folder = checkpoint_of(variant)
+    for name in ("video_encoder", "caption_encoder", "load_transformer"):
+        monkeypatch.setattr(f"cogvideox.{name}", lambda *_: pytest.fail("a model was loaded"))
+    assert_refused(capsys, lambda: train(folder, tmp_path / "run", **options), parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_wrong_with_images_is_told_with_the_rest(checkpoint_of, tmp_path, train, capsys):
+    """And clips that are too short for learned positions, which take one length alone."""
+    folder = make_clips(tmp_path / "clips", count=3)
+    imageio.mimsave(folder / "short.mp4", draw_clip("square", "red", "left", 20, 96, 128), fps=24, macro_block_size=1)
+    with open(folder / "videos.txt", "a") as videos, open(folder / "prompts.txt", "a") as prompts:
+        videos.write("short.mp4\n")
+        prompts.write("short\n")
+    (folder / "noimage.png").write_bytes(b"no image")
+    imageio.imwrite(folder / "good.png", np.zeros((50, 80, 3), np.uint8))
+    (folder / "images.txt").write_text("good.png\nmissing.png\nnoimage.png\ngood.png\ngood.png\n")
+    options = {"image_column": "images.txt", "validation_images": "none.png", "validation_prompt": "a"}
+    call = lambda: train(checkpoint_of("5b-I2V"), tmp_path / "run", instance_data_root=folder, **options)  # noqa: E731
+    parts = [
+        "5 problems in the dataset",
+        "prompts.txt has 4 lines and videos.txt 4 and images.txt 5",
+        "--validation_images none.png: no such image",
+        "line 2: ", "missing.png: no such file",
+        "line 3: ", "noimage.png: cannot be read as an image",
+        "line 4: ", "short.mp4: gives 5 frames at --fps 8, and this checkpoint takes 9, no fewer",
+    ]  # fmt: skip
+    assert_refused(capsys, call, parts)
 
 
 def test_a_used_output_directory_is_not_mixed_up(tiny_checkpoint, tmp_path, train, capsys):

@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 
+import decord
 import imageio.v3 as iio
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, training_options
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
-from make_example import make_clips
+from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
+from make_example import VARIANTS, make_clips
+from PIL import Image
 from safetensors.torch import load_file
 
 import checkpoints
@@ -23,6 +25,21 @@ from checkpoints import LORA_FILE
 
 def losses(rows):
     return [row["loss"] for row in rows]
+
+
+def transformer_inputs(folder):
+    """Random ones of the right shapes."""
+    checkpoint = cogvideox.read_checkpoint(str(folder))
+    config = checkpoint.transformer
+    f = 4 if config["patch_size_t"] else 3
+    return {
+        "hidden_states": torch.randn(1, f, config["in_channels"], 8, 12),
+        "encoder_hidden_states": torch.randn(1, 226, 32),
+        "timestep": torch.tensor([500]),
+        "ofs": torch.full((1,), 2.0) if config["ofs_embed_dim"] else None,
+        "image_rotary_emb": cogvideox.rotary_embedding(checkpoint, f, 8, 12, "cpu"),
+        "return_dict": False,
+    }
 
 
 def lora_of(folder):
@@ -95,7 +112,7 @@ def test_t5_and_vae_are_gone_before_the_transformer_comes(tiny_checkpoint, tmp_p
     train(tiny_checkpoint, tmp_path / "run", instance_data_root=make_clips(tmp_path / "clips", 1), max_train_steps=1)
 
 
-@pytest.mark.parametrize("variant", ["2b", "5b", "1.5-5B"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_lora_weight_moves_and_nothing_else_does(checkpoint_of, tmp_path, train, monkeypatch, variant):
     prepared = {}
     add_lora = cogvideox.add_lora
@@ -146,7 +163,7 @@ def test_hub_names_train_like_folders(tiny_checkpoint, clips, tmp_path, train):
 # ---- strength
 
 
-@pytest.mark.parametrize("variant", ["2b", "5b", "1.5-5B"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_adapter_loads_at_its_trained_strength_with_no_flags(checkpoint_of, tmp_path, train, monkeypatch, variant):
     """And the pipeline then computes what the trained module computed, bit for bit."""
     trained = {}
@@ -157,7 +174,7 @@ def test_adapter_loads_at_its_trained_strength_with_no_flags(checkpoint_of, tmp_
     folder = checkpoint_of(variant)
     train(folder, tmp_path / "run", rank=8, lora_alpha=4, max_train_steps=5, learning_rate=1e-2)
 
-    pipeline = CogVideoXPipeline.from_pretrained(folder)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.load_lora_weights(tmp_path / "run")
     scalings = {
         value
@@ -167,18 +184,67 @@ def test_adapter_loads_at_its_trained_strength_with_no_flags(checkpoint_of, tmp_
     }
     assert scalings == {0.5}
 
-    inputs = {
-        "hidden_states": torch.randn(1, 4, 4, 8, 12),
-        "encoder_hidden_states": torch.randn(1, 226, 32),
-        "timestep": torch.tensor([500]),
-        "image_rotary_emb": cogvideox.rotary_embedding(cogvideox.read_checkpoint(str(folder)), 4, 8, 12, "cpu"),
-        "return_dict": False,
-    }
+    inputs = transformer_inputs(folder)
     base = CogVideoXTransformer3DModel.from_pretrained(folder, subfolder="transformer")
     with torch.no_grad():
         ours, theirs, without = (model(**inputs)[0] for model in (trained["it"].eval(), pipeline.transformer, base))
     assert torch.equal(ours, theirs)
     assert not torch.allclose(ours, without, atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_video_of_the_pipeline_changes_with_the_lora(checkpoint_of, tmp_path, train, variant):
+    folder = checkpoint_of(variant)
+    train(folder, tmp_path / "run", max_train_steps=2, learning_rate=1e-2)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    options = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2}
+    options |= {"image": Image.new("RGB", (96, 64), "red")} if variant.endswith("I2V") else {}
+
+    def sample():
+        return pipeline(prompt="a cat", generator=torch.Generator().manual_seed(0), output_type="pt", **options).frames
+
+    without = sample()
+    pipeline.load_lora_weights(tmp_path / "run")
+    assert without.shape == (1, 9, 3, 64, 96) and torch.isfinite(sample()).all()
+    assert not torch.allclose(sample(), without, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["5b-I2V", "1.5-5B-I2V"])
+def test_validation_starts_from_the_images_given_or_from_the_clips(checkpoint_of, tmp_path, train, variant):
+    """Three prompts, an image for the second of them; the same prompt with another image is another video."""
+    Image.new("RGB", (50, 80), "blue").save(tmp_path / "blue.png")
+    started = []
+    sample = cogvideox.sample_video
+
+    def watch(*args, image, **options):
+        started.append(image)
+        return sample(*args, image=image, num_inference_steps=2, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cogvideox, "sample_video", watch)
+        train(
+            checkpoint_of(variant), tmp_path / "run", max_train_steps=1, validation_prompt="a cat:::a cat:::a dog",
+            validation_images=f":::{tmp_path}/blue.png:::",
+        )  # fmt: skip
+    assert [image.shape for image in started] == [(64, 96, 3)] * 3
+    assert (started[1] == torch.tensor([0, 0, 255])).all()
+    assert len({image.numpy().tobytes() for image in started}) == 3  # first frames of the first and the third clip
+    folder = tmp_path / "run" / "validation" / "step-000001"
+    assert len({video.read_bytes() for video in folder.glob("*.mp4")}) == 3
+
+
+def test_images_of_a_list_train_in_place_of_the_first_frames(checkpoint_of, clips, tmp_path, train):
+    """And do not share their cache with them."""
+    lines = []
+    for i, line in enumerate((clips / "videos.txt").read_text().splitlines()):
+        iio.imwrite(tmp_path / f"{i}.png", decord.VideoReader(str(clips / line))[0].asnumpy())
+        lines.append(str(tmp_path / f"{i}.png"))
+    Image.new("RGB", (64, 64)).save(tmp_path / "5.png")
+    (clips / "images.txt").write_text("\n".join(lines) + "\n")
+    options = {"max_train_steps": 6, "learning_rate": 1e-30}  # still weights: a loss depends on its clip alone
+    first = losses(train(checkpoint_of("5b-I2V"), tmp_path / "a", **options))
+    listed = losses(train(checkpoint_of("5b-I2V"), tmp_path / "b", image_column="images.txt", **options))
+    assert sum(a == b for a, b in zip(first, listed)) == 5
 
 
 # ---- what must not matter
