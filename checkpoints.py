@@ -1,8 +1,8 @@
 """The run directory: save, find, prune, resume, and export of the trained weights.
 
 output_dir/
-  pytorch_lora_weights.safetensors   the result
-  checkpoint-500/                    complete or absent; holds its own pytorch_lora_weights.safetensors
+  pytorch_lora_weights.safetensors   the result; of a whole transformer, the folder transformer/
+  checkpoint-500/                    complete or absent; holds a result of its own
   validation/step-000500/*.mp4
   metrics.jsonl                      one line per logged step
   args.json                          what was run
@@ -13,66 +13,41 @@ import math
 import os
 import resource
 import shutil
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from huggingface_hub import ModelCardData, create_repo, upload_folder
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save
+import torch.distributed.checkpoint as dcp
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import broadcast_object_list
+from torch.distributed import is_initialized
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
-from cogvideox import Checkpoint
 from dataset import publish
+from trainable import LORA_FILE, TRANSFORMER_FOLDER, Export
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 STATE_FILE = "training_state.json"
+STATE_TENSORS = "training_state.pt"  # of a LoRA
+STATE_FOLDER = "training_state"  # of a whole transformer
 METRICS_FILE = "metrics.jsonl"
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+_SHARDED = StateDictOptions(ignore_frozen_params=True)
 
 
-# ---- the trained weights ---------------------------------------------------------------------------------------------
+class State(NamedTuple):
+    """What training changes."""
 
-
-def save_lora(transformer, folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes the adapter as diffusers' `load_lora_weights(folder)` reads it, at its trained strength.
-
-    diffusers applies any file without `lora_adapter_metadata` at 1.0, whatever alpha was. The metadata is kept to what
-    LoraConfig has always had, since an older peft refuses fields that it does not know.
-    """
-    config = transformer.peft_config["default"]
-    adapter = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
-    metadata = {
-        "format": "pt",
-        "lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in adapter.items()}),
-        "base_model": checkpoint.name,
-        "cogvideox_transformer": json.dumps(checkpoint.identity),
-    }
-    weights = {f"transformer.{name}": weight.cpu() for name, weight in get_peft_model_state_dict(transformer).items()}
-    publish(folder / LORA_FILE, save(weights, metadata))
-
-
-def load_lora(transformer, folder: Path) -> None:
-    """Puts a saved adapter's weights back into the adapter that `transformer` already has."""
-    weights = {name.removeprefix("transformer."): weight for name, weight in load_file(folder / LORA_FILE).items()}
-    expected = get_peft_model_state_dict(transformer)
-    assert weights.keys() == expected.keys(), "resume checks that the adapter's options are those of the checkpoint"
-    set_peft_model_state_dict(transformer, weights)
-
-
-def register_lora_hooks(accelerator, checkpoint) -> None:
-    """Makes accelerate's save_state and load_state keep the adapter alone: the frozen weights are on disk already."""
-
-    def save(models, weights, output_dir):
-        if accelerator.is_main_process:
-            for model in models:
-                save_lora(accelerator.unwrap_model(model), Path(output_dir), checkpoint)
-        weights.clear()
-
-    def load(models, input_dir):
-        while models:
-            load_lora(accelerator.unwrap_model(models.pop()), Path(input_dir))
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+    transformer: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -91,6 +66,12 @@ def _check_writable(output_dir: Path) -> None:
         raise ValueError(f"--output_dir {output_dir}: {there} is no folder that can be written to; choose another")
 
 
+def starting_point(output_dir: Path, resume_from: str | None, fixed: dict) -> tuple[Path | None, dict]:
+    """The checkpoint to go on from, and where the run stands there; see `find_checkpoint` and `read_position`."""
+    checkpoint = find_checkpoint(output_dir, resume_from, fixed)
+    return checkpoint, read_position(checkpoint)
+
+
 def find_checkpoint(output_dir: Path, resume_from: str | None, fixed: dict) -> Path | None:
     """The checkpoint to go on from; None for a fresh run.
 
@@ -105,7 +86,8 @@ def find_checkpoint(output_dir: Path, resume_from: str | None, fixed: dict) -> P
     existing = list_checkpoints(output_dir)
     names = ", ".join(path.name for path in existing) or "no checkpoint"
     if resume_from is None:
-        used = [path.name for path in (*existing[-1:], output_dir / LORA_FILE) if path.exists()]
+        results = (output_dir / LORA_FILE, output_dir / TRANSFORMER_FOLDER)
+        used = [path.name for path in (*existing[-1:], *results) if path.exists()]
         if used:
             raise ValueError(
                 f"--output_dir {output_dir}: holds {' and '.join(used)} of an earlier run, which a new run would mix "
@@ -132,6 +114,11 @@ def find_checkpoint(output_dir: Path, resume_from: str | None, fixed: dict) -> P
 
 def _check_fixed(checkpoint: Path, fixed: dict) -> None:
     saved = _read_state(checkpoint)["fixed"]
+    if saved.keys() != fixed.keys():
+        raise ValueError(
+            f"--resume_from_checkpoint: {checkpoint.name} was written by another version of this script, which had "
+            "other options; go on with that version, or start anew from its LoRA with --lora_path"
+        )
     if saved["transformer"] != fixed["transformer"]:
         raise ValueError(
             f"--resume_from_checkpoint: {checkpoint.name} was trained on another kind of CogVideoX than that of "
@@ -148,10 +135,16 @@ def _check_fixed(checkpoint: Path, fixed: dict) -> None:
         )
 
 
-def save_checkpoint(accelerator, output_dir: Path, position: dict, fixed: dict, total_limit: int | None) -> None:
+def save_checkpoint(
+    accelerator, state: State, export: Export, output_dir: Path, position: dict, fixed: dict, total_limit: int | None
+) -> None:
     """Publishes checkpoint-<step>, then removes the oldest ones over the limit; to be called by every rank.
 
+    A LoRA's state is small and lies in one file, written and read by the main rank alone, so that machines need not
+    share a disk. That of a whole transformer is written by all ranks, each its shard.
+
     Args:
+        export: writes the trained weights as a result.
         position: "step" and "batches_seen", what `read_position` is to give back.
         fixed: options that a resumed run must share.
     """
@@ -159,22 +152,61 @@ def save_checkpoint(accelerator, output_dir: Path, position: dict, fixed: dict, 
     temporary = output_dir / f".{final.name}.incomplete"
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+        temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(temporary)
+    weights = full_weights(state.transformer)
+    if fixed["training_type"] == "sft":
+        dcp.save(_tensors(state, _SHARDED), checkpoint_id=temporary / STATE_FOLDER, no_dist=not is_initialized())
+    else:
+        tensors = _tensors(state, _FULL)
+        if accelerator.is_main_process:
+            torch.save(tensors, temporary / STATE_TENSORS)
+    if accelerator.is_main_process:
+        export(weights, temporary)
+        numbers = {"lr_scheduler": state.lr_scheduler.state_dict()}
+        numbers["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
+        write_json(temporary / STATE_FILE, position | {"fixed": fixed} | numbers)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(temporary / STATE_FILE, position | {"fixed": fixed})
         os.rename(temporary, final)
         for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator, checkpoint: Path) -> None:
-    """Puts weights, optimizer, schedule and random state back; to be called by every rank."""
-    accelerator.load_state(checkpoint)
-    # accelerate counts micro-batches on, but we only stop between updates, and the next may have more of them.
-    accelerator.step = 0
+def load_checkpoint(accelerator, state: State, checkpoint: Path) -> None:
+    """Puts weights, optimizer and schedule back, on any number of ranks; to be called by every rank."""
+    numbers = broadcast_object_list([_read_state(checkpoint) if accelerator.is_main_process else None])[0]
+    if numbers["fixed"]["training_type"] == "sft":
+        tensors, options = _tensors(state, _SHARDED), _SHARDED
+        dcp.load(tensors, checkpoint_id=checkpoint / STATE_FOLDER, no_dist=not is_initialized())
+    else:
+        tensors, options = {"transformer": {}, "optimizer": {}}, replace(_FULL, cpu_offload=False)
+        options = replace(options, broadcast_from_rank0=is_initialized())
+        if accelerator.is_main_process:
+            tensors = torch.load(checkpoint / STATE_TENSORS, map_location="cpu", weights_only=True)
+    # Not set_state_dict: it leaves the weights of a rank alone that brings none, and the others wait for that for ever.
+    set_model_state_dict(state.transformer, tensors["transformer"], options=replace(options, strict=False))
+    set_optimizer_state_dict(
+        state.transformer, _plain(state.optimizer), optim_state_dict=tensors["optimizer"], options=options
+    )
+    state.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
+    if accelerator.scaler:
+        accelerator.scaler.load_state_dict(numbers["scaler"])
+
+
+def full_weights(transformer) -> dict[str, torch.Tensor]:
+    """The trained weights on the CPU of the main rank, gathered one by one; to be called by every rank."""
+    return get_model_state_dict(transformer, options=_FULL)
+
+
+def _tensors(state: State, options: StateDictOptions) -> dict:
+    weights, optimizer = get_state_dict(state.transformer, _plain(state.optimizer), options=options)
+    return {"transformer": weights, "optimizer": optimizer}
+
+
+def _plain(optimizer) -> torch.optim.Optimizer:
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
 def read_position(checkpoint: Path | None) -> dict:
@@ -221,53 +253,3 @@ def write_run(output_dir: Path, run: dict, step: int) -> None:
     write_json(output_dir / "args.json", run | {"versions": {package: version(package) for package in packages}})
     rows = [row for row in read_metrics(output_dir) if row["step"] <= step]
     publish(output_dir / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-# ---- the hub ---------------------------------------------------------------------------------------------------------
-
-MODEL_CARD = """---
-{header}
----
-# CogVideoX LoRA
-
-A LoRA for {base}, rank {rank}, alpha {alpha}.
-
-```python
-import torch
-from diffusers import CogVideoXPipeline
-from diffusers.utils import export_to_video
-
-pipe = CogVideoXPipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")
-pipe.load_lora_weights("{repo}")  # at the strength it was trained at
-export_to_video(pipe("{prompt}").frames[0], "video.mp4", fps={fps})
-```
-"""
-
-
-def create_hub_repo(name: str, token: str | None) -> str:
-    """The full name of the repository, made at the start so that a wrong token is found before training."""
-    try:
-        return create_repo(name, token=token, exist_ok=True).repo_id
-    except Exception as error:  # without a network it is one of the HTTP library below, which changes with versions
-        raise ValueError(
-            f"--push_to_hub: cannot create {name} ({str(error).strip().splitlines()[0]}); log in with `hf auth login`, "
-            "or pass --hub_token, or leave --push_to_hub away"
-        ) from error
-
-
-def model_card(repo: str, checkpoint: Checkpoint, options: dict) -> str:
-    # The hub refuses a card whose base_model is not one of its own names.
-    base = {"base_model": checkpoint.name} if not Path(checkpoint.name).is_dir() else {}
-    header = ModelCardData(library_name="diffusers", tags=["cogvideox", "lora", "text-to-video"], **base)
-    prompt = (options["validation_prompt"] or "a prompt").split(options["validation_prompt_separator"])[0]
-    return MODEL_CARD.format(
-        header=header.to_yaml(), base=checkpoint.name if base else Path(checkpoint.name).name, repo=repo,
-        rank=options["rank"], alpha=options["lora_alpha"], prompt=prompt.strip().replace('"', "'"), fps=options["fps"],
-    )  # fmt: skip
-
-
-def push_to_hub(repo: str, output_dir: Path, checkpoint: Checkpoint, options: dict, token: str | None) -> None:
-    """Uploads the result, a card and the validation videos; not the checkpoints."""
-    publish(output_dir / "README.md", model_card(repo, checkpoint, options).encode())
-    patterns = ["README.md", LORA_FILE, "validation/**", "args.json", METRICS_FILE]
-    upload_folder(repo_id=repo, folder_path=output_dir, allow_patterns=patterns, token=token)

@@ -28,11 +28,11 @@ from diffusers import (
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
-from diffusers.training_utils import cast_training_params
 from diffusers.utils.torch_utils import randn_tensor
-from peft import LoraConfig
 from PIL import Image
 from transformers import AutoTokenizer, T5EncoderModel
+
+from dataset import Encoder
 
 SCHEDULERS = {"CogVideoXDDIMScheduler": CogVideoXDDIMScheduler, "CogVideoXDPMScheduler": CogVideoXDPMScheduler}
 
@@ -257,6 +257,16 @@ def caption_encoder(checkpoint: Checkpoint, dtype, device) -> Iterator[Callable]
         torch.cuda.empty_cache()
 
 
+def encoders(checkpoint: Checkpoint, dtype, device, tiling: bool, slicing: bool) -> tuple[Encoder, Encoder]:
+    """Of clips and of captions, not loaded yet."""
+    video = partial(video_encoder, checkpoint, dtype, device, tiling, slicing)
+    caption = partial(caption_encoder, checkpoint, dtype, device)
+    return (
+        Encoder(vae_fingerprint(checkpoint, dtype, tiling), video),
+        Encoder(text_fingerprint(checkpoint, dtype), caption),
+    )
+
+
 def vae_fingerprint(checkpoint: Checkpoint, dtype: torch.dtype, tiling: bool) -> str:
     """Tells apart VAEs, and uses of one, that encode differently; slicing does not."""
     return _fingerprint(checkpoint.folder / "vae", dtype=dtype, tiling=tiling)
@@ -353,28 +363,6 @@ def rotary_embedding(checkpoint: Checkpoint, num_latent_frames: int, latent_heig
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------
-
-
-def check_lora_targets(config: dict, targets: list[str]) -> None:
-    """Refuses a target that is no linear layer, by name: PEFT skips those in silence as long as another one fits."""
-    linear = [name for name, module in empty_transformer(config).named_modules() if isinstance(module, torch.nn.Linear)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            known = sorted({name.split(".", 2)[-1] for name in linear if name.startswith("transformer_blocks.")})
-            raise ValueError(
-                f"--lora_target_modules {target}: the transformer has no such linear layer; in its blocks are "
-                f"{', '.join(known)}"
-            )
-
-
-def add_lora(transformer: CogVideoXTransformer3DModel, rank: int, alpha: float, targets: list[str]) -> None:
-    """Freezes the transformer and adds trainable LoRA weights, float32 whatever the frozen dtype.
-
-    add_adapter makes them in the dtype of the base, and in bfloat16 most updates at 1e-5 would round away.
-    """
-    transformer.requires_grad_(False)
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
-    cast_training_params(transformer, dtype=torch.float32)
 
 
 def velocity_loss(

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,6 +91,14 @@ class Data(NamedTuple):
     clips: "CachedClips"
     shapes: list[tuple[int, ...]]  # of each clip's cached latents, (2c, f, h, w)
     prompts: dict[str, Path]  # embeddings of the validation prompts, and of ""
+
+    @property
+    def has_images(self) -> bool:
+        return "image" in self.clips[0, False]
+
+    def first_image(self, clip: int) -> torch.Tensor:
+        """What an image-to-video model is given to start from, uint8 [H, W, C]."""
+        return self.clips[clip, False]["image"]
 
     def batches_per_epoch(self, batch_size: int) -> int:
         return len(epoch_batches(self.shapes, batch_size, seed=0, epoch=0, random_flip=False))
@@ -327,6 +336,7 @@ def encode_dataset(
     num_workers: int,
     progress: Callable[..., Iterable],
     ranks: Ranks,
+    everyone: Ranks,
 ) -> Data:
     """Fills the cache with what it does not hold yet, each rank its share, after everything has been checked.
 
@@ -334,12 +344,15 @@ def encode_dataset(
         clips, problems: from `read_clips`.
         prompts: further captions to encode, for validation.
         progress: wraps an iteration, as tqdm does; called with (items, description, unit).
+        ranks: that see the same cache, and so share its work.
+        everyone: all ranks; where machines do not share a disk, each must have the whole dataset.
 
     Raises:
         ValueError: with all problems of the dataset at once, before anything is loaded or written.
     """
+    refuse = partial(_refuse, root, everyone)
     probed = ranks.gather_shares(probe_clips(ranks.share(clips), view, cache, video_encoder.fingerprint, random_flip))
-    _refuse(root, problems + [clip.problem for clip in probed if clip.problem])
+    refuse(problems + [clip.problem for clip in probed if clip.problem])
 
     captions = [clip.caption for clip in clips] + prompts
     captions = {
@@ -361,15 +374,19 @@ def encode_dataset(
     if share := ranks.share(list(new_latents.values())):
         with video_encoder.load() as encode:
             problems = cache_latents(share, view, encode, num_workers, progress)
-    _refuse(root, ranks.gather(problems))  # also keeps every rank here until all have written their share
+    refuse(problems)  # also keeps every rank here until all have written their share
 
     latents = [found.paths for found in probed]
+    names = [path.name for paths in latents for path in paths] + [path.name for path in captions.values()]
+    if len(set(everyone.gather([hash_of(names)]))) > 1:
+        raise ValueError(f"{root}: the machines of this run see different clips or captions there; copy one to all")
     cached = CachedClips(latents, [captions[clip.caption] for clip in clips])
     return Data(cached, [_latents_shape(paths[0]) for paths in latents], {text: captions[text] for text in prompts})
 
 
-def _refuse(root: Path, problems: list[str]) -> None:
-    if problems:
+def _refuse(root: Path, everyone: Ranks, problems: list[str]) -> None:
+    """Ends all ranks if one has a problem; what several have is told once."""
+    if problems := list(dict.fromkeys(everyone.gather(problems))):
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         raise ValueError(f"{root}: {count} in the dataset, nothing is trained:\n  " + "\n  ".join(problems))
 
@@ -384,8 +401,11 @@ def file_hash(path: Path) -> str:
 
 def cache_path(cache: Path, kind: str, **content) -> Path:
     """File for what is made from `content`: whatever changes the result must be in it."""
-    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:40]
-    return cache / kind / f"{key}.safetensors"
+    return cache / kind / f"{hash_of(content)}.safetensors"
+
+
+def hash_of(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:40]
 
 
 def probe_clips(clips: list[Clip], view: View, cache: Path, encoder: str, random_flip: bool) -> list[Probed]:
@@ -525,11 +545,6 @@ def _latents_shape(path: Path) -> tuple[int, ...]:
     try:
         with safe_open(path, framework="pt") as file:
             return tuple(file.get_slice("parameters").get_shape())
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{path}: another process has encoded this, but this machine cannot see it; all machines of a run must "
-            "share the cache: put --latents_cache_dir on a shared disk"
-        ) from error
     except SafetensorError as error:
         raise ValueError(f"{path}: this file of the cache is damaged ({error}); delete it, it is made again") from error
 
@@ -596,6 +611,11 @@ class Plan(NamedTuple):
     def ends_epochs(self, step: int, every: int) -> bool:
         """Whether the update passes the end of epoch `every`, 2 * `every`, ..."""
         return self.epoch(step) // every > self.epoch(step - 1) // every
+
+    def due(self, step: int, every_steps: int | None, every_epochs: int) -> bool:
+        """Whether what happens every so many updates or epochs, and at the end, happens after this update."""
+        by_steps = every_steps is not None and step % every_steps == 0
+        return by_steps or self.ends_epochs(step, every_epochs) or step == self.total_steps
 
 
 def make_plan(

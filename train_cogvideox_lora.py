@@ -1,4 +1,4 @@
-"""Trains a LoRA for CogVideoX on a folder of clips with captions: options -> data -> what is trained -> loop -> result.
+"""Trains a LoRA for CogVideoX, or all of it, on captioned clips: options -> data -> what is trained -> loop -> result.
 
     accelerate launch --config_file accelerate_config_machine_single.yaml train_cogvideox_lora.py \
         --pretrained_model_name_or_path THUDM/CogVideoX-2b --instance_data_root ~/my-clips --output_dir my-lora
@@ -23,25 +23,31 @@ from tqdm.auto import tqdm
 import checkpoints
 import cogvideox
 import dataset
+import hub
 import optimizers
 import processes
+import trainable
 import validation
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+START_OPTIONS = (
+    "mixed_precision", "gradient_accumulation_steps", "report_to", "output_dir", "logging_dir", "ddp_timeout"
+)  # fmt: skip
 OPTIMIZER_OPTIONS = (
     "optimizer", "use_8bit_adam", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
     "prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup",
 )  # fmt: skip
+LORA_OPTIONS = ("rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora", "init_lora_weights")
 # What a resumed run must share with its checkpoint: it comes back with the optimizer, or counts the place in the data.
-FIXED = (*OPTIMIZER_OPTIONS, "scale_lr", "rank", "lora_alpha", "lora_target_modules", "seed", "train_batch_size")
+FIXED = ("training_type", *LORA_OPTIONS, *OPTIMIZER_OPTIONS, "scale_lr", "seed", "train_batch_size")
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PLR0915 - a statement per option
-    parser = argparse.ArgumentParser(usage="%(prog)s OPTIONS (see --help)", allow_abbrev=False)
-    parser.description = __doc__.split("\n")[0]
+    about = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(usage="%(prog)s OPTIONS (see --help)", description=about, allow_abbrev=False)
     count, positive, path = _at_least(0), _at_least(1), lambda text: Path(text).expanduser()
     model = parser.add_argument_group("model").add_argument
     model("--pretrained_model_name_or_path", required=True, metavar="NAME", help="CogVideoX folder or hub name")
@@ -75,8 +81,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     lora("--lora_alpha", type=float, help="strength is lora_alpha / rank (default: rank, strength 1)")
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     lora("--lora_target_modules", nargs="+", default=targets, metavar="NAME", help="linear layers that get a LoRA")
+    lora("--lora_path", type=path, metavar="PATH", help="LoRA to start from: run directory, checkpoint or file")
+    lora("--lora_dropout", type=float, default=0.0, metavar="P", help="share of the LoRA's inputs to drop in training")
+    lora("--use_dora", action="store_true", help="DoRA: train each layer's row norms apart from their directions")
+    lora("--use_rslora", action="store_true", help="rsLoRA: strength is lora_alpha / sqrt(rank)")
+    inits = ["default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16"]
+    lora("--init_lora_weights", choices=inits, default="default", help="first values; pissa_niter_N is a quick pissa")
 
     train = parser.add_argument_group("training").add_argument
+    train("--training_type", choices=["lora", "sft"], default="lora", help="a LoRA, or all weights of the transformer")
     train("--seed", type=count, default=42, help="of order, noise, timesteps, LoRA weights, validation")
     train("--mixed_precision", choices=list(DTYPES), help="default: what accelerate's config file says")
     train("--train_batch_size", type=positive, default=1, metavar="N", help="clips per micro-batch and GPU")
@@ -84,12 +97,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     train("--num_train_epochs", type=positive, default=1, metavar="N", help="times that each clip is seen")
     train("--max_train_steps", type=positive, metavar="N", help="updates; overrides --num_train_epochs")
     train("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    train("--ddp_timeout", type=positive, default=1800, metavar="SECONDS", help="longest wait for another process")
     train("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere GPUs and later")
 
     optim = parser.add_argument_group("optimizer").add_argument
     optim("--optimizer", type=str.lower, choices=["adamw", "adam", "prodigy"], default="adamw", help="kind")
     optim("--use_8bit_adam", action="store_true", help="adam and adamw with 8-bit state (needs bitsandbytes)")
-    optim("--learning_rate", type=float, help="peak value (default: 1e-4; prodigy, which finds its own: 1.0)")
+    optim("--learning_rate", type=float, help="peak value (default: 1e-4; sft: 1e-5; prodigy: 1.0)")
     optim("--scale_lr", action="store_true", help="multiply it by GPUs x accumulation x batch size")
     schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
     optim("--lr_scheduler", choices=schedules, default="constant", help="course of the learning rate")
@@ -118,13 +132,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
 
     out = parser.add_argument_group("output").add_argument
     out("--output_dir", type=path, default=Path("cogvideox-lora"), help="run directory")
-    out(
-        "--checkpointing_steps",
-        type=positive,
-        default=500,
-        metavar="N",
-        help="save a checkpoint every N updates and at the end",
-    )
+    out("--checkpointing_steps", type=positive, default=500, metavar="N", help="save every N updates and at the end")
     out("--checkpoints_total_limit", type=positive, metavar="N", help="keep the newest N (default: all)")
     out("--resume_from_checkpoint", metavar="PATH", help="a checkpoint folder, or 'latest' in --output_dir")
     out("--logging_steps", type=positive, default=1, metavar="N", help="log every N updates")
@@ -138,7 +146,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     args = parser.parse_args(argv)
     args.hub_model_id = args.hub_model_id or args.output_dir.absolute().name
     if args.learning_rate is None:
-        args.learning_rate = 1.0 if args.optimizer == "prodigy" else 1e-4
+        args.learning_rate = 1.0 if args.optimizer == "prodigy" else {"lora": 1e-4, "sft": 1e-5}[args.training_type]
     args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
     check_args(args, parser.error)
     return args
@@ -172,7 +180,21 @@ def check_args(args: argparse.Namespace, refuse) -> None:
         refuse("--use_8bit_adam: does nothing with --optimizer prodigy; pass --optimizer adamw, or leave it out")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         refuse("--lr_warmup_steps: does nothing with --lr_scheduler constant; pass constant_with_warmup")
+    _check_lora(args, refuse)
     _check_validation(args, refuse)
+
+
+def _check_lora(args: argparse.Namespace, refuse) -> None:
+    given = [name for name in ("lora_path", "lora_dropout", "use_dora", "use_rslora") if getattr(args, name)]
+    given += ["init_lora_weights"] * (args.init_lora_weights != "default")
+    if args.training_type == "sft" and given:
+        refuse(f"--{given[0]}: does nothing with --training_type sft, which trains no LoRA; leave it out")
+    if args.lora_path and args.init_lora_weights != "default":
+        refuse(f"--init_lora_weights {args.init_lora_weights}: --lora_path gives the first values; pass one of the two")
+    if args.init_lora_weights == "orthogonal" and args.rank % 2:
+        refuse(f"--rank {args.rank}: must be even for --init_lora_weights orthogonal; pass {args.rank + 1}")
+    if not 0 <= args.lora_dropout < 1:
+        refuse(f"--lora_dropout {args.lora_dropout}: must be from 0 to below 1")
 
 
 def _check_validation(args: argparse.Namespace, refuse) -> None:
@@ -198,8 +220,10 @@ def validation_images(args: argparse.Namespace) -> list[Path | None]:
 
 def start(args: argparse.Namespace) -> tuple[Accelerator, dataset.Ranks]:
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    options = ("mixed_precision", "gradient_accumulation_steps", "report_to", "output_dir", "logging_dir")
-    return processes.start(**{name: getattr(args, name) for name in options})
+    accelerator, ranks = processes.start(**{name: getattr(args, name) for name in START_OPTIONS})
+    if args.training_type == "sft":  # of whose checkpoints each rank writes a part
+        processes.check_shared(ranks, args.output_dir, "--output_dir")
+    return accelerator, ranks
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -214,20 +238,16 @@ def prepare_data(args, accelerator, checkpoint: cogvideox.Checkpoint, dtype, ran
         args.height, args.width, args.fps, args.max_num_frames, args.skip_frames_start, args.skip_frames_end,
         args.video_reshape_mode, args.seed, checkpoint.takes_image, checkpoint.fixed_size is not None,
     )  # fmt: skip
-    device, tiling, slicing = accelerator.device, args.enable_tiling, args.enable_slicing
+    video_encoder, text_encoder = cogvideox.encoders(
+        checkpoint, dtype, accelerator.device, args.enable_tiling, args.enable_slicing
+    )
+    cache = args.latents_cache_dir or root / ".cogvideox_cache"
     return dataset.encode_dataset(
-        root, clips, problems, view,
-        cache=args.latents_cache_dir or root / ".cogvideox_cache",
+        root, clips, problems, view, cache=cache,
         prompts=[*validation_prompts(args), ""],  # "": what guidance moves away from
-        random_flip=args.random_flip,
-        video_encoder=dataset.Encoder(
-            cogvideox.vae_fingerprint(checkpoint, dtype, tiling),
-            partial(cogvideox.video_encoder, checkpoint, dtype, device, tiling, slicing),
-        ),
-        text_encoder=dataset.Encoder(
-            cogvideox.text_fingerprint(checkpoint, dtype), partial(cogvideox.caption_encoder, checkpoint, dtype, device)
-        ),
-        num_workers=args.dataloader_num_workers, progress=partial(bar, accelerator), ranks=ranks,
+        random_flip=args.random_flip, video_encoder=video_encoder, text_encoder=text_encoder,
+        num_workers=args.dataloader_num_workers, progress=partial(bar, accelerator),
+        ranks=processes.sharing(ranks, cache, "--latents_cache_dir"), everyone=ranks,
     )  # fmt: skip
 
 
@@ -245,8 +265,25 @@ def read_checkpoint(args: argparse.Namespace, dtype: torch.dtype) -> cogvideox.C
     )
     image_options = [f"--{name}" for name in ("image_column", "validation_images") if getattr(args, name)]
     cogvideox.check_training(checkpoint, dtype, args.max_num_frames, args.height, args.width, image_options)
-    cogvideox.check_lora_targets(checkpoint.transformer, args.lora_target_modules)
+    if args.training_type == "lora":
+        trainable.check_lora(checkpoint, lora_of(args), args.lora_path)
     return checkpoint
+
+
+def lora_of(args: argparse.Namespace) -> trainable.Lora:
+    return trainable.Lora(**{name: getattr(args, name) for name in trainable.Lora._fields})
+
+
+def prepare_transformer(args, checkpoint: cogvideox.Checkpoint, dtype) -> tuple[torch.nn.Module, trainable.Export]:
+    """The transformer, of which just what is trained requires gradients, and what writes that as a result."""
+    set_seed(args.seed)
+    if args.training_type == "lora":
+        transformer, export = trainable.with_lora(checkpoint, dtype, lora_of(args), args.lora_path)
+    else:
+        transformer, export = trainable.whole(checkpoint, dtype)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return transformer.train(), export
 
 
 def make_optimizer(args, weights: list[torch.nn.Parameter], clips_per_step: int) -> torch.optim.Optimizer:
@@ -280,6 +317,7 @@ def losses(run: Run) -> Iterator[torch.Tensor]:
     with cogvideox.image_encoder(run.checkpoint, run.dtype, device, args.enable_tiling) as encode:
         for number, batch in micro_batches:
             generator = cogvideox.generator_for(device, args.seed, number)
+            torch.manual_seed(generator.initial_seed() % 2**63)  # dropout draws from the global generator
             yield cogvideox.training_loss(run.checkpoint, run.transformer, batch, generator, run.dtype, encode)
 
 
@@ -301,45 +339,25 @@ def update(run: Run, optimizer, micro_batch_losses: Iterator[torch.Tensor]) -> t
 
 def log(run: Run, step: int, loss, grad_norm, learning_rate: float, since: tuple[int, float]) -> dict:
     """Writes one row; `since` is an earlier step and its time, with nothing but updates in between."""
-    row = {"step": step, "epoch": round(run.plan.epoch(step), 4), "loss": run.accelerator.reduce(loss, "mean").item()}
-    row |= {"lr": learning_rate, "grad_norm": grad_norm.item()}
-    seconds = (time.perf_counter() - since[1]) / (step - since[0])
-    row |= {
-        "seconds": round(seconds, 4),
-        "peak_memory_gib": round(checkpoints.peak_memory_gib(run.accelerator.device), 3),
-    }
+    loss, seconds = run.accelerator.reduce(loss, "mean").item(), (time.perf_counter() - since[1]) / (step - since[0])
+    row = {"step": step, "epoch": round(run.plan.epoch(step), 4), "loss": loss, "lr": learning_rate}
+    row |= {"grad_norm": grad_norm.item(), "seconds": round(seconds, 4)}
+    row |= {"peak_memory_gib": round(checkpoints.peak_memory_gib(run.accelerator.device), 3)}
     if run.accelerator.is_main_process:
         checkpoints.append_metrics(run.args.output_dir, row)
     run.accelerator.log({f"train/{name}": value for name, value in row.items() if name != "step"}, step=step)
     return row
 
 
-def validation_due(args, plan: dataset.Plan, step: int) -> bool:
-    by_steps = args.validation_steps and step % args.validation_steps == 0
-    due = by_steps or plan.ends_epochs(step, args.validation_epochs) or step == plan.total_steps
-    return bool(due and args.validation_prompt)
-
-
-def first_image(run: Run, i: int, path: Path | None) -> torch.Tensor | None:
-    """What validation prompt i starts from: the image given for it, or the first frame of a clip."""
-    if not run.checkpoint.takes_image:
-        return None
-    if path:
-        return dataset.read_image(path, run.args.height, run.args.width)
-    return run.data.clips[i % len(run.data.shapes), False]["image"]
-
-
 def validate(run: Run, step: int) -> None:
     args, device = run.args, run.accelerator.device
     vae = cogvideox.loaded_vae(run.checkpoint, run.dtype, device, args.enable_tiling, args.enable_slicing)
-    options = ("height", "width", "guidance_scale", "use_dynamic_cfg")
-    images = dict(enumerate(validation_images(args)))
-    cases = [(prompt, first_image(run, i, images.get(i))) for i, prompt in enumerate(validation_prompts(args))]
+    cases = validation.cases(run.data, validation_prompts(args), validation_images(args), args.height, args.width)
     validation.validate(
         run.accelerator, run.ranks, run.checkpoint, run.transformer, vae, cases, run.data.prompts,
-        args.output_dir, step,
-        seeds=range(args.seed, args.seed + args.num_validation_videos), fps=args.fps, num_frames=args.max_num_frames,
-        **{name: getattr(args, name) for name in options},
+        args.output_dir, step, seeds=range(args.seed, args.seed + args.num_validation_videos), fps=args.fps,
+        num_frames=args.max_num_frames, height=args.height, width=args.width, guidance_scale=args.guidance_scale,
+        use_dynamic_cfg=args.use_dynamic_cfg,
     )  # fmt: skip
 
 
@@ -359,30 +377,31 @@ def start_records(run: Run) -> None:
 # ---- the story -------------------------------------------------------------------------------------------------------
 
 
+@processes.losses_explained()
 def main(args: argparse.Namespace) -> None:
     with processes.explained():
         # Data: read, checked and encoded, before the transformer comes in.
         accelerator, ranks = start(args)
         dtype = DTYPES[accelerator.mixed_precision]
         checkpoint = read_checkpoint(args, dtype)
-        fixed = {name: getattr(args, name) for name in FIXED} | {"mixed_precision": accelerator.mixed_precision}
-        fixed["transformer"] = checkpoint.identity
-        resume_from = checkpoints.find_checkpoint(args.output_dir, args.resume_from_checkpoint, fixed)
+        fixed = {name: getattr(args, name) for name in FIXED}
+        fixed |= {"mixed_precision": accelerator.mixed_precision, "transformer": checkpoint.identity}
+        resume_from, position = processes.from_main(
+            accelerator, checkpoints.starting_point, args.output_dir, args.resume_from_checkpoint, fixed
+        )
         make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], 1)  # a missing package or a bad value shows here
-        hub_repo = checkpoints.create_hub_repo(args.hub_model_id, args.hub_token) if args.push_to_hub else None
+        hub_repo = args.push_to_hub and processes.from_main(
+            accelerator, hub.create_hub_repo, args.hub_model_id, args.hub_token
+        )
         checkpoint = cogvideox.download(checkpoint)
         data = prepare_data(args, accelerator, checkpoint, dtype, ranks)
         plan = dataset.make_plan(
             data.batches_per_epoch(args.train_batch_size), ranks.count * args.gradient_accumulation_steps,
-            args.num_train_epochs, args.max_train_steps, **checkpoints.read_position(resume_from),
+            args.num_train_epochs, args.max_train_steps, **position,
         )  # fmt: skip
 
-        # What is trained: LoRA weights in float32, over a frozen transformer in the compute dtype.
-        transformer = cogvideox.load_transformer(checkpoint, dtype)
-        set_seed(args.seed)
-        cogvideox.add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules)
-        if args.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
+        # What is trained: weights in float32; what is frozen is in the compute dtype.
+        transformer, export = prepare_transformer(args, checkpoint, dtype)
         weights = [weight for weight in transformer.parameters() if weight.requires_grad]
         optimizer = make_optimizer(args, weights, plan.batches_per_step * args.train_batch_size)
         lr_scheduler = optimizers.make_lr_scheduler(
@@ -390,11 +409,10 @@ def main(args: argparse.Namespace) -> None:
         )
 
     # Where to start. The schedule is not prepared: accelerate would advance it once per rank.
-    transformer, optimizer = accelerator.prepare(transformer.train(), optimizer)
-    accelerator.register_for_checkpointing(lr_scheduler)
-    checkpoints.register_lora_hooks(accelerator, checkpoint)
+    transformer, optimizer = accelerator.prepare(transformer, optimizer)
+    state = checkpoints.State(transformer, optimizer, lr_scheduler)
     if resume_from:
-        checkpoints.load_checkpoint(accelerator, resume_from)
+        checkpoints.load_checkpoint(accelerator, state, resume_from)
     run = Run(args, accelerator, ranks, checkpoint, dtype, data, plan, transformer)
     start_records(run)
 
@@ -410,19 +428,19 @@ def main(args: argparse.Namespace) -> None:
         lr_scheduler.step()
         progress.update()
         if saves := step % args.checkpointing_steps == 0 or step == plan.total_steps:
-            checkpoints.save_checkpoint(accelerator, args.output_dir, plan.position(step), fixed, limit)
-        if validates := validation_due(args, plan, step):
+            checkpoints.save_checkpoint(accelerator, state, export, args.output_dir, plan.position(step), fixed, limit)
+        if validates := args.validation_prompt and plan.due(step, args.validation_steps, args.validation_epochs):
             validate(run, step)
         if logs or saves or validates:
             since = step, time.perf_counter()
     progress.close()
 
     # Result.
+    weights = checkpoints.full_weights(transformer)
     if accelerator.is_main_process:
-        checkpoints.save_lora(accelerator.unwrap_model(transformer), args.output_dir, checkpoint)
-        print(f"LoRA: {args.output_dir / checkpoints.LORA_FILE}")
+        print(f"Result: {export(weights, args.output_dir)}")
         if hub_repo:
-            checkpoints.push_to_hub(hub_repo, args.output_dir, checkpoint, vars(args), args.hub_token)
+            hub.push_to_hub(hub_repo, args.output_dir, checkpoint, vars(args), args.hub_token)
     # Without it torch 2.13 can hang at exit: gloo's thread and the end of DDP wait for each other.
     accelerator.wait_for_everyone()
     accelerator.end_training()

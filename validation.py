@@ -23,6 +23,17 @@ class Video(NamedTuple):
     mp4: bytes
 
 
+def cases(data: dataset.Data, prompts: list[str], images: list[Path | None], height: int, width: int) -> list[tuple]:
+    """Each prompt, and what image-to-video starts from: the image given for it, or the first frame of a clip."""
+    if not data.has_images:
+        return [(prompt, None) for prompt in prompts]
+    images = images + [None] * (len(prompts) - len(images))
+    return [
+        (prompt, dataset.read_image(image, height, width) if image else data.first_image(i % len(data.shapes)))
+        for i, (prompt, image) in enumerate(zip(prompts, images))
+    ]
+
+
 def validate(accelerator, ranks, checkpoint, transformer, vae, cases: list[tuple[str, torch.Tensor | None]],
              embeds: dict[str, Path], output_dir: Path, step: int, *, seeds, fps: int, **options) -> None:  # fmt: skip
     """Samples every case with every seed, each rank its share; the main rank writes and logs the videos.
@@ -43,6 +54,7 @@ def validate(accelerator, ranks, checkpoint, transformer, vae, cases: list[tuple
     embeds = {text: dataset.load_prompt_embeds(path).to(accelerator.device) for text, path in embeds.items()}
     bar = tqdm(mine, f"Validation, step {step}", unit="video", leave=False, disable=not accelerator.is_main_process)
     videos = []
+    transformer.eval()  # no dropout
     with vae as loaded_vae:
         for i, prompt, image, seed in bar:
             frames = cogvideox.sample_video(
@@ -50,6 +62,7 @@ def validate(accelerator, ranks, checkpoint, transformer, vae, cases: list[tuple
                 image=image, generator=cogvideox.generator_for(accelerator.device, seed, i), **options,
             )  # fmt: skip
             videos.append(Video(f"prompt-{i:02d}_seed-{seed}.mp4", prompt, encode_mp4(frames, fps)))
+    transformer.train()
     # As bytes, so that they reach the main rank's disk from other machines too.
     videos = list({video.name: video for video in ranks.gather(videos)}.values())
     if accelerator.is_main_process:

@@ -33,6 +33,7 @@ import dataset
 import optimizers
 import processes
 import train_cogvideox_lora as train
+import trainable
 
 # Options of the training script that are passed on to it.
 TRAINING = (
@@ -176,7 +177,7 @@ def prepare(options: argparse.Namespace) -> tuple[train.Run, torch.optim.Optimiz
     )  # fmt: skip
 
     transformer = random_transformer(checkpoint.transformer, dtype, accelerator.device)
-    cogvideox.add_lora(transformer, args.rank, args.lora_alpha, args.lora_target_modules)
+    trainable.add_lora(transformer, train.lora_of(args), dtype)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     weights = [weight for weight in transformer.parameters() if weight.requires_grad]

@@ -6,10 +6,12 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test may reach for the network
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 from make_example import make_checkpoint, make_clips
 
 import checkpoints
+import cogvideox
 import train_cogvideox_lora
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +68,21 @@ def training_options(checkpoint, clips, output_dir, **options):
     for name, value in values.items():
         line += [f"--{name}"] if value is True else [f"--{name}", *map(str, value if type(value) is list else [value])]
     return line
+
+
+def transformer_inputs(folder):
+    """Random ones of the right shapes."""
+    checkpoint = cogvideox.read_checkpoint(str(folder))
+    config = checkpoint.transformer
+    f = 4 if config["patch_size_t"] else 3
+    return {
+        "hidden_states": torch.randn(1, f, config["in_channels"], 8, 12),
+        "encoder_hidden_states": torch.randn(1, 226, 32),
+        "timestep": torch.tensor([500]),
+        "ofs": torch.full((1,), 2.0) if config["ofs_embed_dim"] else None,
+        "image_rotary_emb": cogvideox.rotary_embedding(checkpoint, f, 8, 12, "cpu"),
+        "return_dict": False,
+    }
 
 
 @pytest.fixture

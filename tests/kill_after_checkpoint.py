@@ -21,10 +21,10 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def save(accelerator, output_dir, position, *others):
+def save(accelerator, state, export, output_dir, position, *others):
     if moment == "saving" and position["step"] == int(step):
         os.rename = lambda *_: die()
-    original_save(accelerator, output_dir, position, *others)
+    original_save(accelerator, state, export, output_dir, position, *others)
     if position["step"] == int(step):
         die()
 

@@ -1,6 +1,7 @@
 """cli_demo.py from options to mp4 on tiny checkpoints: what it makes, at which LoRA strength, what it refuses."""
 
 import json
+import os
 import shutil
 
 import accelerate
@@ -8,11 +9,11 @@ import imageio
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from make_example import draw_clip
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import cli_demo
 
@@ -39,6 +40,17 @@ def make_lora(checkpoint, folder, rank=4, alpha=2, times=1.0, recorded=True, **c
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "pytorch_lora_weights.safetensors", metadata if recorded else {"format": "pt"})
+    return folder
+
+
+def tune(checkpoint, folder, **config):
+    """A run directory with a transformer whose weights all differ from the checkpoint's, as the trainer writes it."""
+    transformer = CogVideoXTransformer3DModel.from_pretrained(checkpoint, subfolder="transformer")
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for weight in transformer.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    transformer.save_pretrained(folder / "transformer", **config)
     return folder
 
 
@@ -72,6 +84,11 @@ def lora(tiny_checkpoint, tmp_path):
 
 
 @pytest.fixture
+def tuned(tiny_checkpoint, tmp_path):
+    return tune(tiny_checkpoint, tmp_path / "sft")
+
+
+@pytest.fixture
 def clip(tmp_path):
     path = tmp_path / "clip.mp4"
     imageio.mimsave(path, draw_clip("circle", "red", "right", 32, 96, 128), fps=24, macro_block_size=1)
@@ -83,6 +100,20 @@ def image(tmp_path):
     path = tmp_path / "image.png"
     imageio.imwrite(path, draw_clip("circle", "red", "right", 1, 96, 128)[0])
     return path
+
+
+@pytest.fixture
+def transformer_inputs():
+    return {
+        "hidden_states": torch.randn(1, 3, 4, 8, 12),
+        "encoder_hidden_states": torch.randn(1, 226, 32),
+        "timestep": torch.tensor([500]),
+    }
+
+
+@torch.no_grad()
+def run(transformer, inputs):
+    return transformer(**inputs).sample
 
 
 @pytest.fixture
@@ -133,13 +164,26 @@ def test_scheduler_is_the_checkpoints_own_and_trailing(variant, checkpoint_of, t
 
 
 @pytest.mark.parametrize("kind, variant, num_frames", [
-    ("t2v", "2b", 9), ("i2v", "5b-I2V", 9), ("v2v", "2b", 9), ("v2v", "1.5-5B", 8),
+    ("t2v", "2b", 9), ("i2v", "5b-I2V", 9), ("i2v", "1.5-5B-I2V", 9), ("v2v", "2b", 9), ("v2v", "1.5-5B", 8),
 ])  # fmt: skip
 def test_every_generate_type_writes_a_video(kind, variant, num_frames, checkpoint_of, image, clip, tmp_path):
     source = {"t2v": [], "i2v": ["--image_or_video_path", image], "v2v": ["--image_or_video_path", clip]}[kind]
     options = ["--model_path", checkpoint_of(variant), "--generate_type", kind, *source]
     frames, _ = make_video(tmp_path / "out.mp4", *options)
     assert frames.shape == (num_frames, 64, 96, 3)
+
+
+@pytest.mark.parametrize("variant", ["5b-I2V", "1.5-5B-I2V"])
+def test_an_image_to_video_checkpoint_takes_the_image_unasked(variant, checkpoint_of, image, tmp_path):
+    other = tmp_path / "other.png"
+    imageio.imwrite(other, draw_clip("square", "blue", "left", 1, 96, 128)[0])
+    options = ["--model_path", checkpoint_of(variant), "--image_or_video_path"]
+    unasked, asked, of_other = (
+        make_video(tmp_path / "out.mp4", *options, *rest)[0]
+        for rest in ([image], [image, "--generate_type", "i2v"], [other])
+    )
+    assert np.array_equal(unasked, asked)
+    assert not np.array_equal(unasked, of_other)
 
 
 def red_centre(frame):
@@ -149,9 +193,7 @@ def red_centre(frame):
 
 
 def test_v2v_takes_the_video_by_time_and_crops_it(clip):
-    frames = cli_demo.read_source(
-        parse("--generate_type", "v2v", "--image_or_video_path", clip), num_frames=5, fps=6, width_height=(96, 64)
-    )["video"]
+    frames = cli_demo.read_source(clip, "v2v", num_frames=5, fps=6, width_height=(96, 64))["video"]
     reference, _ = read_video(clip)  # 24 fps, 96 x 128, of which 3:2 leaves 85 rows
     assert [frame.size for frame in frames] == [(96, 64)] * 5
     where = [red_centre(np.array(frame)) for frame in frames]
@@ -172,6 +214,7 @@ def test_each_of_several_videos_is_that_of_its_own_seed(tiny_checkpoint, tmp_pat
 @pytest.mark.parametrize("settings, trained, told", [
     ({"rank": 4, "alpha": 2}, 0.5, "rank 4, trained strength alpha/rank = 0.5"),
     ({"rank": 4, "alpha": 4, "use_rslora": True}, 2.0, "rank 4, trained strength alpha/sqrt(rank) = 2"),
+    ({"rank": 9, "alpha": 6, "use_rslora": True}, 2.0, "rank 9, trained strength alpha/sqrt(rank) = 2"),
     ({"rank": 4, "alpha": 2, "recorded": False}, 1.0, "rank 4, no strength recorded: taken as 1"),
 ])  # fmt: skip
 def test_lora_applies_at_its_trained_strength_times_lora_scale(
@@ -204,19 +247,64 @@ def test_lora_scale_is_seen_in_the_video(tiny_checkpoint, lora, tmp_path):
     assert np.array_equal(at_4, doubled)  # alpha/rank 0.5 times 4 is what weights of twice the size do at 1
 
 
-def test_lora_keeps_its_strength_when_layers_are_offloaded(tiny_checkpoint, lora, tmp_path):
-    pipe = load(
-        "--model_path", tiny_checkpoint, "--lora_path", lora, "--lora_scale", 3, "--output_path", tmp_path / "a.mp4"
-    )
-    inputs = {
-        "hidden_states": torch.randn(1, 3, 4, 8, 12),
-        "encoder_hidden_states": torch.randn(1, 226, 32),
-        "timestep": torch.tensor([500]),
-    }
-    with torch.no_grad():
-        straight = pipe.transformer(**inputs).sample
-        accelerate.cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))  # what `sequential` does
-        offloaded = pipe.transformer(**inputs).sample
+KINDS_OF_LORA = {
+    "DoRA": {"use_dora": True},
+    "DoRA at rsLoRA's strength": {"use_dora": True, "use_rslora": True},
+    "with dropout": {"lora_dropout": 0.5},
+    "DoRA on a convolution": {"use_dora": True, "target_modules": ["patch_embed.proj"]},
+    "with biases": {"lora_bias": True},
+}
+
+
+@pytest.mark.parametrize("settings", KINDS_OF_LORA.values(), ids=KINDS_OF_LORA)
+def test_a_lora_of_any_kind_does_what_it_did_in_training(settings, tiny_checkpoint, tmp_path, transformer_inputs):
+    folder = make_lora(tiny_checkpoint, tmp_path / "run", **settings)
+    trained = CogVideoXTransformer3DModel.from_pretrained(tiny_checkpoint, subfolder="transformer")
+    without = run(trained, transformer_inputs)
+    config = {"r": 4, "lora_alpha": 2, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]} | settings
+    trained.add_adapter(LoraConfig(**config))
+    weights = load_file(folder / "pytorch_lora_weights.safetensors")
+    weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    assert any("lora_magnitude_vector" in name for name in weights) == settings.get("use_dora", False)
+    assert not set_peft_model_state_dict(trained, weights).unexpected_keys
+    pipe = load("--lora_path", folder, "--output_path", tmp_path / "out.mp4")
+    expected = run(trained.eval(), transformer_inputs)
+    assert not torch.equal(expected, without)
+    assert torch.equal(run(pipe.transformer, transformer_inputs), expected)
+
+
+def test_a_magnitude_vector_of_another_size_is_refused(tiny_checkpoint, tmp_path, no_weights, capsys):
+    file = make_lora(tiny_checkpoint, tmp_path / "run", use_dora=True) / "pytorch_lora_weights.safetensors"
+    weights, name = load_file(file), "transformer.transformer_blocks.0.attn1.to_q.lora_magnitude_vector"
+    weights[name] = weights[name][None]  # [1, out], as some write it
+    save_file(weights, file)
+    cli_demo.make_plan(parse("--model_path", tiny_checkpoint, "--lora_path", file, "--output_path", tmp_path / "a.mp4"))
+    weights[name] = torch.ones(63)
+    save_file(weights, file)
+    message = refusal(parse("--model_path", tiny_checkpoint, "--lora_path", file), capsys)
+    assert f"{name} [63], here [64, 64]. Give the one" in message
+
+
+def test_the_magnitudes_of_a_dora_stay_at_any_scale(tiny_checkpoint, tmp_path, capsys):
+    folder = make_lora(tiny_checkpoint, tmp_path / "run", use_dora=True)
+    load("--lora_path", folder, "--lora_scale", 0.5, "--output_path", tmp_path / "out.mp4")
+    told = "alpha/rank = 0.5, --lora_scale 0.5 -> applied at 0.25; the magnitudes of its DoRA as trained\n"
+    assert told in capsys.readouterr().out
+
+
+def test_a_dora_is_not_offloaded_by_layer(tiny_checkpoint, tmp_path, no_weights, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    folder = make_lora(tiny_checkpoint, tmp_path / "run", use_dora=True)
+    message = refusal(parse("--lora_path", folder, "--cpu_offload", "sequential"), capsys)
+    assert "--cpu_offload sequential: takes layers apart that a DoRA needs whole" in message
+
+
+def test_lora_keeps_its_strength_when_layers_are_offloaded(tiny_checkpoint, lora, tmp_path, transformer_inputs):
+    options = ["--model_path", tiny_checkpoint, "--lora_path", lora, "--lora_scale", 3]
+    pipe = load(*options, "--output_path", tmp_path / "a.mp4")
+    straight = run(pipe.transformer, transformer_inputs)
+    accelerate.cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))  # what `sequential` does
+    offloaded = run(pipe.transformer, transformer_inputs)
     assert torch.equal(straight, offloaded)
     assert pipe.transformer.transformer_blocks[0].attn1.to_q.scaling == {"lora": 1.5}
 
@@ -233,6 +321,81 @@ def test_lora_alone_brings_its_checkpoint(lora, tiny_checkpoint, tmp_path):
     alone, _ = make_video(tmp_path / "alone.mp4", "--lora_path", file)
     named, _ = make_video(tmp_path / "named.mp4", "--lora_path", lora, "--model_path", tiny_checkpoint)
     assert np.array_equal(alone, named)
+
+
+def test_a_tuned_transformer_makes_the_video_of_a_pipeline_with_it_in_its_place(tiny_checkpoint, tuned, tmp_path):
+    by_hand = CogVideoXPipeline.from_pretrained(tiny_checkpoint)
+    weights = load_file(tuned / "transformer" / "diffusion_pytorch_model.safetensors")
+    by_hand.transformer.load_state_dict(weights)
+    frames = by_hand(
+        "a red circle", height=64, width=96, num_frames=9, num_inference_steps=2,
+        generator=torch.Generator().manual_seed(42),
+    ).frames[0]  # fmt: skip
+    cli_demo.publish(frames, tmp_path / "by-hand.mp4", fps=8)
+    options = ["--model_path", tiny_checkpoint]
+    base, _ = make_video(tmp_path / "base.mp4", *options)
+    for folder in (tuned, tuned / "transformer"):
+        made, _ = make_video(tmp_path / "made.mp4", *options, "--transformer_path", folder)
+        assert np.array_equal(made, read_video(tmp_path / "by-hand.mp4")[0])
+        assert not np.array_equal(made, base)
+
+
+def test_a_tuned_transformer_brings_its_checkpoint_and_needs_no_other_transformers_weights(
+    tiny_checkpoint, tmp_path, capsys
+):
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    one, several = tune(checkpoint, tmp_path / "one"), tune(checkpoint, tmp_path / "n", max_shard_size="100KB")
+    assert len(list((several / "transformer").glob("diffusion_pytorch_model-*-of-*.safetensors"))) > 1
+    (checkpoint / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    options = ["--dtype", "bfloat16", "--output_path", tmp_path / "out.mp4"]
+    pipes = [load("--transformer_path", folder, *options) for folder in (one, several)]
+    assert f"--model_path: not given; {checkpoint}, which the transformer was fine-tuned" in capsys.readouterr().out
+    states = [pipe.transformer.state_dict() for pipe in pipes]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(weight, states[1][name]) for name, weight in states[0].items())
+    assert {weight.dtype for weight in states[0].values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("variant", ["5b-I2V", "1.5-5B-I2V"])
+def test_a_tuned_transformer_of_an_image_model_starts_from_the_image(variant, checkpoint_of, image, tmp_path):
+    folder = tune(checkpoint_of(variant), tmp_path / "run")
+    frames, _ = make_video(tmp_path / "out.mp4", "--transformer_path", folder, "--image_or_video_path", image)
+    assert frames.shape == (9, 64, 96, 3)
+
+
+def test_sizes_and_frames_are_those_of_the_tuned_transformer(checkpoint_of, tmp_path):
+    folder = tune(checkpoint_of("5b"), tmp_path / "run")
+    edit_json(folder / "transformer" / "config.json", sample_height=10, sample_frames=17)
+    plan = cli_demo.make_plan(parse("--transformer_path", folder, "--output_path", tmp_path / "out.mp4"))
+    assert plan.inputs == {"height": 80, "width": 96, "num_frames": 17}
+
+
+@pytest.mark.parametrize("below", ["transformer", "."])
+def test_a_tuned_transformer_may_be_on_the_hub(below, tiny_checkpoint, tuned, tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub" / "models--someone--tuned" / "snapshots" / ("0" * 40)
+    shutil.copytree(tuned / "transformer", snapshot / below)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    pipe = load("--transformer_path", "someone/tuned", "--output_path", tmp_path / "out.mp4")
+    weights = load_file(tuned / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(weights[name], weight) for name, weight in pipe.transformer.named_parameters())
+
+
+def test_a_lora_applies_to_the_tuned_transformer_that_it_was_trained_on(
+    tiny_checkpoint, tuned, tmp_path, transformer_inputs
+):
+    whole = shutil.copytree(tiny_checkpoint, tmp_path / "whole")
+    shutil.rmtree(whole / "transformer")
+    shutil.copytree(tuned / "transformer", whole / "transformer")
+    lora = ["--lora_path", make_lora(whole, tmp_path / "run", use_dora=True)]  # whose magnitudes are those of `tuned`
+    options = ["--model_path", tiny_checkpoint, "--transformer_path", tuned]
+    expected, both, without = (
+        run(load(*row, "--output_path", tmp_path / "out.mp4").transformer, transformer_inputs)
+        for row in (["--model_path", whole, *lora], [*options, *lora], options)
+    )
+    assert torch.equal(both, expected)
+    assert not torch.equal(without, expected)
 
 
 def refusal(args, capsys):
@@ -266,7 +429,7 @@ def test_lora_on_any_layer_fits_its_own_checkpoint(target, tiny_checkpoint, tmp_
 OPTIONS = {
     "lora scale without a lora": (["--lora_scale", "0.5"], "--lora_scale 0.5: there is no LoRA"),
     "offload without a gpu": (["--cpu_offload", "model"], "--cpu_offload model: no GPU here"),
-    "t2v with an image": (["--image_or_video_path", "a.png"], "--image_or_video_path a.png: t2v uses none"),
+    "t2v with an image": (["--generate_type", "t2v", "--image_or_video_path", "a.png"], "a.png: t2v uses none"),
     "i2v without an image": (["--generate_type", "i2v"], "--generate_type i2v: needs a file"),
     "v2v of one step": (
         ["--generate_type", "v2v", "--image_or_video_path", "a", "--num_inference_steps", "1"],
@@ -288,16 +451,61 @@ def test_options_that_cannot_work_are_refused(options, message, monkeypatch, cap
 
 
 MISTAKES = {  # name: (options, parts of the message); {2b} is that tiny checkpoint, {tmp} a folder with wrong things
-    "no model": ("", "--model_path: not given, and there is no LoRA to tell it"),
+    "no model": ("", "--model_path: not given, and there is no LoRA or transformer to tell it"),
+    "no model in the transformer": ("--transformer_path {2b}", "--model_path: not given, and {2b} does not say what"),
     "no model in the lora": ("--lora_path {tmp}/foreign", "--model_path: not given", "does not say what it was"),
     "model is nowhere": ("--model_path {tmp}/nowhere", "--model_path {tmp}/nowhere: no whole checkpoint"),
     "model is a lora": ("--model_path {tmp}/foreign", "no model_index.json", "give it as --lora_path"),
+    "model is a transformer": ("--model_path {tmp}/sft", "no model_index.json", "give it as --transformer_path"),
     "model is a part": ("--model_path {2b}/transformer", "no model_index.json", "give its top folder"),
     "another family": ("--model_path {tmp}/flux", "is a FluxPipeline", "such as THUDM/CogVideoX-2b"),
     "half a download": ("--model_path {tmp}/half", "no weights in text_encoder/", "download it again"),
     "lora is nowhere": ("--lora_path {tmp}/no/lora/here", "--lora_path {tmp}/no/lora/here: no such file"),
     "lora a floor below": ("--lora_path {tmp}", "no pytorch_lora_weights.safetensors", "the newest below it is {tmp}/"),
     "lora is broken": ("--lora_path {tmp}/text.mp4", "cannot be read as .safetensors"),
+    "lora is a transformer": ("--lora_path {tmp}/sft", "no pytorch_lora_weights", "give it as --transformer_path"),
+    "lora is a checkpoint": ("--lora_path {2b}", "no pytorch_lora_weights", "give it as --model_path"),
+    "lora without its base": (
+        "--lora_path {tmp}/pissa", "init_lora_weights pissa_niter_4 changed the checkpoint's own weights", "convert it"
+    ),
+    "lora of another transformer": (
+        "--transformer_path {tmp}/sft --lora_path {tmp}/of-5b",
+        "than --transformer_path {tmp}/sft/transformer: use_rotary_positional_embeddings True, here False",
+    ),
+    "transformer is nowhere": ("--transformer_path {tmp}/no/where", "{tmp}/no/where: no such folder, nor a transf"),
+    "transformer a floor below": ("--transformer_path {tmp}/runs", "the newest below it is {tmp}/runs/checkpoint-10\n"),
+    "transformer is a lora": ("--transformer_path {tmp}/foreign", "no transformer/", "give it as --lora_path"),
+    "transformer is a file": (
+        "--transformer_path {tmp}/sft/transformer/diffusion_pytorch_model.safetensors", "must be a folder"
+    ),
+    "transformer is empty": ("--transformer_path {tmp}/empty", "no transformer/ in this folder; give the folder that"),
+    "transformer is a vae": ("--transformer_path {2b}/vae", "is of AutoencoderKLCogVideoX", "CogVideoXTransformer3DM"),
+    "transformer is a t5": ("--transformer_path {2b}/text_encoder", "is of no model of diffusers"),
+    "transformer config is text": ("--transformer_path {tmp}/broken", "not a valid JSON file"),
+    "transformer of another kind": (
+        "--transformer_path {tmp}/sft --model_path {1.5-5B}",
+        "--transformer_path {tmp}/sft/transformer: of another kind than --model_path {1.5-5B}: patch_size_t None, ",
+        "there 2; use_rotary_positional_embeddings False, there True. Give",
+        "fine-tuned from ({2b})",
+    ),
+    "transformer that sees no ofs": (
+        "--transformer_path {tmp}/no-ofs --model_path {1.5-5B-I2V}", "ofs_embed_dim None, there 32."
+    ),
+    "transformer without weights": ("--transformer_path {tmp}/bare", "no diffusion_pytorch_model.safetensors in it"),
+    "transformer without a shard": (
+        "--transformer_path {tmp}/shards", "no diffusion_pytorch_model-00002-of-0000", "copy it again"
+    ),
+    "transformer cut short": ("--transformer_path {tmp}/cut", "diffusion_pytorch_model.safetensors: cannot be read"),
+    "transformer half of one": (
+        "--transformer_path {tmp}/half-of-one", "proj_out.bias is missing, by its config.json (16,)", "as a whole"
+    ),
+    "transformer's base is nowhere": (
+        "--transformer_path {tmp}/moved", "--model_path {tmp}/away: no whole checkpoint"
+    ),
+    "i2v of a tuned text model": (
+        "--transformer_path {tmp}/sft --generate_type i2v --image_or_video_path {image}",
+        "--generate_type i2v: --transformer_path {tmp}/sft/transformer is made to start from text alone",
+    ),
     "lora of other tools": ("--lora_path {tmp}/kohya.safetensors", "holds lora_unet_to_q.alpha", "convert it first"),
     "lora of the future": ("--lora_path {tmp}/future", "update peft", "of_tomorrow"),
     "frames": ("--model_path {2b} --num_frames 11", "--num_frames 11: must be 4k + 1; nearest is 9"),
@@ -308,17 +516,27 @@ MISTAKES = {  # name: (options, parts of the message); {2b} is that tiny checkpo
         "--model_path {1.5-5B} --generate_type v2v --image_or_video_path {clip} --num_frames 9",
         "--num_frames 9: must be 8k + 5; nearest is 5",
     ),
-    "t2v of an image model": ("--model_path {5b-I2V}", "--generate_type t2v", "in 8, out 4", "use i2v"),
+    "t2v of an image model": ("--model_path {5b-I2V} --generate_type t2v", "in 8, out 4", "use i2v"),
+    "v2v of an image model": (
+        "--model_path {1.5-5B-I2V} --generate_type v2v --image_or_video_path {clip}", "made to start from an image"
+    ),
+    "image model alone": (
+        "--model_path {5b-I2V}", "--image_or_video_path: not given", "--model_path {5b-I2V} starts from an image"
+    ),
+    "text model with an image": (
+        "--model_path {5b} --image_or_video_path {image}", "--image_or_video_path {image}: --model_path {5b} starts",
+        "add --generate_type v2v",
+    ),
     "i2v of a text model": ("--model_path {5b} --generate_type i2v --image_or_video_path {image}", "use t2v or v2v"),
     "i2v size": (
-        "--model_path {5b-I2V} --generate_type i2v --image_or_video_path {image} --height 80",
+        "--model_path {5b-I2V} --image_or_video_path {image} --height 80",
         "--height 80: this checkpoint makes 64 only",
     ),
     "i2v frames": (
         "--model_path {5b-I2V} --generate_type i2v --image_or_video_path {image} --num_frames 17",
         "--num_frames 17: this checkpoint makes 9 only",
     ),
-    "no image": ("--model_path {5b-I2V} --generate_type i2v --image_or_video_path no.png", "no.png: no such file"),
+    "no image": ("--model_path {5b-I2V} --image_or_video_path no.png", "no.png: no such file"),
     "image is text": (
         "--model_path {5b-I2V} --generate_type i2v --image_or_video_path {tmp}/text.mp4",
         "{tmp}/text.mp4: not readable; give an image for i2v",
@@ -339,17 +557,44 @@ MISTAKES = {  # name: (options, parts of the message); {2b} is that tiny checkpo
 }  # fmt: skip
 
 
-@pytest.fixture
-def wrong_things(checkpoint_of, tmp_path):
+def make_transformers(checkpoint_of, folder):
+    """`sft`, which is as it should be, and others that are not."""
+    weights = "diffusion_pytorch_model.safetensors"
+    sft = tune(checkpoint_of("2b"), folder / "sft")
+    broken = {name: shutil.copytree(sft, folder / name) for name in ("broken", "bare", "cut", "half-of-one", "moved")}
+    parts = {name: path / "transformer" for name, path in broken.items()}
+    (parts["broken"] / "config.json").write_text("not JSON")
+    (parts["bare"] / weights).unlink()
+    (parts["cut"] / weights).write_bytes((parts["cut"] / weights).read_bytes()[:-100])
+    half = load_file(parts["half-of-one"] / weights)
+    save_file({name: half[name] for name in half if name != "proj_out.bias"}, parts["half-of-one"] / weights)
+    edit_json(parts["moved"] / "config.json", _name_or_path=str(folder / "away"))
+    shards = tune(checkpoint_of("2b"), folder / "shards", max_shard_size="100KB") / "transformer"
+    next(shards.glob("diffusion_pytorch_model-00002-*")).unlink()
+    no_ofs = CogVideoXTransformer3DModel.load_config(checkpoint_of("1.5-5B-I2V"), subfolder="transformer")
+    no_ofs = CogVideoXTransformer3DModel.from_config(no_ofs, ofs_embed_dim=None)
+    no_ofs.save_pretrained(folder / "no-ofs" / "transformer")
+    for age, name in ((1, "checkpoint-10"), (2, "checkpoint-9"), (0, ".checkpoint-11.incomplete")):
+        shutil.copytree(sft, folder / "runs" / name)
+        os.utime(folder / "runs" / name / "transformer" / "config.json", (1e9 - age, 1e9 - age))
+    (folder / "empty").mkdir()
+
+
+@pytest.fixture(scope="module")
+def wrong_things(checkpoint_of, tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("wrong")
     (tmp_path / "text.mp4").write_text("not a video, not a LoRA")
     save_file({"lora_unet_to_q.alpha": torch.ones(1)}, tmp_path / "kohya.safetensors")
     make_lora(checkpoint_of("2b"), tmp_path / "foreign", recorded=False)
     weight = {"transformer.proj_out.lora_A.weight": torch.ones(1, 64)}
-    (tmp_path / "future").mkdir()
-    metadata = {"lora_adapter_metadata": json.dumps({"transformer.of_tomorrow": 1})}
-    save_file(weight, tmp_path / "future" / "pytorch_lora_weights.safetensors", metadata)
+    for name, setting in {"future": {"of_tomorrow": 1}, "pissa": {"init_lora_weights": "pissa_niter_4"}}.items():
+        (tmp_path / name).mkdir()
+        metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": setting[key] for key in setting})}
+        save_file(weight, tmp_path / name / "pytorch_lora_weights.safetensors", metadata)
     half = shutil.copytree(checkpoint_of("2b"), tmp_path / "half")
     (half / "text_encoder" / "model.safetensors").unlink()
+    make_transformers(checkpoint_of, tmp_path)
+    make_lora(checkpoint_of("5b"), tmp_path / "of-5b")
     flux = shutil.copytree(checkpoint_of("2b"), tmp_path / "flux")
     edit_json(flux / "model_index.json", _class_name="FluxPipeline")
     return tmp_path
@@ -357,7 +602,7 @@ def wrong_things(checkpoint_of, tmp_path):
 
 @pytest.mark.parametrize("options, parts", [(row[0], row[1:]) for row in MISTAKES.values()], ids=MISTAKES)
 def test_a_mistake_ends_in_one_message(options, parts, checkpoint_of, wrong_things, image, clip, no_weights, capsys):
-    places = {f"{{{variant}}}": checkpoint_of(variant) for variant in ("2b", "5b", "5b-I2V", "1.5-5B")}
+    places = {f"{{{variant}}}": checkpoint_of(variant) for variant in ("2b", "5b", "5b-I2V", "1.5-5B", "1.5-5B-I2V")}
     places |= {"{tmp}": wrong_things, "{image}": image, "{clip}": clip}
 
     def fill(text):
@@ -366,6 +611,7 @@ def test_a_mistake_ends_in_one_message(options, parts, checkpoint_of, wrong_thin
         return text
 
     output = wrong_things / "out" / "video.mp4"
+    capsys.readouterr()  # the progress of making the checkpoints
     message = refusal(parse(*fill(options).split(), "--output_path", output), capsys)
     assert message.startswith("cli_demo.py: error: --")
     assert message.count("\n") == 1
@@ -392,7 +638,7 @@ def test_a_failed_write_leaves_the_old_video_alone(tmp_path, monkeypatch):
 
 def test_a_tilde_expands_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
-    paths = ["--model_path", "--lora_path", "--output_path", "--image_or_video_path"]
+    paths = ["--model_path", "--transformer_path", "--lora_path", "--output_path", "--image_or_video_path"]
     options = [text for path in paths for text in (path, f"~{path}.mp4".replace("~--", "~/"))]
     args = parse("--generate_type", "i2v", *options)
     assert all(getattr(args, path[2:]) == f"/home/someone/{path[2:]}.mp4" for path in paths)

@@ -233,7 +233,7 @@ def test_an_interrupted_encoding_pass_goes_on_where_it_was(tmp_path):
             tmp_path, clips, [], VIEW, cache=tmp_path / "cache", prompts=[""], random_flip=False,
             video_encoder=dataset.Encoder("v", load),
             text_encoder=dataset.Encoder("t", lambda: _Context(lambda text: torch.zeros(3, 2))),
-            num_workers=0, progress=lambda items, *_: items, ranks=dataset.Ranks(),
+            num_workers=0, progress=lambda items, *_: items, ranks=dataset.Ranks(), everyone=dataset.Ranks(),
         )  # fmt: skip
 
     with pytest.raises(KeyboardInterrupt):

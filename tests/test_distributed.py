@@ -10,6 +10,7 @@ from conftest import ROOT, training_options
 from safetensors.torch import load_file
 
 import checkpoints
+import trainable
 
 RUN = {"max_train_steps": 6, "lr_scheduler": "cosine", "checkpointing_steps": 3, "random_flip": True}
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -38,7 +39,7 @@ def rows_of(folder):
 
 
 def lora_of(folder):
-    return load_file(folder / checkpoints.LORA_FILE)
+    return load_file(folder / trainable.LORA_FILE)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ REFERENCE = """
 
 OPTIONS = """
   pretrained_model_name_or_path revision variant cache_dir instance_data_root dataset_name caption_column video_column
-  image_column validation_images
+  image_column validation_images training_type lora_path lora_dropout use_dora use_rslora init_lora_weights
+  ddp_timeout
   id_token height width fps max_num_frames skip_frames_start skip_frames_end video_reshape_mode random_flip
   latents_cache_dir dataloader_num_workers enable_tiling enable_slicing rank lora_alpha lora_target_modules seed
   mixed_precision train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps gradient_checkpointing

@@ -7,6 +7,7 @@ import pytest
 import step
 import torch
 from conftest import training_options
+from safetensors.torch import load_file
 
 import checkpoints
 import cogvideox
@@ -16,7 +17,7 @@ import train_cogvideox_lora
 # ---- checks for any device -------------------------------------------------------------------------------------------
 
 
-def trainable(run):
+def trained(run):
     return {name: weight for name, weight in run.transformer.named_parameters() if weight.requires_grad}
 
 
@@ -24,12 +25,12 @@ def check_steps(*argv, steps=4):
     """Losses stay finite, LoRA stays float32 over a base in the compute dtype, and every weight of it moves."""
     options = step.parse_args([*argv, "--warmup", "0", "--steps", str(steps)])
     run, optimizer, lr_scheduler = step.prepare(options)
-    before = {name: weight.detach().clone() for name, weight in trainable(run).items()}
+    before = {name: weight.detach().clone() for name, weight in trained(run).items()}
 
     _, losses = step.measure(run, optimizer, lr_scheduler, options.warmup, options.steps)
 
     assert all(map(math.isfinite, losses))
-    after = trainable(run)
+    after = trained(run)
     assert {weight.dtype for weight in after.values()} == {torch.float32}
     assert {weight.dtype for weight in run.transformer.parameters() if not weight.requires_grad} == {run.dtype}
     assert all(weight.isfinite().all() for weight in after.values())
@@ -38,7 +39,7 @@ def check_steps(*argv, steps=4):
 
 def loss_and_gradients(run):
     """Of the first micro-batch, and how often a block was called for it."""
-    block, calls, weights = run.transformer.transformer_blocks[0], [], trainable(run)
+    block, calls, weights = run.transformer.transformer_blocks[0], [], trained(run)
     counter = block.register_forward_pre_hook(lambda *_: calls.append(1))
     loss = next(train_cogvideox_lora.losses(run))
     run.accelerator.backward(loss)
@@ -52,7 +53,7 @@ def loss_and_gradients(run):
 def check_gradient_checkpointing(*argv, tolerance):
     """Loss and gradients with recomputation are those without, up to `tolerance` times their size."""
     run, _, _ = step.prepare(step.parse_args(argv))
-    for name, weight in trainable(run).items():
+    for name, weight in trained(run).items():
         if "lora_B" in name:  # zero at the start, and with them the gradients of lora_A
             torch.nn.init.normal_(weight, std=0.02)
     loss, gradients, calls = loss_and_gradients(run)
@@ -84,7 +85,7 @@ def check_training_script(monkeypatch, checkpoint, folder, **options):
     rows = checkpoints.read_metrics(folder / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
-    weights = checkpoints.load_file(folder / "run" / checkpoints.LORA_FILE)
+    weights = load_file(folder / "run" / checkpoints.LORA_FILE)
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert all(weight.isfinite().all() and weight.any() for weight in weights.values())
 

@@ -7,7 +7,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Each may import those before it.
-ORDER = ["dataset", "cogvideox", "checkpoints", "optimizers", "processes", "validation", "train_cogvideox_lora"]
+ORDER = [
+    "dataset",
+    "cogvideox",
+    "trainable",
+    "checkpoints",
+    "hub",
+    "optimizers",
+    "processes",
+    "validation",
+    "train_cogvideox_lora",
+]
 
 
 def imports(path):

@@ -11,35 +11,23 @@ import imageio.v3 as iio
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, training_options
+from conftest import ROOT, training_options, transformer_inputs
 from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
+from huggingface_hub.utils import filter_repo_objects
 from make_example import VARIANTS, make_clips
 from PIL import Image
 from safetensors.torch import load_file
 
 import checkpoints
 import cogvideox
+import hub
 import train_cogvideox_lora
-from checkpoints import LORA_FILE
+import trainable
+from trainable import LORA_FILE
 
 
 def losses(rows):
     return [row["loss"] for row in rows]
-
-
-def transformer_inputs(folder):
-    """Random ones of the right shapes."""
-    checkpoint = cogvideox.read_checkpoint(str(folder))
-    config = checkpoint.transformer
-    f = 4 if config["patch_size_t"] else 3
-    return {
-        "hidden_states": torch.randn(1, f, config["in_channels"], 8, 12),
-        "encoder_hidden_states": torch.randn(1, 226, 32),
-        "timestep": torch.tensor([500]),
-        "ofs": torch.full((1,), 2.0) if config["ofs_embed_dim"] else None,
-        "image_rotary_emb": cogvideox.rotary_embedding(checkpoint, f, 8, 12, "cpu"),
-        "return_dict": False,
-    }
 
 
 def lora_of(folder):
@@ -115,14 +103,14 @@ def test_t5_and_vae_are_gone_before_the_transformer_comes(tiny_checkpoint, tmp_p
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_lora_weight_moves_and_nothing_else_does(checkpoint_of, tmp_path, train, monkeypatch, variant):
     prepared = {}
-    add_lora = cogvideox.add_lora
+    add_lora = trainable.add_lora
 
     def keep(transformer, *args):
         add_lora(transformer, *args)
         prepared["transformer"] = transformer
         prepared["before"] = {name: weight.clone() for name, weight in transformer.state_dict().items()}
 
-    monkeypatch.setattr(cogvideox, "add_lora", keep)
+    monkeypatch.setattr(trainable, "add_lora", keep)
     train(checkpoint_of(variant), tmp_path / "run", max_train_steps=2)
     after = prepared["transformer"].state_dict()
     moved = {name for name, weight in after.items() if not torch.equal(weight, prepared["before"][name])}
@@ -167,9 +155,9 @@ def test_hub_names_train_like_folders(tiny_checkpoint, clips, tmp_path, train):
 def test_adapter_loads_at_its_trained_strength_with_no_flags(checkpoint_of, tmp_path, train, monkeypatch, variant):
     """And the pipeline then computes what the trained module computed, bit for bit."""
     trained = {}
-    add_lora = cogvideox.add_lora
+    add_lora = trainable.add_lora
     monkeypatch.setattr(
-        cogvideox, "add_lora", lambda transformer, *args: trained.update(it=transformer) or add_lora(transformer, *args)
+        trainable, "add_lora", lambda transformer, *args: trained.update(it=transformer) or add_lora(transformer, *args)
     )
     folder = checkpoint_of(variant)
     train(folder, tmp_path / "run", rank=8, lora_alpha=4, max_train_steps=5, learning_rate=1e-2)
@@ -420,15 +408,28 @@ def test_tensorboard_gets_scalars_and_moving_pictures(tiny_checkpoint, tmp_path,
     assert image.encoded_image_string.startswith(b"GIF89a") and image.step == 2
 
 
-def test_push_to_hub_uploads_the_result_with_a_card_that_loads_it(tiny_checkpoint, tmp_path, train, monkeypatch):
+@pytest.mark.parametrize(
+    ("variant", "training_type", "parts"),
+    [
+        ("2b", "lora", ['CogVideoXPipeline.from_pretrained("2b"', 'load_lora_weights("someone/my-run")', "- lora"]),
+        ("5b-I2V", "sft", ["CogVideoXImageToVideoPipeline.from_pretrained", 'load_image("image.png")', "transformer="]),
+    ],
+)
+def test_push_to_hub_uploads_the_result_with_a_card_that_loads_it(
+    checkpoint_of, tmp_path, train, monkeypatch, variant, training_type, parts
+):
     uploads = []
-    monkeypatch.setattr(checkpoints, "create_repo", lambda name, **_: type("Url", (), {"repo_id": f"someone/{name}"})())
-    monkeypatch.setattr(checkpoints, "upload_folder", lambda **options: uploads.append(options))
-    train(tiny_checkpoint, tmp_path / "my-lora", max_train_steps=1, push_to_hub=True, hub_token="secret")
-    assert uploads[0]["repo_id"] == "someone/my-lora" and uploads[0]["token"] == "secret"
-    card = (tmp_path / "my-lora" / "README.md").read_text()
-    assert card.startswith("---\n") and 'load_lora_weights("someone/my-lora")' in card
-    assert not [p for p in (tmp_path / "my-lora").rglob("*") if p.is_file() and b"secret" in p.read_bytes()]
+    monkeypatch.setattr(hub, "create_repo", lambda name, **_: type("Url", (), {"repo_id": f"someone/{name}"})())
+    monkeypatch.setattr(hub, "upload_folder", lambda **options: uploads.append(options))
+    options = {"push_to_hub": True, "hub_token": "secret", "training_type": training_type}
+    train(checkpoint_of(variant), tmp_path / "my-run", max_train_steps=1, **options)
+    assert uploads[0]["repo_id"] == "someone/my-run" and uploads[0]["token"] == "secret"
+    result = trainable.LORA_FILE if training_type == "lora" else "transformer/config.json"
+    assert list(filter_repo_objects([result], allow_patterns=uploads[0]["allow_patterns"])) == [result]
+    card = (tmp_path / "my-run" / "README.md").read_text()
+    assert card.startswith("---\n") and all(part in card for part in parts), card
+    compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
+    assert not [p for p in (tmp_path / "my-run").rglob("*") if p.is_file() and b"secret" in p.read_bytes()]
 
 
 def test_an_option_that_the_checkpoint_overrules_is_refused_on_resuming(tiny_checkpoint, tmp_path, train, capsys):

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Trains all weights of the transformer, sharded over all GPUs of one or several machines: run it on each, with
+# MACHINE_RANK=0, 1, ... and the same rest. Defaults to one machine of 8 GPUs; further options go behind it.
+set -euo pipefail
+here="$(cd "$(dirname "$0")" && pwd)"
+NUM_MACHINES="${NUM_MACHINES:-1}" NUM_GPUS="${NUM_GPUS:-8}" # GPUs of one machine
+
+accelerate launch --quiet --config_file "$here/accelerate_config_machine_multi_fsdp.yaml" \
+  --num_machines "$NUM_MACHINES" --num_processes "$((NUM_MACHINES * NUM_GPUS))" --machine_rank "${MACHINE_RANK:-0}" \
+  --main_process_ip "${MAIN_PROCESS_IP:-127.0.0.1}" --main_process_port "${MAIN_PROCESS_PORT:-29500}" \
+  "$here/train_cogvideox_lora.py" --training_type sft \
+  --pretrained_model_name_or_path "${MODEL_PATH:-THUDM/CogVideoX-2b}" \
+  --instance_data_root "${DATASET_PATH:-$HOME/disney}" --caption_column prompts.txt --video_column videos.txt \
+  ${CACHE_PATH:+--cache_dir "$CACHE_PATH"} --output_dir "${OUTPUT_PATH:-cogvideox-sft-multi-gpus}" \
+  --height 480 --width 720 --fps 8 --max_num_frames 49 --enable_tiling --gradient_checkpointing \
+  --mixed_precision bf16 --train_batch_size 1 --num_train_epochs 10 --checkpointing_steps 100 \
+  --checkpoints_total_limit 2 --learning_rate 1e-5 --optimizer AdamW --adam_beta1 0.9 --adam_beta2 0.95 \
+  --max_grad_norm 1.0 --seed 3407 \
+  "$@"

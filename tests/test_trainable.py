@@ -1,0 +1,183 @@
+"""What is trained, and that its file means the same to plain diffusers."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import transformer_inputs
+from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
+from safetensors.torch import load_file, safe_open
+
+import cogvideox
+import trainable
+from trainable import LORA_FILE, Lora
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+ALL_LINEAR = [*TARGETS, "ff.net.0.proj", "ff.net.2"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_lora_weights_are_float32_over_any_base(tiny_checkpoint, dtype):
+    transformer = cogvideox.load_transformer(cogvideox.read_checkpoint(str(tiny_checkpoint)), dtype)
+    trainable.add_lora(transformer, Lora(4, 8, TARGETS), dtype)
+    trained = {name: weight for name, weight in transformer.named_parameters() if weight.requires_grad}
+    assert len(trained) == 2 * 4 * 2  # A and B of four layers in two blocks
+    assert {weight.dtype for weight in trained.values()} == {torch.float32}
+    assert {w.dtype for name, w in transformer.named_parameters() if name not in trained} == {dtype}
+
+
+def test_full_size_adapters_have_the_published_number_of_weights():
+    for layers, heads, expected in ((30, 30, 58_982_400), (42, 48, 132_120_576)):
+        transformer = cogvideox.empty_transformer(
+            {"num_layers": layers, "num_attention_heads": heads, "use_rotary_positional_embeddings": heads == 48}
+        )
+        with torch.device("meta"):
+            trainable.add_lora(transformer, Lora(128, 128, TARGETS), torch.float32)
+        assert sum(weight.numel() for weight in transformer.parameters() if weight.requires_grad) == expected
+
+
+@pytest.mark.parametrize("targets", [["to_q", "to_typo"], ["norm_q"], ["transformer_blocks"]])
+def test_a_target_that_is_no_linear_layer_is_named(tiny_checkpoint, targets):
+    checkpoint = cogvideox.read_checkpoint(str(tiny_checkpoint))
+    with pytest.raises(ValueError, match=f"--lora_target_modules {targets[-1]}: .* ff.net.0.proj"):
+        trainable.check_lora(checkpoint, Lora(4, 4, targets), None)
+
+
+# ---- kinds of LoRA
+
+KINDS = {
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "dropout": {"lora_dropout": 0.3},
+    "feed-forward": {"lora_target_modules": ALL_LINEAR},
+    **{init: {"init_lora_weights": init} for init in ("gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4")},
+    "pissa-rslora": {"init_lora_weights": "pissa", "use_rslora": True},
+    "pissa-dora": {"init_lora_weights": "pissa", "use_dora": True, "use_rslora": True},
+    "dora-feed-forward": {"use_dora": True, "lora_target_modules": ALL_LINEAR, "lora_dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_lora_means_to_plain_diffusers_what_was_trained(
+    tiny_checkpoint, tmp_path, train, monkeypatch, kind
+):
+    """After training with it: same outputs in a plain pipeline with no flags, and others than without it."""
+    trained = {}
+    make = trainable.with_lora
+
+    def keep(*args):
+        trained["transformer"], export = make(*args)
+        return trained["transformer"], export
+
+    monkeypatch.setattr(trainable, "with_lora", keep)
+    options = {"rank": 8, "lora_alpha": 4, "max_train_steps": 3, "learning_rate": 1e-2} | KINDS[kind]
+    train(tiny_checkpoint, tmp_path / "run", **options)
+    pipeline = DiffusionPipeline.from_pretrained(tiny_checkpoint)
+    pipeline.load_lora_weights(tmp_path / "run")
+    scale = 4 / math.sqrt(8) if "rslora" in kind or "pissa-dora" in kind else 4 / 8
+    scales = [module.scaling for module in pipeline.transformer.modules() if hasattr(module, "lora_A")]
+    assert all(value == pytest.approx(scale) for scaling in scales for value in scaling.values())
+    inputs = transformer_inputs(tiny_checkpoint)
+    base = CogVideoXTransformer3DModel.from_pretrained(tiny_checkpoint, subfolder="transformer")
+    with torch.no_grad():
+        ours, theirs, without = (
+            model(**inputs)[0] for model in (trained["transformer"].eval(), pipeline.transformer, base)
+        )
+    exact = not kind.startswith(("pissa", "olora"))  # those are taken out of the weights and put back, in float32
+    assert torch.equal(ours, theirs) if exact else torch.allclose(ours, theirs, atol=2e-5)
+    assert not torch.allclose(ours, without, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_before_training_every_kind_is_the_model_that_it_starts_from(tiny_checkpoint, kind, dtype):
+    checkpoint = cogvideox.read_checkpoint(str(tiny_checkpoint))
+    options = {"rank": 8, "lora_alpha": 4, "lora_target_modules": TARGETS} | KINDS[kind]
+    transformer, _ = trainable.with_lora(checkpoint, dtype, Lora(**options), None)
+    base = cogvideox.load_transformer(checkpoint, torch.float32)
+    with torch.no_grad():
+        for name, layer in transformer.named_modules():
+            if not hasattr(layer, "lora_A"):
+                continue
+            frozen, weight = layer.get_base_layer().weight.float(), base.get_submodule(name).weight
+            merged = frozen + layer.get_delta_weight("default").float()
+            if layer.lora_magnitude_vector:
+                magnitude = layer.lora_magnitude_vector["default"].weight
+                norm = torch.linalg.vector_norm(merged, dim=1)
+                assert torch.allclose(magnitude, norm, rtol=1e-5)
+            tolerance = 1e-5 if dtype == torch.float32 else 2**-8 * weight.abs().max().item()
+            assert torch.allclose(merged, weight, atol=tolerance), name
+
+
+def test_what_is_recorded_is_what_an_old_peft_knows(tiny_checkpoint, tmp_path, train):
+    """And no lora_dropout, with which diffusers would sample."""
+    train(tiny_checkpoint, tmp_path / "run", max_train_steps=1, lora_dropout=0.5)
+    with safe_open(tmp_path / "run" / LORA_FILE, framework="pt") as file:
+        settings = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert set(settings) == {"transformer.r", "transformer.lora_alpha", "transformer.target_modules"}
+
+
+def test_dropout_drops_and_depends_on_the_seed_alone(tiny_checkpoint, tmp_path, train):
+    options = {"max_train_steps": 4, "learning_rate": 1e-2}
+    runs = [
+        [row["loss"] for row in train(tiny_checkpoint, tmp_path / str(i), lora_dropout=p, **options)]
+        for i, p in enumerate((0.0, 0.5, 0.5))
+    ]
+    assert runs[0] != runs[1] == runs[2]
+
+
+def test_validation_does_not_drop_out(tiny_checkpoint, tmp_path, train):
+    """LoRA weights that do not move give the base model's videos, dropout or not."""
+    options = {"max_train_steps": 1, "learning_rate": 1e-30, "validation_prompt": "a cat", "init_lora_weights": "olora"}
+    for name, dropout in (("a", 0.0), ("b", 0.9)):
+        train(tiny_checkpoint, tmp_path / name, lora_dropout=dropout, **options)
+    first, second = (next((tmp_path / name).glob("validation/*/*.mp4")).read_bytes() for name in ("a", "b"))
+    assert first == second
+
+
+# ---- --lora_path
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True, "use_rslora": True, "lora_alpha": 2}])
+def test_a_run_starts_from_an_existing_lora(tiny_checkpoint, tmp_path, train, kind):
+    train(tiny_checkpoint, tmp_path / "a", max_train_steps=3, learning_rate=1e-2, **kind)
+    still = {"max_train_steps": 1, "learning_rate": 1e-30}
+    train(tiny_checkpoint, tmp_path / "b", lora_path=tmp_path / "a", **still, **kind)
+    first, second = (load_file(tmp_path / name / LORA_FILE) for name in ("a", "b"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_file_without_a_strength_starts_at_the_strength_that_diffusers_gives_it(tiny_checkpoint, tmp_path, train):
+    train(tiny_checkpoint, tmp_path / "a", max_train_steps=1)
+    trainable.publish(tmp_path / "bare.safetensors", trainable.save(load_file(tmp_path / "a" / LORA_FILE)))
+    train(tiny_checkpoint, tmp_path / "b", lora_path=tmp_path / "bare.safetensors", max_train_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("trained", "options", "message"),
+    [
+        ({}, {"rank": 8}, "--rank 8: it has 4"),
+        ({"lora_alpha": 2}, {}, "--lora_alpha 4: it has 2"),
+        ({"use_dora": True}, {}, "--use_dora False: it has True"),
+        ({}, {"lora_target_modules": ALL_LINEAR}, "--lora_target_modules: it has no .*ff.net.0.proj"),
+        ({"lora_target_modules": ALL_LINEAR}, {}, "--lora_target_modules: it has .*ff.net"),
+    ],
+)
+def test_a_lora_that_does_not_fit_the_options_is_refused(tiny_checkpoint, tmp_path, train, trained, options, message):
+    train(tiny_checkpoint, tmp_path / "a", max_train_steps=1, **trained)
+    lora = {"rank": 4, "lora_target_modules": TARGETS} | options
+    with pytest.raises(ValueError, match=message):
+        trainable.check_lora(
+            cogvideox.read_checkpoint(str(tiny_checkpoint)), Lora(**{"lora_alpha": lora["rank"]} | lora), tmp_path / "a"
+        )
+
+
+def test_a_lora_of_another_variant_is_refused(checkpoint_of, tmp_path, train, capsys):
+    train(checkpoint_of("5b"), tmp_path / "a", max_train_steps=1)
+    with pytest.raises(SystemExit):
+        train(checkpoint_of("2b"), tmp_path / "b", lora_path=tmp_path / "a")
+    assert "was trained on another kind of CogVideoX" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train(checkpoint_of("2b"), tmp_path / "b", lora_path=tmp_path)
+    assert f"--lora_path {tmp_path}: no {LORA_FILE} there" in capsys.readouterr().err

@@ -1,0 +1,257 @@
+"""What of the transformer is trained, a LoRA or all of it, and the files that are its result."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+
+from cogvideox import Checkpoint, empty_transformer, load_transformer
+from dataset import publish
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+TRANSFORMER_FOLDER = "transformer"
+# Those that begin with a part of the frozen weights, which is taken out of these.
+MUTATING = ("pissa", "olora")
+
+Export = Callable[[dict[str, torch.Tensor], Path], Path]
+
+
+class Lora(NamedTuple):
+    """The training script's options of these names."""
+
+    rank: int
+    lora_alpha: float
+    lora_target_modules: list[str]
+    use_dora: bool = False
+    use_rslora: bool = False
+    lora_dropout: float = 0.0
+    init_lora_weights: str = "default"
+
+    @property
+    def mutates(self) -> bool:
+        return self.init_lora_weights.startswith(MUTATING)
+
+    def config(self) -> LoraConfig:
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.lora_alpha,
+            target_modules=self.lora_target_modules,
+            use_dora=self.use_dora,
+            use_rslora=self.use_rslora,
+            lora_dropout=self.lora_dropout,
+            init_lora_weights=True if self.init_lora_weights == "default" else self.init_lora_weights,
+        )
+
+    def saved(self) -> dict:
+        """Rank, alpha and kind of the file that is exported, the same strength at twice the rank where that is needed.
+
+        No more than that: an older peft refuses fields that it does not know, and diffusers 0.42.1 samples with
+        lora_dropout if it is told of one.
+        """
+        scale = 2 if self.mutates else 1
+        alpha = self.lora_alpha * (math.sqrt(scale) if self.use_rslora else scale)
+        settings = {"r": self.rank * scale, "lora_alpha": alpha, "target_modules": sorted(self.lora_target_modules)}
+        switches = {"use_dora": self.use_dora, "use_rslora": self.use_rslora}
+        return settings | {name: True for name, on in switches.items() if on}
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def check_lora(checkpoint: Checkpoint, lora: Lora, start: Path | None) -> None:
+    """Refuses, from configs and headers alone, a target that is no linear layer and a file to start from that differs.
+
+    PEFT skips what is no layer in silence as long as another target fits.
+    """
+    transformer = empty_transformer(checkpoint.transformer)
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in lora.lora_target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = sorted({name.split(".", 2)[-1] for name in linear if name.startswith("transformer_blocks.")})
+            raise ValueError(
+                f"--lora_target_modules {target}: the transformer has no such linear layer; in its blocks are "
+                f"{', '.join(known)}"
+            )
+    if start:
+        with torch.device("meta"):
+            transformer.add_adapter(lora._replace(init_lora_weights="default").config())
+        _check_start(checkpoint, lora, start, get_peft_model_state_dict(transformer))
+
+
+def _check_start(checkpoint: Checkpoint, lora: Lora, start: Path, expected: dict) -> None:
+    file = lora_file(start)
+    try:
+        with safe_open(file, framework="pt") as weights:
+            shapes = {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+            header = weights.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"--lora_path {file}: cannot be read as .safetensors ({error}); copy it again") from error
+    trained_on = json.loads(header.get("cogvideox_transformer", "null"))
+    if trained_on not in (None, checkpoint.identity):
+        raise ValueError(
+            f"--lora_path {file}: was trained on another kind of CogVideoX ({header.get('base_model')}) than "
+            f"{checkpoint.name}; pass the one that it was trained on"
+        )
+    settings = json.loads(header.get("lora_adapter_metadata", "{}"))
+    rank = next((shape[0] for name, shape in shapes.items() if name.endswith("lora_A.weight")), None)
+    # diffusers applies a file that does not say its strength at 1.
+    found = {"r": rank, "lora_alpha": rank, "use_dora": False, "use_rslora": False}
+    found |= {name.removeprefix("transformer."): value for name, value in settings.items()}
+    wanted = {"r": lora.rank, "lora_alpha": lora.lora_alpha, "use_dora": lora.use_dora, "use_rslora": lora.use_rslora}
+    options = {"r": "rank"}
+    wrong = [
+        f"--{options.get(name, name)} {value}: it has {found[name]}"
+        for name, value in wanted.items()
+        if found[name] != value
+    ]
+    wrong += _wrong_shapes(shapes, {f"transformer.{name}": list(weight.shape) for name, weight in expected.items()})
+    if wrong:
+        raise ValueError(f"--lora_path {file}: {'; '.join(wrong[:4])}; pass what it was trained with")
+
+
+def _wrong_shapes(found: dict, expected: dict) -> list[str]:
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    wrong = [f"--lora_target_modules: it has no {missing[0]}"] if missing else []
+    wrong += [f"--lora_target_modules: it has {unknown[0]}"] if unknown else []
+    common = sorted(expected.keys() & found.keys())
+    return wrong + [
+        f"its {name} is {found[name]}, here {expected[name]}" for name in common if found[name] != expected[name]
+    ]
+
+
+def lora_file(path: Path) -> Path:
+    """The file itself, or that of a run directory or checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    file = path / LORA_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"--lora_path {path}: no {LORA_FILE} there; give a run directory, a checkpoint or a file"
+        )
+    return file
+
+
+def add_lora(
+    transformer: CogVideoXTransformer3DModel, lora: Lora, dtype: torch.dtype, start: Path | None = None
+) -> None:
+    """Freezes the transformer in `dtype` and adds trainable LoRA weights in float32.
+
+    add_adapter makes them in the dtype of the base, and in bfloat16 most updates at 1e-5 would round away.
+
+    Args:
+        start: LoRA to go on from, a file or the folder that holds it.
+    """
+    transformer.requires_grad_(False)
+    transformer.add_adapter(lora.config())
+    cast_training_params(transformer, dtype=torch.float32)
+    for weight in transformer.parameters():
+        if not weight.requires_grad:
+            weight.data = weight.data.to(dtype)
+    if start:
+        weights = {name.removeprefix("transformer."): weight for name, weight in load_file(lora_file(start)).items()}
+        set_peft_model_state_dict(transformer, weights)
+    elif lora.use_dora:
+        _measure_magnitudes(transformer)
+
+
+@torch.no_grad()
+def _measure_magnitudes(transformer) -> None:
+    """Sets DoRA's magnitudes to the norms that they start from, in float32.
+
+    PEFT 0.21.2 leaves them as rounded to the dtype of the base, by which a bfloat16 transformer is another one before
+    it is trained at all: its rows are off by up to 0.4 %.
+    """
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            weight = layer.get_base_layer().weight.float() + layer.get_delta_weight("default").float()
+            layer.lora_magnitude_vector["default"].weight.copy_(torch.linalg.vector_norm(weight, dim=1))
+
+
+def with_lora(
+    checkpoint: Checkpoint, dtype: torch.dtype, lora: Lora, start: Path | None
+) -> tuple[CogVideoXTransformer3DModel, Export]:
+    """The transformer, frozen in `dtype`, with a LoRA in float32; and what writes the LoRA's file."""
+    # What is taken out of the weights must be just what the LoRA begins with, so that happens in float32.
+    transformer = load_transformer(checkpoint, torch.float32 if lora.mutates else dtype)
+    add_lora(transformer, lora, dtype, start)
+    first = get_peft_model_state_dict(transformer) if lora.mutates else {}
+    first = {name: weight.clone() for name, weight in first.items()}
+
+    def export(state: dict, folder: Path) -> Path:
+        weights = get_peft_model_state_dict(transformer, state_dict=state)
+        return save_lora(_against_the_base(weights, first) if lora.mutates else weights, lora, folder, checkpoint)
+
+    return transformer, export
+
+
+def _against_the_base(weights: dict, first: dict) -> dict:
+    """A LoRA of twice the rank for the weights as published, from one whose first values were taken out of them.
+
+    W - s B0 A0 + s B A = W + s [B, -B0] [A; A0]: Meng et al. 2024 (arXiv:2404.02948), appendix C.
+    """
+    joined = dict(weights)
+    for name in weights:
+        if name.endswith("lora_A.weight"):
+            joined[name] = torch.cat([weights[name], first[name]], dim=0)
+        elif name.endswith("lora_B.weight"):
+            joined[name] = torch.cat([weights[name], -first[name]], dim=1)
+    return joined
+
+
+def save_lora(weights: dict, lora: Lora, folder: Path, checkpoint: Checkpoint) -> Path:
+    """Writes a LoRA as diffusers' `load_lora_weights(folder)` reads it, at its trained strength.
+
+    diffusers applies any file without `lora_adapter_metadata` at 1.0, whatever alpha was.
+    """
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in lora.saved().items()}),
+        "base_model": checkpoint.name,
+        "cogvideox_transformer": json.dumps(checkpoint.identity),
+    }
+    publish(
+        folder / LORA_FILE, save({f"transformer.{name}": weight.cpu() for name, weight in weights.items()}, metadata)
+    )
+    return folder / LORA_FILE
+
+
+# ---- the whole transformer -------------------------------------------------------------------------------------------
+
+
+def whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[CogVideoXTransformer3DModel, Export]:
+    """The transformer with all of its weights trainable, in float32; and what writes them in `dtype`.
+
+    bfloat16 keeps 8 bits: an update of less than 0.4 % of a weight would round away.
+    """
+    transformer = load_transformer(checkpoint, torch.float32)
+
+    def export(state: dict, folder: Path) -> Path:
+        return save_transformer({name: weight.to(dtype) for name, weight in state.items()}, folder, checkpoint)
+
+    return transformer, export
+
+
+def save_transformer(weights: dict, folder: Path, checkpoint: Checkpoint) -> Path:
+    """Writes `folder`/transformer as `CogVideoXTransformer3DModel.from_pretrained` reads it; complete or absent."""
+    final, temporary = folder / TRANSFORMER_FOLDER, folder / f".{TRANSFORMER_FOLDER}.incomplete"
+    transformer = empty_transformer(checkpoint.transformer)
+    transformer.load_state_dict(weights, assign=True)
+    transformer.register_to_config(_name_or_path=checkpoint.name)  # where diffusers looks for what it was made from
+    shutil.rmtree(temporary, ignore_errors=True)
+    transformer.save_pretrained(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(temporary, final)
+    return final
