@@ -128,6 +128,8 @@ def sharing(ranks: Ranks, folder: Path, option: str) -> Ranks:
     ranks.wait()
     if first:
         mark.unlink()
+        with contextlib.suppress(OSError):  # not empty
+            folder.rmdir()
 
     def gather(items: list) -> list:
         return [item for marks, item in ranks.gather([(seen, item) for item in items]) if marks == seen]
@@ -169,10 +171,11 @@ def losses_explained():
     except RuntimeError as error:
         if not torch.distributed.is_initialized() or not any(words in str(error) for words in LOST):
             raise
+        reason = str(error).strip().splitlines()[0].split("] ")[-1].split(". ")[0]
         print(
-            f"[rank {os.environ['RANK']}] another process of the run is gone, or its machine, or the network between "
-            f"({str(error).strip().splitlines()[0]}). The message of the one that ended first says why; all end now. "
-            "Start all again with --resume_from_checkpoint latest.",
+            f"\n[rank {os.environ['RANK']}] another process of the run is gone, or its machine, or the network between "
+            f"({reason}). The message of the one that ended first says why; all end now. Start all again with "
+            "--resume_from_checkpoint latest.",
             file=sys.stderr,
             flush=True,
         )
