@@ -1,10 +1,12 @@
 """Seconds, tokens per second and peak memory of training steps, as JSON.
 
     python benchmarks/step.py --model 2b --gradient_checkpointing --output benchmarks/results/2b-recompute.json
+    python benchmarks/step.py --model 2b --training_type sft --gradient_checkpointing
     python benchmarks/step.py --model tiny        # on any CPU, in seconds
 
-Needs no checkpoint and no clips: the transformer has the full size and random weights, the cache holds random latents
-and embeddings. All else is what train_cogvideox_lora.py runs: its accelerator, optimizer, batches, loss and update.
+Needs no checkpoint and no clips: the transformer has the full size and random weights, so has the VAE that encodes
+the images of image-to-video, and the cache holds random latents and embeddings. All else is what
+train_cogvideox_lora.py runs: its accelerator, optimizer, batches, loss and update.
 
 Peak memory is counted after the warm-up: what PyTorch allocated on the GPU, or all that the process ever had on a CPU.
 Of several processes (accelerate launch) the first one reports its own times and memory; tokens are those of all.
@@ -16,6 +18,7 @@ import math
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +26,12 @@ from typing import NamedTuple
 
 import torch
 from accelerate.utils import set_seed
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXTransformer3DModel,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -37,7 +45,8 @@ import trainable
 
 # Options of the training script that are passed on to it.
 TRAINING = (
-    "rank", "height", "width", "max_num_frames", "train_batch_size", "gradient_accumulation_steps", "mixed_precision",
+    "training_type", "rank", "height", "width", "max_num_frames", "train_batch_size", "gradient_accumulation_steps",
+    "mixed_precision",
 )  # fmt: skip
 
 
@@ -45,7 +54,7 @@ class Model(NamedTuple):
     """What tells a checkpoint apart, from its published configs, and the clips it was made for."""
 
     transformer: dict  # what differs from the defaults of CogVideoXTransformer3DModel, which are those of 2b
-    scaling_factor: float  # of the VAE
+    vae: dict  # of its config what the loss needs
     scheduler: type
     snr_shift_scale: float
     height: int
@@ -54,16 +63,33 @@ class Model(NamedTuple):
 
 
 FIVE_B = {"num_layers": 42, "num_attention_heads": 48, "use_rotary_positional_embeddings": True}
-FIVE_B_1_5 = {"patch_size_t": 2, "patch_bias": False, "sample_height": 96, "sample_width": 170, "sample_frames": 81}
+FIVE_B_1_5 = FIVE_B | {
+    "patch_size_t": 2,
+    "patch_bias": False,
+    "sample_height": 96,
+    "sample_width": 170,
+    "sample_frames": 81,
+}
 TINY = {
     "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4,
     "time_embed_dim": 32, "text_embed_dim": 32, "sample_height": 8, "sample_width": 12, "sample_frames": 9,
 }  # fmt: skip
+TINY_I2V = TINY | {
+    "in_channels": 8,
+    "use_rotary_positional_embeddings": True,
+    "use_learned_positional_embeddings": True,
+}
+TWO, FIVE, INVERTED = {"scaling_factor": 1.15258426}, {"scaling_factor": 0.7}, {"invert_scale_latents": True}
+I2V, I2V_1_5 = {"in_channels": 32, "use_learned_positional_embeddings": True}, {"in_channels": 32, "ofs_embed_dim": 512}
+DDIM, DPM = CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 MODELS = {
-    "2b": Model({}, 1.15258426, CogVideoXDDIMScheduler, 3.0, 480, 720, 49),
-    "5b": Model(FIVE_B, 0.7, CogVideoXDPMScheduler, 1.0, 480, 720, 49),
-    "1.5": Model(FIVE_B | FIVE_B_1_5, 0.7, CogVideoXDPMScheduler, 1.0, 768, 1360, 81),
-    "tiny": Model(TINY, 1.15258426, CogVideoXDDIMScheduler, 3.0, 64, 96, 9),
+    "2b": Model({}, TWO, DDIM, 3.0, 480, 720, 49),
+    "5b": Model(FIVE_B, FIVE, DPM, 1.0, 480, 720, 49),
+    "5b-I2V": Model(FIVE_B | I2V, FIVE, DPM, 1.0, 480, 720, 49),
+    "1.5": Model(FIVE_B_1_5, FIVE, DPM, 1.0, 768, 1360, 81),
+    "1.5-I2V": Model(FIVE_B_1_5 | I2V_1_5, FIVE | INVERTED, DPM, 1.0, 768, 1360, 81),
+    "tiny": Model(TINY, TWO, DDIM, 3.0, 64, 96, 9),
+    "tiny-I2V": Model(TINY_I2V, FIVE, DPM, 1.0, 64, 96, 9),
 }
 
 
@@ -78,6 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what("--output", type=Path, metavar="FILE", help="also write the JSON there")
 
     same = parser.add_argument_group("as in train_cogvideox_lora.py").add_argument
+    same("--training_type", choices=["lora", "sft"], default="lora", help="a LoRA, or all weights")
     same("--rank", type=int, default=128, help="rank of the LoRA matrices")
     same("--height", type=int, help="pixels (default: the model's)")
     same("--width", type=int, help="pixels (default: the model's)")
@@ -118,7 +145,7 @@ def random_checkpoint(name: str, num_layers: int | None = None) -> cogvideox.Che
     return cogvideox.Checkpoint(
         name=name,
         transformer=dict(cogvideox.empty_transformer(config).config),
-        vae={"scaling_factor": model.scaling_factor, "block_out_channels": (128, 256, 256, 512)},
+        vae=model.vae | {"block_out_channels": (128, 256, 256, 512)},
         scheduler=model.scheduler(
             prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
             clip_sample=False, snr_shift_scale=model.snr_shift_scale,
@@ -126,6 +153,16 @@ def random_checkpoint(name: str, num_layers: int | None = None) -> cogvideox.Che
         hub={"variant": None},
         folder=None,
     )  # fmt: skip
+
+
+def write_random_vae(checkpoint: cogvideox.Checkpoint, folder: Path) -> cogvideox.Checkpoint:
+    """The checkpoint with a folder, in which lies a VAE as published, 0.4 GB; of a few channels for a tiny one."""
+    channels = checkpoint.transformer["out_channels"]
+    published = {"layers_per_block": 3, "block_out_channels": checkpoint.vae["block_out_channels"]}
+    tiny = {"layers_per_block": 1, "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4}
+    vae = AutoencoderKLCogVideoX(latent_channels=channels, **(published if channels == 16 else tiny))
+    vae.to(torch.bfloat16).save_pretrained(folder / "vae")
+    return checkpoint._replace(folder=folder)
 
 
 def random_transformer(config: dict, dtype: torch.dtype, device: torch.device) -> CogVideoXTransformer3DModel:
@@ -142,13 +179,15 @@ def random_transformer(config: dict, dtype: torch.dtype, device: torch.device) -
 def random_data(checkpoint: cogvideox.Checkpoint, args: argparse.Namespace, dtype: torch.dtype) -> dataset.Data:
     """One batch of clips, such as the cache would hold them."""
     config, factor = checkpoint.transformer, checkpoint.spatial_factor
-    shape = (config["in_channels"], (args.max_num_frames - 1) // 4 + 1, args.height // factor, args.width // factor)
+    shape = (config["out_channels"], (args.max_num_frames - 1) // 4 + 1, args.height // factor, args.width // factor)
     clips = {}
     for i in range(args.train_batch_size):
         mean, log_variance = torch.randn(shape, dtype=dtype), torch.full(shape, -10.0, dtype=dtype)
         prompt_embeds = torch.randn(config["max_text_seq_length"], config["text_embed_dim"], dtype=dtype)
         # (clip, mirrored), as the batches of training ask for it
         clips[i, False] = {"parameters": torch.cat([mean, log_variance]), "prompt_embeds": prompt_embeds}
+        if checkpoint.takes_image:
+            clips[i, False]["image"] = torch.randint(0, 256, (args.height, args.width, 3), dtype=torch.uint8)
     return dataset.Data(clips, [tuple(clip["parameters"].shape) for clip in clips.values()], prompts={})
 
 
@@ -162,22 +201,30 @@ def tokens_per_clip(checkpoint: cogvideox.Checkpoint, parameters_shape: tuple[in
 # ---- the measurement -------------------------------------------------------------------------------------------------
 
 
-def prepare(options: argparse.Namespace) -> tuple[train.Run, torch.optim.Optimizer, object]:
-    """The run, optimizer and learning-rate schedule that the training script would have before its first update."""
+def prepare(options: argparse.Namespace, folder: Path | None = None) -> tuple[train.Run, torch.optim.Optimizer, object]:
+    """The run, optimizer and learning-rate schedule that the training script would have before its first update.
+
+    Args:
+        folder: to write a VAE into, for image-to-video.
+    """
     args = training_args(options)
     accelerator, ranks = train.start(args)
     dtype = train.DTYPES[accelerator.mixed_precision]
     checkpoint = random_checkpoint(options.model, options.num_layers)
     cogvideox.check_training(checkpoint, dtype, args.max_num_frames, args.height, args.width, [])
     set_seed(args.seed)
+    if checkpoint.takes_image:
+        checkpoint = write_random_vae(checkpoint, folder)
     data = random_data(checkpoint, args, dtype)
     plan = dataset.make_plan(
         data.batches_per_epoch(args.train_batch_size), ranks.count * args.gradient_accumulation_steps,
         args.num_train_epochs, args.max_train_steps, step=0, batches_seen=0,
     )  # fmt: skip
 
-    transformer = random_transformer(checkpoint.transformer, dtype, accelerator.device)
-    trainable.add_lora(transformer, train.lora_of(args), dtype)
+    is_lora = args.training_type == "lora"
+    transformer = random_transformer(checkpoint.transformer, dtype if is_lora else torch.float32, accelerator.device)
+    if is_lora:
+        trainable.add_lora(transformer, train.lora_of(args), dtype)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     weights = [weight for weight in transformer.parameters() if weight.requires_grad]
@@ -232,9 +279,10 @@ def report(run: train.Run, options: argparse.Namespace, seconds: list[float], lo
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
-    with processes.explained():
-        run, optimizer, lr_scheduler = prepare(options)
-    seconds, losses = measure(run, optimizer, lr_scheduler, options.warmup, options.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        with processes.explained():
+            run, optimizer, lr_scheduler = prepare(options, Path(folder))
+        seconds, losses = measure(run, optimizer, lr_scheduler, options.warmup, options.steps)
     if not all(map(math.isfinite, losses)):
         sys.exit(f"losses {losses}: must be finite for the times to mean anything; pass --mixed_precision bf16 or no")
     if run.accelerator.is_main_process:

@@ -5,6 +5,7 @@ import gc
 import pytest
 import step
 import torch
+from make_example import VARIANTS
 from test_step_benchmark import check_gradient_checkpointing, check_steps, check_training_script
 
 pytestmark = [
@@ -13,16 +14,28 @@ pytestmark = [
 ]
 
 # Blocks of the real width, so that the kernels are those of real training.
-TWO_LAYERS = {model: ["--model", model, "--num_layers", "2", "--height", "256", "--width", "384", "--num_frames", "17"]
-              for model in ("2b", "5b", "1.5")}  # fmt: skip
+SMALL = ["--num_layers", "2", "--height", "256", "--width", "384", "--num_frames", "17"]
+TWO_LAYERS = {model: ["--model", model, *SMALL] for model in ("2b", "5b", "1.5", "1.5-I2V")}
+TWO_LAYERS["5b-I2V"] = ["--model", "5b-I2V", "--num_layers", "2"]  # whose positions know one size
 
 
-@pytest.mark.parametrize("model, precision", [("2b", "bf16"), ("2b", "fp16"), ("5b", "bf16"), ("1.5", "bf16")])
-def test_lora_stays_float32_and_all_of_it_moves(model, precision):
-    check_steps(*TWO_LAYERS[model], "--mixed_precision", precision)
+@pytest.mark.parametrize("training_type", ["lora", "sft"])
+@pytest.mark.parametrize("model, precision", [("2b", "fp16"), *((model, "bf16") for model in TWO_LAYERS)])
+def test_what_is_trained_stays_float32_and_all_of_it_moves(tmp_path, model, precision, training_type):
+    options = ["--mixed_precision", precision, "--training_type", training_type]
+    check_steps(*TWO_LAYERS[model], *options, folder=tmp_path)
 
 
-@pytest.mark.parametrize("model", TWO_LAYERS)
+@pytest.mark.parametrize("model", ["2b", "5b", "1.5"])
+@pytest.mark.parametrize("training_type", ["lora", "sft"])
+def test_full_size_takes_three_steps(model, training_type):
+    if training_type == "sft" and model != "2b":
+        pytest.skip("16 bytes for each of 5.6 billion weights are 83 GiB before activations: that is what FSDP2 is for")
+    options = ["--training_type", training_type, "--gradient_checkpointing", "--mixed_precision", "bf16"]
+    check_steps("--model", model, *options, steps=3)
+
+
+@pytest.mark.parametrize("model", ["2b", "5b", "1.5"])
 def test_gradient_checkpointing_changes_neither_loss_nor_gradients(model):
     # bfloat16 keeps 8 bits, and the backward pass of flash attention adds up in no fixed order.
     check_gradient_checkpointing(*TWO_LAYERS[model], "--mixed_precision", "bf16", tolerance=1e-2)
@@ -41,6 +54,6 @@ def bytes_of_a_step(*switch):
     return torch.cuda.max_memory_allocated() - before
 
 
-@pytest.mark.parametrize("variant, precision", [("2b", "bf16"), ("2b", "fp16"), ("5b", "bf16"), ("1.5-5B", "bf16")])
+@pytest.mark.parametrize("variant, precision", [("2b", "fp16"), *((variant, "bf16") for variant in VARIANTS)])
 def test_training_script(monkeypatch, checkpoint_of, tmp_path, variant, precision):
     check_training_script(monkeypatch, checkpoint_of(variant), tmp_path, mixed_precision=precision)

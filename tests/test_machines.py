@@ -175,8 +175,8 @@ def test_the_slurm_script_starts_a_run_on_every_node_and_resumes_it(tiny_checkpo
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
         "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": str(os.getpid()), "MODEL_PATH": str(tiny_checkpoint), "DATASET_PATH": str(clips),
-        "OUTPUT_PATH": str(tmp_path / "run"),
+        "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": str(os.getpid()), "MODEL_PATH": str(tiny_checkpoint),
+        "DATASET_PATH": str(clips), "OUTPUT_PATH": str(tmp_path / "run"),
     }  # fmt: skip
     line = [word for name, value in OPTIONS.items() for word in (f"--{name}", str(value))]
     for steps in (2, 4):
