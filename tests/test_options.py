@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, training_options
+from diffusers import CogVideoXTransformer3DModel
 
 import train_cogvideox_lora
 
@@ -80,6 +81,12 @@ def test_the_options_are_these():
         ("--lr_warmup_steps 10", ["--lr_warmup_steps", "constant_with_warmup"]),
         ("--validation_prompt a:::", ["--validation_prompt 'a:::'", "empty"]),
         ("--validation_prompt a --validation_prompt_separator=", ["--validation_prompt 'a'", "separator is empty"]),
+        ("--lora_dropout 1", ["--lora_dropout 1.0", "below 1"]),
+        ("--init_lora_weights eva", ["--init_lora_weights", "pissa"]),
+        ("--init_lora_weights orthogonal --rank 3", ["--rank 3", "even", "pass 4"]),
+        ("--init_lora_weights pissa --lora_path x", ["--init_lora_weights pissa", "--lora_path", "one of the two"]),
+        ("--validation_images a.png", ["--validation_images 'a.png'", "more images than prompts"]),
+        ("--training_type all", ["--training_type", "sft"]),
         ("--video_reshape_mode none", ["--video_reshape_mode", "center"]),
         ("--height_ 3", ["unrecognized arguments: --height_"]),
         ("--resume latest", ["unrecognized arguments: --resume"]),
@@ -125,7 +132,7 @@ def test_the_single_gpu_script_starts_one_process_with_its_defaults(tmp_path):
 
 def test_values_of_the_scripts_can_be_overridden_and_options_added(tmp_path):
     environment = {"MODEL_PATH": "a b/c", "DATASET_PATH": "data set", "OUTPUT_PATH": "out", "CACHE_PATH": "cache"}
-    for script in ("finetune_single_gpu.sh", "finetune_multi_gpus_1.sh"):
+    for script in ("finetune_single_gpu.sh", "finetune_multi_gpus_1.sh", "finetune_sft_multi_gpus.sh"):
         _, args = launched(tmp_path, script, "--rank", "64", "--id_token", "BW STYLE", **environment)
         assert args.pretrained_model_name_or_path == "a b/c"
         assert [str(p) for p in (args.instance_data_root, args.output_dir, args.cache_dir)] == [
@@ -136,17 +143,26 @@ def test_values_of_the_scripts_can_be_overridden_and_options_added(tmp_path):
         assert (args.rank, args.lora_alpha, args.id_token) == (64, 64, "BW STYLE")
 
 
-def test_the_multi_gpu_script_is_one_node_of_eight_by_default_and_counts_over_machines(tmp_path):
-    launch, _ = launched(tmp_path, "finetune_multi_gpus_1.sh")
+@pytest.mark.parametrize(
+    ("script", "config", "training_type", "learning_rate"),
+    [
+        ("finetune_multi_gpus_1.sh", "accelerate_config_machine_multi.yaml", "lora", 1e-4),
+        ("finetune_sft_multi_gpus.sh", "accelerate_config_machine_multi_fsdp.yaml", "sft", 1e-5),
+    ],
+)
+def test_a_multi_gpu_script_is_one_node_of_eight_by_default_and_counts_over_machines(
+    tmp_path, script, config, training_type, learning_rate
+):
+    launch, _ = launched(tmp_path, script)
     assert (launch.num_machines, launch.num_processes, launch.machine_rank) == (1, 8, 0)
     launch, args = launched(
-        tmp_path, "finetune_multi_gpus_1.sh", NUM_MACHINES="2", NUM_GPUS="4", MACHINE_RANK="1",
+        tmp_path, script, NUM_MACHINES="2", NUM_GPUS="4", MACHINE_RANK="1",
         MAIN_PROCESS_IP="10.0.0.1", MAIN_PROCESS_PORT="29600",
     )  # fmt: skip
     assert (launch.num_machines, launch.num_processes, launch.machine_rank) == (2, 8, 1)
     assert (launch.main_process_ip, launch.main_process_port) == ("10.0.0.1", 29600)
-    assert launch.config_file == str(ROOT / "accelerate_config_machine_multi.yaml")
-    assert args.rank == 128
+    assert launch.config_file == str(ROOT / config)
+    assert (args.training_type, args.learning_rate, args.gradient_checkpointing) == (training_type, learning_rate, True)
 
 
 @pytest.mark.parametrize("name", ["README.md"])
@@ -170,3 +186,7 @@ def test_the_configs_are_accelerate_s(tmp_path):
     multi = ClusterConfig.from_yaml_file(ROOT / "accelerate_config_machine_multi.yaml")
     assert (single.distributed_type, multi.distributed_type) == ("NO", "MULTI_GPU")
     assert single.num_machines == 1 and single.num_processes == multi.num_processes == 8
+    sharded = ClusterConfig.from_yaml_file(ROOT / "accelerate_config_machine_multi_fsdp.yaml")
+    assert (sharded.distributed_type, sharded.num_processes, sharded.fsdp_config["fsdp_version"]) == ("FSDP", 8, 2)
+    block = CogVideoXTransformer3DModel._no_split_modules[0]
+    assert sharded.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == block == "CogVideoXBlock"

@@ -9,15 +9,25 @@ import torch
 from conftest import ROOT, training_options
 from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 from safetensors.torch import load_file
-from test_distributed import rows_of, torchrun
+from test_distributed import launch, rows_of
 
 import checkpoints
 import processes
 import trainable
 
-SHIM, SCRIPT = ROOT / "tests" / "fsdp_on_cpu.py", ROOT / "train_cogvideox_lora.py"
+SCRIPT = ROOT / "train_cogvideox_lora.py"
 RUN = {"max_train_steps": 6, "lr_scheduler": "cosine", "checkpointing_steps": 3, "gradient_accumulation_steps": 2}
 RESULT = {"lora": trainable.LORA_FILE, "sft": "transformer/diffusion_pytorch_model.safetensors"}
+
+
+def sharded_run(script, *options, expected=0):
+    """Two ranks by `accelerate launch`, as finetune_sft_multi_gpus.sh starts them."""
+    command = [
+        "accelerate.commands.launch", "--config_file", ROOT / "accelerate_config_machine_multi_fsdp.yaml",
+        "--num_processes", 2, "--main_process_port", 0, script, *options,
+    ]  # fmt: skip
+    environment = {"PYTHONPATH": str(ROOT / "tests" / "fsdp_on_cpu"), "ACCELERATE_TORCH_DEVICE": "cpu"}
+    return launch(command, expected, ACCELERATE_USE_CPU="false", **environment)
 
 
 def result_of(folder, training_type):
@@ -103,7 +113,7 @@ def sharded(request, tiny_checkpoint, clips, tmp_path_factory):
     """A straight run of two ranks with accumulation 2."""
     folder = tmp_path_factory.mktemp("sharded") / "run"
     options = RUN | {"training_type": request.param, "validation_prompt": "a cat:::a dog:::a cow"}
-    torchrun(SHIM, SCRIPT, *training_options(tiny_checkpoint, clips, folder, **options))
+    sharded_run(SCRIPT, *training_options(tiny_checkpoint, clips, folder, **options))
     return request.param, folder
 
 
@@ -122,9 +132,9 @@ def test_two_sharded_ranks_equal_one_process(sharded, tiny_checkpoint, tmp_path,
 def test_killed_sharded_ranks_that_resume_equal_a_straight_run(sharded, tiny_checkpoint, clips, tmp_path):
     training_type, straight = sharded
     options = training_options(tiny_checkpoint, clips, tmp_path / "run", training_type=training_type, **RUN)
-    torchrun(SHIM, ROOT / "tests" / "kill_after_checkpoint.py", "saved", 3, *options, expected=1)
+    sharded_run(ROOT / "tests" / "kill_after_checkpoint.py", "saved", 3, *options, expected=1)
     assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
-    torchrun(SHIM, SCRIPT, *options, "--resume_from_checkpoint", "latest")
+    sharded_run(SCRIPT, *options, "--resume_from_checkpoint", "latest")
     assert rows_of(tmp_path / "run") == rows_of(straight)
     assert_equal_weights(result_of(straight, training_type), result_of(tmp_path / "run", training_type))
 
@@ -147,14 +157,14 @@ def test_two_sharded_ranks_go_on_where_one_process_was(tiny_checkpoint, clips, t
     line = training_options(
         tiny_checkpoint, clips, tmp_path / "b", max_train_steps=6, resume_from_checkpoint="latest", **options
     )
-    torchrun(SHIM, SCRIPT, *line, "--gradient_checkpointing")
+    sharded_run(SCRIPT, *line, "--gradient_checkpointing")
     ours = [row["loss"] for row in rows_of(tmp_path / "b")]
     assert ours == pytest.approx([row["loss"] for row in straight], rel=1e-2)  # bfloat16
 
 
 def test_a_sharded_dora_from_pissa_equals_that_of_one_process(tiny_checkpoint, clips, tmp_path, train):
     options = RUN | {"use_dora": True, "init_lora_weights": "pissa", "max_train_steps": 2, "lora_dropout": 0.1}
-    torchrun(SHIM, SCRIPT, *training_options(tiny_checkpoint, clips, tmp_path / "two", **options))
+    sharded_run(SCRIPT, *training_options(tiny_checkpoint, clips, tmp_path / "two", **options))
     train(tiny_checkpoint, tmp_path / "one", **options | {"gradient_accumulation_steps": 4})
     for ours, theirs in zip(rows_of(tmp_path / "two"), rows_of(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
