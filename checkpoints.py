@@ -13,6 +13,7 @@ import math
 import os
 import resource
 import shutil
+import warnings
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +41,7 @@ STATE_FOLDER = "training_state"  # of a whole transformer
 METRICS_FILE = "metrics.jsonl"
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _SHARDED = StateDictOptions(ignore_frozen_params=True)
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process is meant
 
 
 class State(NamedTuple):
