@@ -187,6 +187,7 @@ def load_checkpoint(accelerator, state: State, checkpoint: Path) -> None:
         options = replace(options, broadcast_from_rank0=is_initialized())
         if accelerator.is_main_process:
             tensors = torch.load(checkpoint / STATE_TENSORS, map_location="cpu", weights_only=True)
+        _know_all_numbers(state.optimizer, tensors["optimizer"])
     # Not set_state_dict: it leaves the weights of a rank alone that brings none, and the others wait for that for ever.
     set_model_state_dict(state.transformer, tensors["transformer"], options=replace(options, strict=False))
     set_optimizer_state_dict(
@@ -195,6 +196,18 @@ def load_checkpoint(accelerator, state: State, checkpoint: Path) -> None:
     state.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
     if accelerator.scaler:
         accelerator.scaler.load_state_dict(numbers["scaler"])
+
+
+def _know_all_numbers(optimizer, saved: dict) -> None:
+    """Gives the groups of a fresh optimizer those entries that Prodigy makes as it goes.
+
+    torch 2.13 fails on an entry of a checkpoint that the optimizer does not have yet.
+    """
+    groups = [
+        {name: value for name, value in group.items() if name != "params"} for group in saved.get("param_groups", [])
+    ]
+    for ours, theirs in zip(optimizer.param_groups, broadcast_object_list([groups])[0], strict=True):
+        ours |= {name: value for name, value in theirs.items() if name not in ours}
 
 
 def full_weights(transformer) -> dict[str, torch.Tensor]:

@@ -2,11 +2,18 @@
 
 import pytest
 import torch
-from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXVideoToVideoPipeline
+from diffusers import (
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    CogVideoXVideoToVideoPipeline,
+)
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from make_example import VARIANTS, make_clips
 from PIL import Image
 
 import cogvideox
+import dataset
 
 HEIGHT, WIDTH, PROMPT = 64, 96, "a red circle moves left"
 
@@ -122,6 +129,51 @@ def test_what_image_to_video_training_feeds_the_transformer_is_what_the_pipeline
     for ours, its in zip(recorder.calls, theirs, strict=True):
         assert_same_inputs(ours, its)
     assert recorder.calls[0]["hidden_states"][:, 0, channels:].abs().max() > 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_the_training_script_feeds_a_transformer_is_what_the_pipeline_feeds_it(
+    checkpoint_of, tmp_path, train, monkeypatch, variant
+):
+    """The whole script on a real clip, from its file through the cache, recorded on the model's own forward.
+
+    As above without the image's noise and with the mean of every encoding, so that both draw the noise first.
+    """
+    calls = []
+    forward = CogVideoXTransformer3DModel.forward
+
+    def watch(transformer, *args, **inputs):
+        assert not args
+        calls.append({name: value for name, value in inputs.items() if value is not None})
+        return forward(transformer, **inputs)
+
+    monkeypatch.setattr(CogVideoXTransformer3DModel, "forward", watch)
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda distribution, generator: distribution.mode())
+    monkeypatch.setattr(cogvideox, "noisy_images", lambda images, generator: images)
+    clips, takes_image = make_clips(tmp_path / "clips", count=1), variant.endswith("I2V")
+    num_frames = 5 if variant == "1.5-5B" else 9  # the video-to-video pipeline of 1.5 takes even numbers of latents
+    timestep = 999 if takes_image else 499  # the image-to-video pipeline begins with noise alone
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *shape, **_: torch.ones(shape))
+        patch.setattr(torch, "randint", lambda *_, **__: torch.tensor([timestep]))
+        train(
+            checkpoint_of(variant), tmp_path / "run", instance_data_root=clips, max_num_frames=num_frames,
+            max_train_steps=1, id_token="STYLE",
+        )  # fmt: skip
+    view = dataset.View(HEIGHT, WIDTH, 8, num_frames, 0, 0, "center", 0)
+    frames = dataset.read_frames(clips / (clips / "videos.txt").read_text().strip(), view, mirrored=False)
+    images = [Image.fromarray(frame.numpy()) for frame in frames]
+    options = {"height": HEIGHT, "width": WIDTH, "guidance_scale": 1, "output_type": "latent"}
+    options["prompt"] = "STYLE " + (clips / "prompts.txt").read_text().strip()
+    options["generator"] = cogvideox.generator_for(torch.device("cpu"), 3407, 0)
+    if takes_image:
+        pipeline = CogVideoXImageToVideoPipeline.from_pretrained(checkpoint_of(variant))
+        pipeline(image=images[0], num_frames=num_frames, num_inference_steps=1, **options)
+    else:
+        pipeline = CogVideoXVideoToVideoPipeline.from_pretrained(checkpoint_of(variant))
+        pipeline(video=images, num_inference_steps=2, strength=0.5, **options)
+    assert len(calls) == 2 and calls[1]["timestep"].item() == timestep
+    assert_same_inputs(calls[0] | {"attention_kwargs": None}, calls[1])
 
 
 def test_the_image_gets_noise_of_a_scale_of_its_own():

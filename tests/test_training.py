@@ -314,11 +314,17 @@ def test_the_new_checkpoint_is_complete_before_an_old_one_goes(tiny_checkpoint, 
     ]
 
 
-def test_a_finished_run_can_be_extended(tiny_checkpoint, tmp_path, train):
-    straight = train(tiny_checkpoint, tmp_path / "a", max_train_steps=5)
-    train(tiny_checkpoint, tmp_path / "b", max_train_steps=3)
-    longer = train(tiny_checkpoint, tmp_path / "b", max_train_steps=5, resume_from_checkpoint="latest")
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "prodigy"])
+def test_a_finished_run_can_be_extended(tiny_checkpoint, tmp_path, train, optimizer):
+    """With the whole state of its optimizer, also what Prodigy knows of its step size."""
+    if optimizer == "prodigy":
+        pytest.importorskip("prodigyopt", reason="an optional package, in requirements-dev.txt")
+    options = {"optimizer": optimizer, "learning_rate": 1.0 if optimizer == "prodigy" else 1e-2, "use_dora": True}
+    straight = train(tiny_checkpoint, tmp_path / "a", max_train_steps=5, **options)
+    train(tiny_checkpoint, tmp_path / "b", max_train_steps=3, **options)
+    longer = train(tiny_checkpoint, tmp_path / "b", max_train_steps=5, resume_from_checkpoint="latest", **options)
     assert losses(longer) == losses(straight)
+    assert_equal_weights(lora_of(tmp_path / "a"), lora_of(tmp_path / "b"))
 
 
 @pytest.mark.parametrize("accumulation", [1, 3, 4])
