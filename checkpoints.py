@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from dataset import publish
+from dataset import publish, publish_folder
 from trainable import LORA_FILE, TRANSFORMER_FOLDER, Export
 
 STATE_FILE = "training_state.json"
@@ -119,7 +119,7 @@ def _check_fixed(checkpoint: Path, fixed: dict) -> None:
     if saved.keys() != fixed.keys():
         raise ValueError(
             f"--resume_from_checkpoint: {checkpoint.name} was written by another version of this script, which had "
-            "other options; go on with that version, or start anew from its LoRA with --lora_path"
+            "other options; go on with that version, or start anew from its result"
         )
     if saved["transformer"] != fixed["transformer"]:
         raise ValueError(
@@ -170,7 +170,7 @@ def save_checkpoint(
         write_json(temporary / STATE_FILE, position | {"fixed": fixed} | numbers)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        os.rename(temporary, final)
+        publish_folder(temporary, final)
         for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -246,6 +246,23 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def log_row(accelerator, output_dir: Path, row: dict) -> dict:
+    """Writes a row of numbers, and the memory with it, to metrics.jsonl and the trackers."""
+    row = row | {"peak_memory_gib": round(peak_memory_gib(accelerator.device), 3)}
+    if accelerator.is_main_process:
+        append_metrics(output_dir, row)
+    accelerator.log({f"train/{name}": value for name, value in row.items() if name != "step"}, step=row["step"])
+    return row
+
+
+def start_records(accelerator, output_dir: Path, tracker_name: str, about: dict, options: dict, step: int) -> None:
+    """Opens the trackers, and writes args.json and what metrics.jsonl holds up to `step`."""
+    options = {name: value for name, value in options.items() if name != "hub_token"}
+    accelerator.init_trackers(tracker_name, {name: str(value) for name, value in options.items()})
+    if accelerator.is_main_process:
+        write_run(output_dir, about | {"options": options}, step)
 
 
 def append_metrics(output_dir: Path, row: dict) -> None:

@@ -156,6 +156,11 @@ def check_training(
             f"--max_num_frames {num_frames} --height {height} --width {width}: {name} has learned positions for "
             f"{frames} frames of {size[0]}x{size[1]} pixels alone; pass those"
         )
+    if dtype == torch.float16 and checkpoint.takes_image:
+        raise ValueError(
+            f"{name}: image-to-video is made for bfloat16, and in float16 an image's encoding can overflow "
+            "unseen; pass --mixed_precision bf16, or no for float32"
+        )
     if not config["patch_size_t"]:
         return
     if dtype == torch.float16:
@@ -230,12 +235,12 @@ def video_encoder(checkpoint: Checkpoint, dtype, device, tiling: bool, slicing: 
 
 
 @contextmanager
-def image_encoder(checkpoint: Checkpoint, dtype, device, tiling: bool) -> Iterator[Callable | None]:
+def image_encoder(checkpoint: Checkpoint, dtype, device, tiling: bool, slicing: bool) -> Iterator[Callable | None]:
     """`encode_images` with the encoder half of a VAE, for the length of a `with` block; None for text-to-video."""
     if not checkpoint.takes_image:
         yield None
         return
-    with loaded_vae(checkpoint, dtype, device, tiling, slicing=False) as vae:
+    with loaded_vae(checkpoint, dtype, device, tiling, slicing) as vae:
         vae.decoder.to("meta")
         torch.cuda.empty_cache()
         yield partial(encode_images, vae)

@@ -14,6 +14,7 @@ import os
 import random
 import re
 import secrets
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -354,34 +355,42 @@ def encode_dataset(
     probed = ranks.gather_shares(probe_clips(ranks.share(clips), view, cache, video_encoder.fingerprint, random_flip))
     refuse(problems + [clip.problem for clip in probed if clip.problem])
 
-    captions = [clip.caption for clip in clips] + prompts
     captions = {
-        text: cache_path(cache, "captions", caption=text, encoder=text_encoder.fingerprint) for text in captions
+        text: cache_path(cache, "captions", caption=text, encoder=text_encoder.fingerprint)
+        for text in [clip.caption for clip in clips] + prompts
     }
     new_captions = [(text, path) for text, path in captions.items() if not path.exists()]
-    new_latents = {  # by path: a video that is listed twice is encoded once
-        path: (clip, bool(mirrored), path)
-        for clip, found in zip(clips, probed)
-        for mirrored, path in enumerate(found.paths)
-        if found.missing[mirrored]
-    }
+    new_latents = _missing(clips, probed)
     ranks.wait()  # until all know what is missing, nobody writes
     if share := ranks.share(new_captions):
         with text_encoder.load() as encode:
             for text, path in progress(share, "Encoding captions", "caption"):
                 write_cached(path, {"prompt_embeds": encode(text)})
     problems = []
-    if share := ranks.share(list(new_latents.values())):
+    if share := ranks.share(new_latents):
         with video_encoder.load() as encode:
             problems = cache_latents(share, view, encode, num_workers, progress)
     refuse(problems)  # also keeps every rank here until all have written their share
 
     latents = [found.paths for found in probed]
-    names = [path.name for paths in latents for path in paths] + [path.name for path in captions.values()]
-    if len(set(everyone.gather([hash_of(names)]))) > 1:
+    written = [path for paths in latents for path in paths] + list(captions.values())
+    if len(set(everyone.gather([hash_of([path.name for path in written])]))) > 1:
         raise ValueError(f"{root}: the machines of this run see different clips or captions there; copy one to all")
+    for path in written:
+        _wait_for(path)
     cached = CachedClips(latents, [captions[clip.caption] for clip in clips])
     return Data(cached, [_latents_shape(paths[0]) for paths in latents], {text: captions[text] for text in prompts})
+
+
+def _missing(clips: list[Clip], probed: list[Probed]) -> list[tuple[Clip, bool, Path]]:
+    """What `cache_latents` is to make; a video that is listed twice is encoded once."""
+    new = {
+        path: (clip, bool(mirrored), path)
+        for clip, found in zip(clips, probed)
+        for mirrored, path in enumerate(found.paths)
+        if found.missing[mirrored]
+    }
+    return list(new.values())
 
 
 def _refuse(root: Path, everyone: Ranks, problems: list[str]) -> None:
@@ -525,6 +534,15 @@ def publish(path: Path, content: bytes) -> None:
         raise
 
 
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Gives a folder that is complete its name; its files are on the disk by then."""
+    for path in (*temporary.rglob("*"), temporary):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    os.rename(temporary, final)
+
+
 def write_cached(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Publishes tensors; not by safetensors' save_file, which reports a full disk as an exception of its own."""
     try:
@@ -538,6 +556,18 @@ def write_cached(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def load_prompt_embeds(path: Path) -> torch.Tensor:
     return load_file(path)["prompt_embeds"]  # [L, D]
+
+
+def _wait_for(path: Path, seconds: float = 90) -> None:
+    """A disk in the network shows another machine's new file with a delay: nfs remembers "not there" for a minute."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{path}: another process has encoded this, but this machine does not see it after {seconds:.0f} s; "
+                "start again, what is encoded stays, or put --latents_cache_dir on another disk"
+            )
+        time.sleep(0.5)
 
 
 def _latents_shape(path: Path) -> tuple[int, ...]:

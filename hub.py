@@ -7,7 +7,7 @@ from huggingface_hub import ModelCardData, create_repo, upload_folder
 from checkpoints import METRICS_FILE
 from cogvideox import Checkpoint
 from dataset import publish
-from trainable import LORA_FILE, TRANSFORMER_FOLDER
+from trainable import LORA_FILE, TRANSFORMER_FOLDER, Lora
 
 CARD = """---
 {header}
@@ -57,7 +57,8 @@ def model_card(repo: str, checkpoint: Checkpoint, options: dict) -> str:
     tags = ["cogvideox", *["lora"] * is_lora, "image-to-video" if takes_image else "text-to-video"]
     pipeline = "CogVideoXImageToVideoPipeline" if takes_image else "CogVideoXPipeline"
     prompt = (options["validation_prompt"] or "a prompt").split(options["validation_prompt_separator"])[0]
-    lora, sft = f"A LoRA for {base}, rank {options['rank']}, alpha {options['lora_alpha']}.", f"All weights of {base}."
+    saved = Lora(**{name: options[name] for name in Lora._fields}).saved()
+    lora, sft = f"A LoRA for {base}, rank {saved['r']}, alpha {saved['lora_alpha']:g}.", f"All weights of {base}."
     return CARD.format(
         header=ModelCardData(library_name="diffusers", tags=tags, **on_hub).to_yaml(),
         what="a LoRA" if is_lora else "fine-tuned",

@@ -44,16 +44,19 @@ def start(
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.11 has no other name for it
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    sharding = _sharding(mixed_precision)
     try:
         accelerator = Accelerator(
             mixed_precision=mixed_precision,
             log_with=None if report_to == "none" else report_to,
             project_config=ProjectConfiguration(str(output_dir), str(output_dir / logging_dir)),
             gradient_accumulation_plugin=GradientAccumulationPlugin(
-                gradient_accumulation_steps, sync_with_dataloader=False
+                gradient_accumulation_steps,
+                sync_with_dataloader=False,
+                sync_each_batch=sharding is not None,  # or each GPU would hold the gradients of all weights
             ),
             kwargs_handlers=[ddp, patience],
-            fsdp_plugin=_sharding(mixed_precision),
+            fsdp_plugin=sharding,
         )
     except (ValueError, ImportError) as error:
         raise ValueError(f"{error} (--mixed_precision {mixed_precision}, --report_to {report_to})") from error
@@ -159,22 +162,31 @@ def explained():
         leave(2)
 
 
-# How gloo's and NCCL's errors begin when another process is gone; gloo's are plain RuntimeErrors.
-LOST = ("closed by peer", "reset by peer", "Timed out waiting", "Broken pipe", "NCCL", "Socket")
+# In gloo's errors, plain RuntimeErrors, and NCCL's, when it is another process that is gone.
+LOST = (
+    "closed by peer",
+    "reset by peer",
+    "Timed out waiting",
+    "Broken pipe",
+    "remote process exited",
+    "ncclRemoteError",
+)
 
 
 @contextlib.contextmanager
-def losses_explained():
-    """Ends this process with a message when another one of the run is gone, where torch would only name a socket."""
+def lost_processes_explained():
+    """Ends this process with a message when another one of the run is gone, where torch would only name a socket.
+
+    NCCL's watchdog may end a process itself before an error gets here.
+    """
     try:
         yield
     except RuntimeError as error:
         if not torch.distributed.is_initialized() or not any(words in str(error) for words in LOST):
             raise
-        reason = str(error).strip().splitlines()[0].split("] ")[-1].split(". ")[0]
         print(
-            f"\n[rank {os.environ['RANK']}] another process of the run is gone, or its machine, or the network between "
-            f"({reason}). The message of the one that ended first says why; all end now. Start all again with "
+            f"\n{error}\n[rank {os.environ['RANK']}] another process of the run is gone, or its machine, or the "
+            "network between. The message of the one that ended first says why; all end now. Start all again with "
             "--resume_from_checkpoint latest.",
             file=sys.stderr,
             flush=True,

@@ -37,6 +37,7 @@ OPTIMIZER_OPTIONS = (
     "optimizer", "use_8bit_adam", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
     "prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup",
 )  # fmt: skip
+DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 LORA_OPTIONS = ("rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora", "init_lora_weights")
 # What a resumed run must share with its checkpoint: it comes back with the optimizer, or counts the place in the data.
 FIXED = ("training_type", *LORA_OPTIONS, *OPTIMIZER_OPTIONS, "scale_lr", "seed", "train_batch_size")
@@ -74,13 +75,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     data("--latents_cache_dir", type=path, metavar="FOLDER", help="default: .cogvideox_cache in the data's folder")
     data("--dataloader_num_workers", type=count, default=0, metavar="N", help="processes that read data; 0: none")
     data("--enable_tiling", action="store_true", help="VAE in tiles: less memory, slower, slightly other latents")
-    data("--enable_slicing", action="store_true", help="accepted; the VAE has one clip at a time in any case")
+    data("--enable_slicing", action="store_true", help="VAE: the images of a batch one by one, as clips always are")
 
     lora = parser.add_argument_group("LoRA").add_argument
-    lora("--rank", type=positive, default=128, help="rank of the LoRA matrices")
+    lora("--rank", type=positive, help="rank of the LoRA matrices (default: 128)")
     lora("--lora_alpha", type=float, help="strength is lora_alpha / rank (default: rank, strength 1)")
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    lora("--lora_target_modules", nargs="+", default=targets, metavar="NAME", help="linear layers that get a LoRA")
+    lora("--lora_target_modules", nargs="+", metavar="NAME", help="layers (default: to_q to_k to_v to_out.0)")
     lora("--lora_path", type=path, metavar="PATH", help="LoRA to start from: run directory, checkpoint or file")
     lora("--lora_dropout", type=float, default=0.0, metavar="P", help="share of the LoRA's inputs to drop in training")
     lora("--use_dora", action="store_true", help="DoRA: train each layer's row norms apart from their directions")
@@ -147,6 +147,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     args.hub_model_id = args.hub_model_id or args.output_dir.absolute().name
     if args.learning_rate is None:
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else {"lora": 1e-4, "sft": 1e-5}[args.training_type]
+    _check_lora(args, parser.error)
+    args.rank, args.lora_target_modules = args.rank or 128, args.lora_target_modules or DEFAULT_TARGETS
     args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
     check_args(args, parser.error)
     return args
@@ -180,18 +182,17 @@ def check_args(args: argparse.Namespace, refuse) -> None:
         refuse("--use_8bit_adam: does nothing with --optimizer prodigy; pass --optimizer adamw, or leave it out")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         refuse("--lr_warmup_steps: does nothing with --lr_scheduler constant; pass constant_with_warmup")
-    _check_lora(args, refuse)
     _check_validation(args, refuse)
 
 
 def _check_lora(args: argparse.Namespace, refuse) -> None:
-    given = [name for name in ("lora_path", "lora_dropout", "use_dora", "use_rslora") if getattr(args, name)]
-    given += ["init_lora_weights"] * (args.init_lora_weights != "default")
+    names = (*LORA_OPTIONS, "lora_path", "lora_dropout")
+    given = [name for name in names if getattr(args, name) not in (None, 0, "default")]
     if args.training_type == "sft" and given:
         refuse(f"--{given[0]}: does nothing with --training_type sft, which trains no LoRA; leave it out")
     if args.lora_path and args.init_lora_weights != "default":
         refuse(f"--init_lora_weights {args.init_lora_weights}: --lora_path gives the first values; pass one of the two")
-    if args.init_lora_weights == "orthogonal" and args.rank % 2:
+    if args.init_lora_weights == "orthogonal" and (args.rank or 128) % 2:
         refuse(f"--rank {args.rank}: must be even for --init_lora_weights orthogonal; pass {args.rank + 1}")
     if not 0 <= args.lora_dropout < 1:
         refuse(f"--lora_dropout {args.lora_dropout}: must be from 0 to below 1")
@@ -221,6 +222,8 @@ def validation_images(args: argparse.Namespace) -> list[Path | None]:
 def start(args: argparse.Namespace) -> tuple[Accelerator, dataset.Ranks]:
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     accelerator, ranks = processes.start(**{name: getattr(args, name) for name in START_OPTIONS})
+    if accelerator.is_fsdp2 and args.use_8bit_adam:
+        raise ValueError("--use_8bit_adam: bitsandbytes cannot work on shards; leave it out, they are small already")
     if args.training_type == "sft":  # of whose checkpoints each rank writes a part
         processes.check_shared(ranks, args.output_dir, "--output_dir")
     return accelerator, ranks
@@ -266,19 +269,21 @@ def read_checkpoint(args: argparse.Namespace, dtype: torch.dtype) -> cogvideox.C
     image_options = [f"--{name}" for name in ("image_column", "validation_images") if getattr(args, name)]
     cogvideox.check_training(checkpoint, dtype, args.max_num_frames, args.height, args.width, image_options)
     if args.training_type == "lora":
-        trainable.check_lora(checkpoint, lora_of(args), args.lora_path)
+        trainable.check_lora(checkpoint, *lora_of(args))
     return checkpoint
 
 
-def lora_of(args: argparse.Namespace) -> trainable.Lora:
-    return trainable.Lora(**{name: getattr(args, name) for name in trainable.Lora._fields})
+def lora_of(args: argparse.Namespace) -> tuple[trainable.Lora, Path | None]:
+    """And what it starts from; one that is resumed has come further."""
+    lora = trainable.Lora(**{name: getattr(args, name) for name in trainable.Lora._fields})
+    return lora, None if args.resume_from_checkpoint else args.lora_path
 
 
 def prepare_transformer(args, checkpoint: cogvideox.Checkpoint, dtype) -> tuple[torch.nn.Module, trainable.Export]:
     """The transformer, of which just what is trained requires gradients, and what writes that as a result."""
     set_seed(args.seed)
     if args.training_type == "lora":
-        transformer, export = trainable.with_lora(checkpoint, dtype, lora_of(args), args.lora_path)
+        transformer, export = trainable.with_lora(checkpoint, dtype, *lora_of(args))
     else:
         transformer, export = trainable.whole(checkpoint, dtype)
     if args.gradient_checkpointing:
@@ -314,7 +319,8 @@ def losses(run: Run) -> Iterator[torch.Tensor]:
     micro_batches = dataset.micro_batches(
         run.data, run.plan, run.ranks, args.train_batch_size, args.seed, args.random_flip, args.dataloader_num_workers
     )
-    with cogvideox.image_encoder(run.checkpoint, run.dtype, device, args.enable_tiling) as encode:
+    vae_options = device, args.enable_tiling, args.enable_slicing
+    with cogvideox.image_encoder(run.checkpoint, run.dtype, *vae_options) as encode:
         for number, batch in micro_batches:
             generator = cogvideox.generator_for(device, args.seed, number)
             torch.manual_seed(generator.initial_seed() % 2**63)  # dropout draws from the global generator
@@ -342,11 +348,7 @@ def log(run: Run, step: int, loss, grad_norm, learning_rate: float, since: tuple
     loss, seconds = run.accelerator.reduce(loss, "mean").item(), (time.perf_counter() - since[1]) / (step - since[0])
     row = {"step": step, "epoch": round(run.plan.epoch(step), 4), "loss": loss, "lr": learning_rate}
     row |= {"grad_norm": grad_norm.item(), "seconds": round(seconds, 4)}
-    row |= {"peak_memory_gib": round(checkpoints.peak_memory_gib(run.accelerator.device), 3)}
-    if run.accelerator.is_main_process:
-        checkpoints.append_metrics(run.args.output_dir, row)
-    run.accelerator.log({f"train/{name}": value for name, value in row.items() if name != "step"}, step=step)
-    return row
+    return checkpoints.log_row(run.accelerator, run.args.output_dir, row)
 
 
 def validate(run: Run, step: int) -> None:
@@ -364,20 +366,17 @@ def validate(run: Run, step: int) -> None:
 def start_records(run: Run) -> None:
     """Says what is going to happen, to the person, to args.json and to the trackers."""
     args, plan, say = run.args, run.plan, run.accelerator.print
-    options = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    run.accelerator.init_trackers(args.tracker_name, {name: str(value) for name, value in options.items()})
     say(f"{run.checkpoint.describe()}\n{run.data.summary()}\n{plan.summary(args.train_batch_size)}")
     if args.max_num_frames % 8 != 1:
         say(f"--max_num_frames {args.max_num_frames} is not 8k + 1: the VAE gives back videos of another length")
-    if run.accelerator.is_main_process:
-        about = {"checkpoint": run.checkpoint.describe(), "clips": len(run.data.shapes), "processes": run.ranks.count}
-        checkpoints.write_run(args.output_dir, about | {"options": options}, plan.first_step)
+    about = {"checkpoint": run.checkpoint.describe(), "clips": len(run.data.shapes), "processes": run.ranks.count}
+    checkpoints.start_records(run.accelerator, args.output_dir, args.tracker_name, about, vars(args), plan.first_step)
 
 
 # ---- the story -------------------------------------------------------------------------------------------------------
 
 
-@processes.losses_explained()
+@processes.lost_processes_explained()
 def main(args: argparse.Namespace) -> None:
     with processes.explained():
         # Data: read, checked and encoded, before the transformer comes in.
@@ -402,8 +401,9 @@ def main(args: argparse.Namespace) -> None:
 
         # What is trained: weights in float32; what is frozen is in the compute dtype.
         transformer, export = prepare_transformer(args, checkpoint, dtype)
-        weights = [weight for weight in transformer.parameters() if weight.requires_grad]
-        optimizer = make_optimizer(args, weights, plan.batches_per_step * args.train_batch_size)
+        clips_per_step = plan.batches_per_step * args.train_batch_size
+        # Nothing else may hold the weights: FSDP2 would keep them whole on every GPU, beside its shards.
+        optimizer = make_optimizer(args, trainable.weights_of(transformer), clips_per_step)
         lr_scheduler = optimizers.make_lr_scheduler(
             optimizer, args.lr_scheduler, args.lr_warmup_steps, plan.total_steps, args.lr_num_cycles, args.lr_power
         )
@@ -436,14 +436,14 @@ def main(args: argparse.Namespace) -> None:
     progress.close()
 
     # Result.
-    weights = checkpoints.full_weights(transformer)
+    result = checkpoints.full_weights(transformer)
     if accelerator.is_main_process:
-        print(f"Result: {export(weights, args.output_dir)}")
-        if hub_repo:
-            hub.push_to_hub(hub_repo, args.output_dir, checkpoint, vars(args), args.hub_token)
+        print(f"Result: {export(result, args.output_dir)}")
     # Without it torch 2.13 can hang at exit: gloo's thread and the end of DDP wait for each other.
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if hub_repo and accelerator.is_main_process:  # nobody waits for the upload
+        hub.push_to_hub(hub_repo, args.output_dir, checkpoint, vars(args), args.hub_token)
 
 
 if __name__ == "__main__":

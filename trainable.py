@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from cogvideox import Checkpoint, empty_transformer, load_transformer
-from dataset import publish
+from dataset import publish, publish_folder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TRANSFORMER_FOLDER = "transformer"
 # Those that begin with a part of the frozen weights, which is taken out of these.
 MUTATING = ("pissa", "olora")
+CHANGING = (*MUTATING, "corda", "loftq", "lora_ga")  # so do these of PEFT's, which diffusers cannot load
 
 Export = Callable[[dict[str, torch.Tensor], Path], Path]
 
@@ -66,6 +66,11 @@ class Lora(NamedTuple):
         return settings | {name: True for name, on in switches.items() if on}
 
 
+def weights_of(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Those that are trained."""
+    return [weight for weight in transformer.parameters() if weight.requires_grad]
+
+
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 
@@ -104,10 +109,19 @@ def _check_start(checkpoint: Checkpoint, lora: Lora, start: Path, expected: dict
             f"{checkpoint.name}; pass the one that it was trained on"
         )
     settings = json.loads(header.get("lora_adapter_metadata", "{}"))
+    settings = {name.removeprefix("transformer."): value for name, value in settings.items()}
     rank = next((shape[0] for name, shape in shapes.items() if name.endswith("lora_A.weight")), None)
+    if rank is None:
+        raise ValueError(f"--lora_path {file}: holds no LoRA in diffusers' format, but {next(iter(shapes), 'nothing')}")
+    unknown = [name for name in ("rank_pattern", "alpha_pattern", "lora_bias") if settings.get(name)]
+    unknown += ["init_lora_weights"] * str(settings.get("init_lora_weights")).startswith(CHANGING)
+    if unknown:
+        raise ValueError(
+            f"--lora_path {file}: was made with {unknown[0]} {settings[unknown[0]]}, from which no run starts here; "
+            "convert it into a plain LoRA, or start without it"
+        )
     # diffusers applies a file that does not say its strength at 1.
-    found = {"r": rank, "lora_alpha": rank, "use_dora": False, "use_rslora": False}
-    found |= {name.removeprefix("transformer."): value for name, value in settings.items()}
+    found = {"r": rank, "lora_alpha": rank, "use_dora": False, "use_rslora": False} | settings
     wanted = {"r": lora.rank, "lora_alpha": lora.lora_alpha, "use_dora": lora.use_dora, "use_rslora": lora.use_rslora}
     options = {"r": "rank"}
     wrong = [
@@ -253,5 +267,5 @@ def save_transformer(weights: dict, folder: Path, checkpoint: Checkpoint) -> Pat
     shutil.rmtree(temporary, ignore_errors=True)
     transformer.save_pretrained(temporary)
     shutil.rmtree(final, ignore_errors=True)
-    os.rename(temporary, final)
+    publish_folder(temporary, final)
     return final

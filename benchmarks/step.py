@@ -105,7 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     same = parser.add_argument_group("as in train_cogvideox_lora.py").add_argument
     same("--training_type", choices=["lora", "sft"], default="lora", help="a LoRA, or all weights")
-    same("--rank", type=int, default=128, help="rank of the LoRA matrices")
+    same("--rank", type=int, help="rank of the LoRA matrices (default: 128)")
     same("--height", type=int, help="pixels (default: the model's)")
     same("--width", type=int, help="pixels (default: the model's)")
     same("--num_frames", "--max_num_frames", dest="max_num_frames", type=int, help="4k + 1 (default: the model's)")
@@ -224,11 +224,11 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> tuple[tr
     is_lora = args.training_type == "lora"
     transformer = random_transformer(checkpoint.transformer, dtype if is_lora else torch.float32, accelerator.device)
     if is_lora:
-        trainable.add_lora(transformer, train.lora_of(args), dtype)
+        trainable.add_lora(transformer, train.lora_of(args)[0], dtype)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    weights = [weight for weight in transformer.parameters() if weight.requires_grad]
-    optimizer = train.make_optimizer(args, weights, plan.batches_per_step * args.train_batch_size)
+    clips_per_step = plan.batches_per_step * args.train_batch_size
+    optimizer = train.make_optimizer(args, trainable.weights_of(transformer), clips_per_step)
     lr_scheduler = optimizers.make_lr_scheduler(optimizer, "constant", 0, plan.total_steps, 1, 1.0)
     transformer, optimizer = accelerator.prepare(transformer.train(), optimizer)
     return train.Run(args, accelerator, ranks, checkpoint, dtype, data, plan, transformer), optimizer, lr_scheduler

@@ -17,8 +17,9 @@ export SCRIPT="${SCRIPT:-finetune_multi_gpus_1.sh}" OUTPUT_PATH="${OUTPUT_PATH:-
 export NUM_MACHINES="$SLURM_NNODES" NUM_GPUS="${NUM_GPUS:-${SLURM_GPUS_ON_NODE:-8}}"
 MAIN_PROCESS_IP="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export MAIN_PROCESS_IP MAIN_PROCESS_PORT="$((20000 + SLURM_JOB_ID % 20000))"
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-32}" # which srun does not take over by itself
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0  # where nodes have several networks: the one to use
 
 resume=()
 if compgen -G "$OUTPUT_PATH/checkpoint-*" > /dev/null; then resume=(--resume_from_checkpoint latest); fi
-srun --kill-on-bad-exit=1 bash -c 'MACHINE_RANK="$SLURM_NODEID" exec bash "$SCRIPT" "$@"' "$SCRIPT" "$@" "${resume[@]}"
+srun --kill-on-bad-exit=1 bash -c 'MACHINE_RANK="$SLURM_NODEID" exec bash "$SCRIPT" "$@"' "$SCRIPT" "$@" ${resume[@]+"${resume[@]}"}

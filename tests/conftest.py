@@ -63,7 +63,10 @@ def training_options(checkpoint, clips, output_dir, **options):
         "learning_rate": 1e-3,
         "seed": 3407,
         "mixed_precision": "no",
-    } | options
+    }
+    if options.get("training_type") == "sft":
+        del values["rank"]
+    values |= options
     line = []
     for name, value in values.items():
         line += [f"--{name}"] if value is True else [f"--{name}", *map(str, value if type(value) is list else [value])]

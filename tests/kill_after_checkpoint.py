@@ -14,7 +14,7 @@ import checkpoints
 import train_cogvideox_lora
 
 moment, step, *options = sys.argv[1:]
-original_save, original_rename = checkpoints.save_checkpoint, os.rename
+original_save = checkpoints.save_checkpoint
 
 
 def die():
@@ -23,7 +23,7 @@ def die():
 
 def save(accelerator, state, export, output_dir, position, *others):
     if moment == "saving" and position["step"] == int(step):
-        os.rename = lambda *_: die()
+        checkpoints.publish_folder = lambda *_: die()
     original_save(accelerator, state, export, output_dir, position, *others)
     if position["step"] == int(step):
         die()

@@ -130,17 +130,23 @@ def test_the_single_gpu_script_starts_one_process_with_its_defaults(tmp_path):
     assert (args.height, args.width, args.max_num_frames, args.rank) == (480, 720, 49, 128)
 
 
+def test_the_single_gpu_script_trains_all_weights_at_their_own_learning_rate(tmp_path):
+    _, args = launched(tmp_path, "finetune_single_gpu.sh", "--training_type", "sft")
+    assert args.learning_rate == 1e-5
+
+
 def test_values_of_the_scripts_can_be_overridden_and_options_added(tmp_path):
     environment = {"MODEL_PATH": "a b/c", "DATASET_PATH": "data set", "OUTPUT_PATH": "out", "CACHE_PATH": "cache"}
     for script in ("finetune_single_gpu.sh", "finetune_multi_gpus_1.sh", "finetune_sft_multi_gpus.sh"):
-        _, args = launched(tmp_path, script, "--rank", "64", "--id_token", "BW STYLE", **environment)
+        rank = [] if "sft" in script else ["--rank", "64"]
+        _, args = launched(tmp_path, script, *rank, "--id_token", "BW STYLE", **environment)
         assert args.pretrained_model_name_or_path == "a b/c"
         assert [str(p) for p in (args.instance_data_root, args.output_dir, args.cache_dir)] == [
             "data set",
             "out",
             "cache",
         ]
-        assert (args.rank, args.lora_alpha, args.id_token) == (64, 64, "BW STYLE")
+        assert args.id_token == "BW STYLE" and (not rank or (args.rank, args.lora_alpha) == (64, 64))
 
 
 @pytest.mark.parametrize(

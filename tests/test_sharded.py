@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, training_options
 from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 from safetensors.torch import load_file
-from test_distributed import launch, rows_of
+from test_distributed import launch, rows_of, torchrun
 
 import checkpoints
 import processes
@@ -97,11 +97,14 @@ def test_a_killed_fine_tuning_that_resumes_equals_a_straight_one(tiny_checkpoint
     assert_equal_weights(result_of(tmp_path / "straight", "sft"), result_of(tmp_path / "killed", "sft"))
 
 
-@pytest.mark.parametrize("option", ["use_dora", "use_rslora", "lora_path", "init_lora_weights", "lora_dropout"])
+LORA_OPTIONS = {"rank": 128, "lora_alpha": 4, "use_dora": True, "use_rslora": True, "lora_path": "x"}
+LORA_OPTIONS |= {"init_lora_weights": "pissa", "lora_dropout": 0.1, "lora_target_modules": ["to_q"]}
+
+
+@pytest.mark.parametrize("option", LORA_OPTIONS)
 def test_options_of_a_lora_are_refused_where_none_is_trained(tiny_checkpoint, tmp_path, train, capsys, option):
-    value = {"lora_path": tmp_path, "init_lora_weights": "pissa", "lora_dropout": 0.1}.get(option, True)
     with pytest.raises(SystemExit):
-        train(tiny_checkpoint, tmp_path / "run", training_type="sft", **{option: value})
+        train(tiny_checkpoint, tmp_path / "run", training_type="sft", **{option: LORA_OPTIONS[option]})
     assert f"--{option}: does nothing with --training_type sft" in capsys.readouterr().err
 
 
@@ -160,6 +163,37 @@ def test_two_sharded_ranks_go_on_where_one_process_was(tiny_checkpoint, clips, t
     sharded_run(SCRIPT, *line, "--gradient_checkpointing")
     ours = [row["loss"] for row in rows_of(tmp_path / "b")]
     assert ours == pytest.approx([row["loss"] for row in straight], rel=1e-2)  # bfloat16
+
+
+def test_a_sharded_lora_in_bfloat16_learns_what_one_process_learns(tiny_checkpoint, clips, tmp_path, train):
+    """Within bfloat16: FSDP2 computes LayerNorms and the LoRA in it, which autocast of one process does not."""
+    options = RUN | {"mixed_precision": "bf16", "gradient_checkpointing": True, "use_dora": True, "learning_rate": 1e-2}
+    sharded_run(SCRIPT, *training_options(tiny_checkpoint, clips, tmp_path / "two", **options))
+    one = train(tiny_checkpoint, tmp_path / "one", **options | {"gradient_accumulation_steps": 4})
+    losses = [row["loss"] for row in rows_of(tmp_path / "two")]
+    assert losses == pytest.approx([row["loss"] for row in one], rel=2e-2)
+    assert {weight.dtype for weight in result_of(tmp_path / "two", "lora").values()} == {torch.float32}
+
+
+def test_no_rank_keeps_the_whole_weights_beside_its_shard(tiny_checkpoint, clips, tmp_path):
+    options = training_options(tiny_checkpoint, clips, tmp_path / "run", training_type="sft", max_train_steps=1)
+    sharded_run(ROOT / "tests" / "weigh.py", tmp_path, *options)
+    for rank in range(2):
+        whole, shard = map(int, (tmp_path / f"rank-{rank}.txt").read_text().split())
+        assert whole == 0 and shard > 100_000
+
+
+def test_two_ranks_fine_tune_unsharded_and_resume(tiny_checkpoint, clips, tmp_path, train):
+    """DDP: each holds all weights, and they write the checkpoint between them."""
+    options = RUN | {"training_type": "sft", "max_train_steps": 4, "checkpointing_steps": 2}
+    line = training_options(tiny_checkpoint, clips, tmp_path / "two", **options | {"max_train_steps": 2})
+    torchrun(SCRIPT, *line)
+    line = training_options(tiny_checkpoint, clips, tmp_path / "two", **options, resume_from_checkpoint="latest")
+    torchrun(SCRIPT, *line)
+    train(tiny_checkpoint, tmp_path / "one", **options | {"gradient_accumulation_steps": 4, "lr_scheduler": "cosine"})
+    ours, theirs = rows_of(tmp_path / "two"), rows_of(tmp_path / "one")
+    assert [row["loss"] for row in ours[:2]] == pytest.approx([row["loss"] for row in theirs[:2]], rel=1e-4)
+    assert [row["step"] for row in ours] == [1, 2, 3, 4]
 
 
 def test_a_sharded_dora_from_pissa_equals_that_of_one_process(tiny_checkpoint, clips, tmp_path, train):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -149,9 +150,49 @@ def test_a_run_starts_from_an_existing_lora(tiny_checkpoint, tmp_path, train, ki
 
 
 def test_a_file_without_a_strength_starts_at_the_strength_that_diffusers_gives_it(tiny_checkpoint, tmp_path, train):
-    train(tiny_checkpoint, tmp_path / "a", max_train_steps=1)
-    trainable.publish(tmp_path / "bare.safetensors", trainable.save(load_file(tmp_path / "a" / LORA_FILE)))
-    train(tiny_checkpoint, tmp_path / "b", lora_path=tmp_path / "bare.safetensors", max_train_steps=1)
+    """That is 1, whatever alpha was; another one is refused."""
+    train(tiny_checkpoint, tmp_path / "a", max_train_steps=3, learning_rate=1e-2, lora_alpha=2)
+    bare = tmp_path / "bare" / LORA_FILE
+    trainable.publish(bare, trainable.save(load_file(tmp_path / "a" / LORA_FILE)))
+    checkpoint = cogvideox.read_checkpoint(str(tiny_checkpoint))
+    trainable.check_lora(checkpoint, Lora(4, 4, TARGETS), bare)
+    transformer, _ = trainable.with_lora(checkpoint, torch.float32, Lora(4, 4, TARGETS), bare)
+    pipeline = DiffusionPipeline.from_pretrained(tiny_checkpoint)
+    pipeline.load_lora_weights(bare.parent)
+    inputs = transformer_inputs(tiny_checkpoint)
+    with torch.no_grad():
+        assert torch.equal(transformer.eval()(**inputs)[0], pipeline.transformer(**inputs)[0])
+    with pytest.raises(ValueError, match="--lora_alpha 2: it has 4"):
+        trainable.check_lora(checkpoint, Lora(4, 2, TARGETS), bare)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "was made with init_lora_weights pissa"),
+        ({"rank_pattern": {"to_q": 8}}, "was made with rank_pattern"),
+    ],
+)
+def test_a_lora_that_changes_the_base_or_has_several_ranks_is_refused(tiny_checkpoint, tmp_path, settings, message):
+    adapter = {f"transformer.{name}": value for name, value in ({"r": 4, "lora_alpha": 4} | settings).items()}
+    weights = {"transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(4, 64)}
+    file = tmp_path / LORA_FILE
+    trainable.publish(file, trainable.save(weights, {"lora_adapter_metadata": json.dumps(adapter)}))
+    with pytest.raises(ValueError, match=message):
+        trainable.check_lora(cogvideox.read_checkpoint(str(tiny_checkpoint)), Lora(4, 4, TARGETS), file)
+    trainable.publish(file, trainable.save({"lora_unet_to_q.lora_down.weight": torch.zeros(4, 64)}))
+    with pytest.raises(ValueError, match="holds no LoRA in diffusers' format, but lora_unet_to_q"):
+        trainable.check_lora(cogvideox.read_checkpoint(str(tiny_checkpoint)), Lora(4, 4, TARGETS), file)
+
+
+def test_a_run_that_resumes_does_not_need_what_it_started_from(tiny_checkpoint, tmp_path, train):
+    train(tiny_checkpoint, tmp_path / "a", max_train_steps=3, learning_rate=1e-2)
+    options = {"lora_path": tmp_path / "a"}
+    straight = train(tiny_checkpoint, tmp_path / "straight", max_train_steps=4, **options)
+    train(tiny_checkpoint, tmp_path / "b", max_train_steps=2, **options)
+    shutil.rmtree(tmp_path / "a")
+    resumed = train(tiny_checkpoint, tmp_path / "b", max_train_steps=4, resume_from_checkpoint="latest", **options)
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in straight]
 
 
 @pytest.mark.parametrize(
