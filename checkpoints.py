@@ -127,7 +127,7 @@ def _check_fixed(checkpoint: Path, fixed: dict) -> None:
             "--pretrained_model_name_or_path; pass the one that args.json beside it names"
         )
     others = [
-        f"--{name} {value}: {checkpoint.name} was trained with {saved[name]}"
+        f"--{name} {_typed(value)}: {checkpoint.name} was trained with {_typed(saved[name])}"
         for name, value in fixed.items()
         if saved[name] != value
     ]
@@ -135,6 +135,10 @@ def _check_fixed(checkpoint: Path, fixed: dict) -> None:
         raise ValueError(
             f"{'; '.join(others)}. Resuming continues that: pass the same, or start a new run in another --output_dir"
         )
+
+
+def _typed(value) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
 
 
 def save_checkpoint(

@@ -292,6 +292,9 @@ def check_lora(lora, transformer, checkpoint):
         size = sizes.get(layer)
         if size is None or not fits(part, shape, size):
             wrong.append(f"{key} {list(shape)}, here {'no such layer' if size is None else list(size)}")
+    if lora.config and not lora.config.rank_pattern:
+        ranks = {shape[0] for key, shape in lora.shapes.items() if key.endswith("lora_A.weight")}
+        wrong += [f"recorded as rank {lora.config.r}, its weights have {rank}" for rank in ranks - {lora.config.r}]
     if wrong:
         base = f" ({lora.base_model})" if lora.base_model else ""
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""

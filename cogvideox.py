@@ -82,10 +82,20 @@ class Checkpoint(NamedTuple):
         config = self.transformer
         task = "image-to-video" if self.takes_image else "text-to-video"
         positions = "rotary" if config["use_rotary_positional_embeddings"] else "sin-cos"
+        positions += " and learned" * config["use_learned_positional_embeddings"]
         return (
             f"CogVideoX {task}, {config['num_layers']} layers of {config['num_attention_heads']} heads, "
             f"{positions} positions"
         )
+
+    def remarks(self, num_frames: int, fps: int) -> list[str]:
+        """What works, but may not be what was meant."""
+        remarks = []
+        if num_frames % 8 != 1:
+            remarks.append(f"--max_num_frames {num_frames} is not 8k + 1: the VAE gives back videos of another length")
+        if self.transformer["patch_size_t"] and fps != 16:
+            remarks.append(f"--fps {fps}: CogVideoX 1.5 was made for 16, at which cli_demo.py shows its videos")
+        return remarks
 
 
 # ---- load ------------------------------------------------------------------------------------------------------------
@@ -105,6 +115,8 @@ def read_checkpoint(name: str, revision: str | None = None, variant: str | None 
         index = DiffusionPipeline.load_config(name, **hub)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
+        if any((local / part / "config.json").is_file() for part in ("", "transformer")):
+            reason = "a transformer alone: put it in place of transformer/ in a copy of the checkpoint it was made from"
         raise ValueError(f"{name}: found no model_index.json there ({reason}); {rule}") from error
     if not index.get("_class_name", "").startswith("CogVideoX"):
         raise ValueError(f"{name}: holds a {index.get('_class_name')}, not a CogVideoX pipeline; {rule}")

@@ -191,7 +191,7 @@ def _read_list(root: Path, name: str, option: str) -> tuple[list[str], list[str]
     if not lines:
         return [], [f"{name}: the file is empty; write one line per clip"]
     blank = [
-        f"{name}:{number}: blank line; write what is missing, or delete it, in the other list too if it has its pair"
+        f"{name}:{number}: blank line; write what is missing, or delete it, in the other lists, too, where its pair is"
         for number, line in enumerate(lines, start=1)
         if not line
     ]
@@ -634,7 +634,7 @@ class Plan(NamedTuple):
 
     def summary(self, batch_size: int) -> str:
         if self.first_step >= self.total_steps:
-            return f"all {self.total_steps} updates are done already; ask for more epochs or updates to go on"
+            return f"{self.first_step} updates are done, {self.total_steps} were asked for; ask for more to go on"
         clips, epochs = self.batches_per_step * batch_size, self.last_epoch
         return f"updates {self.first_step + 1} to {self.total_steps}, clips in each: {clips}, epochs: {epochs:.4g}"
 

@@ -5,6 +5,8 @@ import importlib
 import torch
 from diffusers.optimization import get_scheduler
 
+KINDS = ["adamw", "adam", "prodigy"]
+
 
 def make_optimizer(
     weights: list[torch.nn.Parameter],

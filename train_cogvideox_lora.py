@@ -101,7 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     train("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere GPUs and later")
 
     optim = parser.add_argument_group("optimizer").add_argument
-    optim("--optimizer", type=str.lower, choices=["adamw", "adam", "prodigy"], default="adamw", help="kind")
+    optim("--optimizer", type=str.lower, choices=optimizers.KINDS, default="adamw", help="prodigy needs prodigyopt")
     optim("--use_8bit_adam", action="store_true", help="adam and adamw with 8-bit state (needs bitsandbytes)")
     optim("--learning_rate", type=float, help="peak value (default: 1e-4; sft: 1e-5; prodigy: 1.0)")
     optim("--scale_lr", action="store_true", help="multiply it by GPUs x accumulation x batch size")
@@ -148,7 +148,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     if args.learning_rate is None:
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else {"lora": 1e-4, "sft": 1e-5}[args.training_type]
     _check_lora(args, parser.error)
-    args.rank, args.lora_target_modules = args.rank or 128, args.lora_target_modules or DEFAULT_TARGETS
+    args.rank, args.lora_target_modules = args.rank or 128, sorted(args.lora_target_modules or DEFAULT_TARGETS)
     args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
     check_args(args, parser.error)
     return args
@@ -365,10 +365,11 @@ def validate(run: Run, step: int) -> None:
 
 def start_records(run: Run) -> None:
     """Says what is going to happen, to the person, to args.json and to the trackers."""
-    args, plan, say = run.args, run.plan, run.accelerator.print
-    say(f"{run.checkpoint.describe()}\n{run.data.summary()}\n{plan.summary(args.train_batch_size)}")
-    if args.max_num_frames % 8 != 1:
-        say(f"--max_num_frames {args.max_num_frames} is not 8k + 1: the VAE gives back videos of another length")
+    args, plan = run.args, run.plan
+    trained = sum(weight.numel() for weight in trainable.weights_of(run.transformer))
+    what = f"{args.training_type}, {trained / 1e6:.4g} million weights, learning rate {args.learning_rate:g}"
+    lines = [run.checkpoint.describe(), run.data.summary(), what, plan.summary(args.train_batch_size)]
+    run.accelerator.print(*lines, *run.checkpoint.remarks(args.max_num_frames, args.fps), sep="\n")
     about = {"checkpoint": run.checkpoint.describe(), "clips": len(run.data.shapes), "processes": run.ranks.count}
     checkpoints.start_records(run.accelerator, args.output_dir, args.tracker_name, about, vars(args), plan.first_step)
 

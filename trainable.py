@@ -80,9 +80,17 @@ def check_lora(checkpoint: Checkpoint, lora: Lora, start: Path | None) -> None:
     PEFT skips what is no layer in silence as long as another target fits.
     """
     transformer = empty_transformer(checkpoint.transformer)
-    linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    modules = transformer.named_modules()
+    linear = {name: module for name, module in modules if isinstance(module, torch.nn.Linear)}
     for target in lora.lora_target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
+        layers = [module for name, module in linear.items() if name == target or name.endswith(f".{target}")]
+        most = min((min(layer.in_features, layer.out_features) for layer in layers), default=lora.rank)
+        if lora.mutates and lora.rank > most:
+            raise ValueError(
+                f"--rank {lora.rank}: {target} has no more than {most} directions for --init_lora_weights "
+                f"{lora.init_lora_weights} to begin with; pass at most that, or leave {target} out of the targets"
+            )
+        if not layers:
             known = sorted({name.split(".", 2)[-1] for name in linear if name.startswith("transformer_blocks.")})
             raise ValueError(
                 f"--lora_target_modules {target}: the transformer has no such linear layer; in its blocks are "
@@ -122,15 +130,14 @@ def _check_start(checkpoint: Checkpoint, lora: Lora, start: Path, expected: dict
         )
     # diffusers applies a file that does not say its strength at 1.
     found = {"r": rank, "lora_alpha": rank, "use_dora": False, "use_rslora": False} | settings
-    wanted = {"r": lora.rank, "lora_alpha": lora.lora_alpha, "use_dora": lora.use_dora, "use_rslora": lora.use_rslora}
-    options = {"r": "rank"}
-    wrong = [
-        f"--{options.get(name, name)} {value}: it has {found[name]}"
-        for name, value in wanted.items()
-        if found[name] != value
-    ]
-    wrong += _wrong_shapes(shapes, {f"transformer.{name}": list(weight.shape) for name, weight in expected.items()})
-    if wrong:
+    same = lora.use_dora == found["use_dora"] and lora.use_rslora == found["use_rslora"] and lora.rank == found["r"]
+    if not (same and math.isclose(lora.lora_alpha, found["lora_alpha"], rel_tol=1e-3)):
+        switches = "".join(f" --{name}" for name in ("use_dora", "use_rslora") if found[name])
+        raise ValueError(
+            f"--lora_path {file}: of other options than those given (rank {lora.rank}, alpha {lora.lora_alpha:g}); "
+            f"go on with --rank {found['r']} --lora_alpha {found['lora_alpha']:g}{switches}, and no others of them"
+        )
+    if wrong := _wrong_shapes(shapes, {f"transformer.{name}": list(weight.shape) for name, weight in expected.items()}):
         raise ValueError(f"--lora_path {file}: {'; '.join(wrong[:4])}; pass what it was trained with")
 
 
@@ -151,9 +158,12 @@ def lora_file(path: Path) -> Path:
         FileNotFoundError: there is none.
     """
     file = path / LORA_FILE if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"--lora_path {path}: no such file or folder; correct the path")
     if not file.is_file():
+        other = "holds a fine-tuned transformer, " * (path / TRANSFORMER_FOLDER).is_dir()
         raise FileNotFoundError(
-            f"--lora_path {path}: no {LORA_FILE} there; give a run directory, a checkpoint or a file"
+            f"--lora_path {path}: {other}no {LORA_FILE}; give a run directory or checkpoint of a LoRA, or its file"
         )
     return file
 
@@ -266,6 +276,8 @@ def save_transformer(weights: dict, folder: Path, checkpoint: Checkpoint) -> Pat
     transformer.register_to_config(_name_or_path=checkpoint.name)  # where diffusers looks for what it was made from
     shutil.rmtree(temporary, ignore_errors=True)
     transformer.save_pretrained(temporary)
+    for file in temporary.iterdir():
+        file.chmod(0o644)  # safetensors makes its files private
     shutil.rmtree(final, ignore_errors=True)
     publish_folder(temporary, final)
     return final

@@ -108,7 +108,7 @@ def test_what_image_to_video_training_feeds_the_transformer_is_what_the_pipeline
         prompt_embeds = encode(PROMPT)
     batch = {"parameters": parameters[None], "prompt_embeds": prompt_embeds[None], "image": clip[:1]}
     recorder = Recorder(checkpoint.transformer)
-    with cogvideox.image_encoder(checkpoint, torch.float32, "cpu", False) as encode:
+    with cogvideox.image_encoder(checkpoint, torch.float32, "cpu", False, False) as encode:
         for timestep in (999, 499):
             monkeypatch.setattr(torch, "randint", lambda *_, t=timestep, **__: torch.tensor([t]))
             cogvideox.training_loss(
@@ -320,7 +320,7 @@ def test_a_caption_that_is_too_long_is_cut_with_a_word(tiny_checkpoint):
     [
         ("2b", "text-to-video, 2 layers of 2 heads, sin-cos"),
         ("5b", "rotary"),
-        ("5b-I2V", "image-to-video"),
+        ("5b-I2V", "image-to-video, 2 layers of 2 heads, rotary and learned"),
         ("1.5-5B-I2V", "image-to-video"),
     ],
 )

@@ -162,7 +162,7 @@ def test_a_file_without_a_strength_starts_at_the_strength_that_diffusers_gives_i
     inputs = transformer_inputs(tiny_checkpoint)
     with torch.no_grad():
         assert torch.equal(transformer.eval()(**inputs)[0], pipeline.transformer(**inputs)[0])
-    with pytest.raises(ValueError, match="--lora_alpha 2: it has 4"):
+    with pytest.raises(ValueError, match="go on with --rank 4 --lora_alpha 4"):
         trainable.check_lora(checkpoint, Lora(4, 2, TARGETS), bare)
 
 
@@ -198,9 +198,10 @@ def test_a_run_that_resumes_does_not_need_what_it_started_from(tiny_checkpoint, 
 @pytest.mark.parametrize(
     ("trained", "options", "message"),
     [
-        ({}, {"rank": 8}, "--rank 8: it has 4"),
-        ({"lora_alpha": 2}, {}, "--lora_alpha 4: it has 2"),
-        ({"use_dora": True}, {}, "--use_dora False: it has True"),
+        ({}, {"rank": 8}, "rank 8, alpha 8.; go on with --rank 4 --lora_alpha 4, and"),
+        ({"lora_alpha": 2}, {}, "go on with --rank 4 --lora_alpha 2, and"),
+        ({"use_dora": True, "use_rslora": True}, {}, "go on with --rank 4 --lora_alpha 4 --use_dora --use_rslora, and"),
+        ({"init_lora_weights": "pissa"}, {}, "go on with --rank 8 --lora_alpha 8, and"),
         ({}, {"lora_target_modules": ALL_LINEAR}, "--lora_target_modules: it has no .*ff.net.0.proj"),
         ({"lora_target_modules": ALL_LINEAR}, {}, "--lora_target_modules: it has .*ff.net"),
     ],
@@ -221,4 +222,21 @@ def test_a_lora_of_another_variant_is_refused(checkpoint_of, tmp_path, train, ca
     assert "was trained on another kind of CogVideoX" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         train(checkpoint_of("2b"), tmp_path / "b", lora_path=tmp_path)
-    assert f"--lora_path {tmp_path}: no {LORA_FILE} there" in capsys.readouterr().err
+    assert f"--lora_path {tmp_path}: no {LORA_FILE}; give a run" in capsys.readouterr().err
+
+
+def test_an_init_that_a_layer_has_too_few_directions_for_is_refused(tiny_checkpoint):
+    """Its file could not be loaded: the matrices would have another rank than the file says."""
+    checkpoint = cogvideox.read_checkpoint(str(tiny_checkpoint))
+    lora = Lora(32, 32, ["to_q", "proj_out"], init_lora_weights="olora")
+    with pytest.raises(
+        ValueError, match="--rank 32: proj_out has no more than 16 directions for --init_lora_weights olora"
+    ):
+        trainable.check_lora(checkpoint, lora, None)
+    trainable.check_lora(checkpoint, lora._replace(init_lora_weights="default"), None)
+
+
+def test_a_rank_stabilised_pissa_goes_on_with_its_rounded_alpha(tiny_checkpoint, tmp_path, train):
+    train(tiny_checkpoint, tmp_path / "a", max_train_steps=1, lora_alpha=2, use_rslora=True, init_lora_weights="pissa")
+    options = {"rank": 8, "lora_alpha": 2.8284, "use_rslora": True}  # 2 sqrt(2)
+    assert train(tiny_checkpoint, tmp_path / "b", max_train_steps=1, lora_path=tmp_path / "a", **options)
