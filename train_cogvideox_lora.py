@@ -366,8 +366,7 @@ def validate(run: Run, step: int) -> None:
 def start_records(run: Run) -> None:
     """Says what is going to happen, to the person, to args.json and to the trackers."""
     args, plan = run.args, run.plan
-    trained = sum(weight.numel() for weight in trainable.weights_of(run.transformer))
-    what = f"{args.training_type}, {trained / 1e6:.4g} million weights, learning rate {args.learning_rate:g}"
+    what = f"{args.training_type}, {trainable.count(run.transformer)}, learning rate {args.learning_rate:g}"
     lines = [run.checkpoint.describe(), run.data.summary(), what, plan.summary(args.train_batch_size)]
     run.accelerator.print(*lines, *run.checkpoint.remarks(args.max_num_frames, args.fps), sep="\n")
     about = {"checkpoint": run.checkpoint.describe(), "clips": len(run.data.shapes), "processes": run.ranks.count}

@@ -71,6 +71,10 @@ def weights_of(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [weight for weight in transformer.parameters() if weight.requires_grad]
 
 
+def count(transformer: torch.nn.Module) -> str:
+    return f"{sum(weight.numel() for weight in weights_of(transformer)) / 1e6:.4g} million weights"
+
+
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 
