@@ -153,8 +153,9 @@ def test_machines_with_different_clips_are_told(hosts, tiny_checkpoint, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_full_fine_tuning_wants_a_folder_that_all_machines_see(hosts, tiny_checkpoint, clips, tmp_path):
+def test_full_fine_tuning_wants_a_folder_that_all_machines_see(hosts, tiny_checkpoint, clips, tmp_path, monkeypatch):
     outputs = [tmp_path / name for name in "ab"]
+    monkeypatch.delitem(OPTIONS, "rank")
     with machines(tiny_checkpoint, [clips] * 2, outputs, max_train_steps=2, training_type="sft") as started:
         codes, texts = finish(started)
     assert (
