@@ -160,11 +160,12 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    weights = full_weights(state.transformer)
     if fixed["training_type"] == "sft":
+        weights = full_weights(state.transformer)
         dcp.save(_tensors(state, _SHARDED), checkpoint_id=temporary / STATE_FOLDER, no_dist=not is_initialized())
     else:
         tensors = _tensors(state, _FULL)
+        weights = tensors["transformer"]
         if accelerator.is_main_process:
             torch.save(tensors, temporary / STATE_TENSORS)
     if accelerator.is_main_process:
