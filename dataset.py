@@ -5,6 +5,7 @@ Shapes: F frames, H height, W width, C channels; lower-case f c h w are latent s
 What is wrong with a dataset is returned as sentences, not raised one by one, so that a person sees all of it at once.
 """
 
+import argparse
 import difflib
 import hashlib
 import itertools
@@ -116,6 +117,53 @@ class Probed(NamedTuple):
     paths: list[Path]  # of the cached latents: as filmed, then mirrored if flips were asked for
     missing: list[bool]
     problem: str | None
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser):
+    """Those that decide what a model sees of the clips, for training and for looking at it; returns their group."""
+    count, positive = at_least(0), at_least(1)
+    group = parser.add_argument_group("data")
+    data = group.add_argument
+    data("--caption_column", default="prompts.txt", metavar="FILE", help="list of captions, one per line")
+    data("--video_column", default="videos.txt", metavar="FILE", help="list of videos, line n belongs to caption n")
+    data("--image_column", metavar="FILE", help="image-to-video: list of images to start from (default: first frames)")
+    data("--id_token", help="put before each caption, with a space: a name for the style or character to learn")
+    data("--height", type=positive, default=480, help="pixels, divisible by 16; clips are resized to cover, then cut")
+    data("--width", type=positive, default=720, help="pixels, divisible by 16")
+    data("--fps", type=positive, default=8, help="frames per second that the model sees; clips are resampled by time")
+    data("--max_num_frames", type=positive, default=49, metavar="N", help="frames per clip, 4k + 1, best 8k + 1")
+    data("--skip_frames_start", type=count, default=0, metavar="N", help="frames of the file to leave out at its start")
+    data("--skip_frames_end", type=count, default=0, metavar="N", help="frames of the file to leave out at its end")
+    data("--video_reshape_mode", choices=["center", "random"], default="center", help="where to cut what overhangs")
+    data("--random_flip", action="store_true", help="show each clip mirrored in half of its turns (encodes it twice)")
+    return group
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """A type for argparse."""
+
+    def whole_number(text: str) -> int:
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least {lowest}")
+        return int(text)
+
+    return whole_number
+
+
+def size_problems(height: int, width: int, max_num_frames: int) -> list[str]:
+    """What CogVideoX's VAE and transformer cannot take."""
+    problems = [
+        f"--{name} {value}: must be divisible by 16; nearest is {max(16, 16 * round(value / 16))}"
+        for name, value in (("height", height), ("width", width))
+        if value % 16
+    ]
+    if max_num_frames % 4 != 1:
+        nearest = 8 * round((max_num_frames - 1) / 8) + 1
+        problems.append(f"--max_num_frames {max_num_frames}: must be 4k + 1, best 8k + 1; nearest is {nearest}")
+    return problems
 
 
 # ---- the lists -------------------------------------------------------------------------------------------------------

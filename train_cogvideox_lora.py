@@ -49,29 +49,17 @@ FIXED = ("training_type", *LORA_OPTIONS, *OPTIMIZER_OPTIONS, "scale_lr", "seed",
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PLR0915 - a statement per option
     about = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser(usage="%(prog)s OPTIONS (see --help)", description=about, allow_abbrev=False)
-    count, positive, path = _at_least(0), _at_least(1), lambda text: Path(text).expanduser()
+    count, positive, path = dataset.at_least(0), dataset.at_least(1), lambda text: Path(text).expanduser()
     model = parser.add_argument_group("model").add_argument
     model("--pretrained_model_name_or_path", required=True, metavar="NAME", help="CogVideoX folder or hub name")
     model("--revision", help="branch, tag or commit of the hub repository")
     model("--variant", help="weight files to take where the repository has several, such as fp16")
     model("--cache_dir", type=path, help="folder for downloads (default: that of huggingface_hub)")
 
-    data_group = parser.add_argument_group("data")
+    data_group = dataset.add_options(parser)
     data, source = data_group.add_argument, data_group.add_mutually_exclusive_group(required=True).add_argument
     source("--instance_data_root", type=path, metavar="FOLDER", help="folder with the two list files and the videos")
     source("--dataset_name", metavar="NAME", help="hub dataset repository to download and read like a folder")
-    data("--caption_column", default="prompts.txt", metavar="FILE", help="list of captions, one per line")
-    data("--video_column", default="videos.txt", metavar="FILE", help="list of videos, line n belongs to caption n")
-    data("--image_column", metavar="FILE", help="image-to-video: list of images to start from (default: first frames)")
-    data("--id_token", help="put before each caption, with a space: a name for the style or character to learn")
-    data("--height", type=positive, default=480, help="pixels, divisible by 16; clips are resized to cover, then cut")
-    data("--width", type=positive, default=720, help="pixels, divisible by 16")
-    data("--fps", type=positive, default=8, help="frames per second that the model sees; clips are resampled by time")
-    data("--max_num_frames", type=positive, default=49, metavar="N", help="frames per clip, 4k + 1, best 8k + 1")
-    data("--skip_frames_start", type=count, default=0, metavar="N", help="frames of the file to leave out at its start")
-    data("--skip_frames_end", type=count, default=0, metavar="N", help="frames of the file to leave out at its end")
-    data("--video_reshape_mode", choices=["center", "random"], default="center", help="where to cut what overhangs")
-    data("--random_flip", action="store_true", help="show each clip mirrored in half of its turns (encodes it twice)")
     data("--latents_cache_dir", type=path, metavar="FOLDER", help="default: .cogvideox_cache in the data's folder")
     data("--dataloader_num_workers", type=count, default=0, metavar="N", help="processes that read data; 0: none")
     data("--enable_tiling", action="store_true", help="VAE in tiles: less memory, slower, slightly other latents")
@@ -154,26 +142,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     return args
 
 
-def _at_least(lowest: int):
-    def whole_number(text: str) -> int:
-        if int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least {lowest}")
-        return int(text)
-
-    return whole_number
-
-
 def check_args(args: argparse.Namespace, refuse) -> None:
     """Refuses values and combinations that cannot work; `refuse` ends the program with a message."""
-    for name in ("height", "width"):
-        if (value := getattr(args, name)) % 16:
-            refuse(f"--{name} {value}: must be divisible by 16; nearest is {max(16, 16 * round(value / 16))}")
+    for problem in dataset.size_problems(args.height, args.width, args.max_num_frames):
+        refuse(problem)
     for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
         if not getattr(args, name) > 0:
             refuse(f"--{name} {getattr(args, name)}: must be above 0")
-    frames, prodigy = args.max_num_frames, args.optimizer == "prodigy"
-    if frames % 4 != 1:
-        refuse(f"--max_num_frames {frames}: must be 4k + 1, best 8k + 1; nearest is {8 * round((frames - 1) / 8) + 1}")
+    prodigy = args.optimizer == "prodigy"
     if not prodigy and any(value for name, value in vars(args).items() if name.startswith("prodigy_")):
         refuse(
             f"--prodigy_...: does nothing with --optimizer {args.optimizer}; pass --optimizer prodigy, or leave it out"
