@@ -3,6 +3,7 @@
 output_dir/
   pytorch_lora_weights.safetensors   the result; of a whole transformer, the folder transformer/
   checkpoint-500/                    complete or absent; holds a result of its own
+  checkpoint-best/                   the result with the lowest loss on held-out clips, and best.json with its figures
   validation/step-000500/*.mp4
   metrics.jsonl                      one line per logged step
   args.json                          what was run
@@ -15,6 +16,7 @@ import resource
 import shutil
 import warnings
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -33,11 +35,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from dataset import publish, publish_folder
-from trainable import LORA_FILE, TRANSFORMER_FOLDER, Export
+from trainable import LORA_FILE, TRANSFORMER_FOLDER, Average, Export
 
 STATE_FILE = "training_state.json"
 STATE_TENSORS = "training_state.pt"  # of a LoRA
 STATE_FOLDER = "training_state"  # of a whole transformer
+BEST_FOLDER = "checkpoint-best"
 METRICS_FILE = "metrics.jsonl"
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _SHARDED = StateDictOptions(ignore_frozen_params=True)
@@ -50,6 +53,7 @@ class State(NamedTuple):
     transformer: torch.nn.Module
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    average: Average
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -88,7 +92,7 @@ def find_checkpoint(output_dir: Path, resume_from: str | None, fixed: dict) -> P
     existing = list_checkpoints(output_dir)
     names = ", ".join(path.name for path in existing) or "no checkpoint"
     if resume_from is None:
-        results = (output_dir / LORA_FILE, output_dir / TRANSFORMER_FOLDER)
+        results = (output_dir / name for name in (BEST_FOLDER, LORA_FILE, TRANSFORMER_FOLDER))
         used = [path.name for path in (*existing[-1:], *results) if path.exists()]
         if used:
             raise ValueError(
@@ -166,6 +170,8 @@ def save_checkpoint(
     else:
         tensors = _tensors(state, _FULL)
         weights = tensors["transformer"]
+        if state.average.decay is not None:
+            weights = tensors["average"] = averaged_weights(state)
         if accelerator.is_main_process:
             torch.save(tensors, temporary / STATE_TENSORS)
     if accelerator.is_main_process:
@@ -188,13 +194,17 @@ def load_checkpoint(accelerator, state: State, checkpoint: Path) -> None:
         tensors, options = _tensors(state, _SHARDED), _SHARDED
         dcp.load(tensors, checkpoint_id=checkpoint / STATE_FOLDER, no_dist=not is_initialized())
     else:
-        tensors, options = {"transformer": {}, "optimizer": {}}, replace(_FULL, cpu_offload=False)
+        tensors, options = {"transformer": {}, "optimizer": {}, "average": {}}, replace(_FULL, cpu_offload=False)
         options = replace(options, broadcast_from_rank0=is_initialized())
         if accelerator.is_main_process:
             tensors = torch.load(checkpoint / STATE_TENSORS, map_location="cpu", weights_only=True)
         _know_all_numbers(state.optimizer, tensors["optimizer"])
     # Not set_state_dict: it leaves the weights of a rank alone that brings none, and the others wait for that for ever.
-    set_model_state_dict(state.transformer, tensors["transformer"], options=replace(options, strict=False))
+    set_weights = partial(set_model_state_dict, state.transformer, options=replace(options, strict=False))
+    if state.average.decay is not None:
+        set_weights(tensors["average"])
+        state.average.restart(numbers["step"])
+    set_weights(tensors["transformer"])
     set_optimizer_state_dict(
         state.transformer, _plain(state.optimizer), optim_state_dict=tensors["optimizer"], options=options
     )
@@ -218,6 +228,34 @@ def _know_all_numbers(optimizer, saved: dict) -> None:
 def full_weights(transformer) -> dict[str, torch.Tensor]:
     """The trained weights on the CPU of the main rank, gathered one by one; to be called by every rank."""
     return get_model_state_dict(transformer, options=_FULL)
+
+
+def averaged_weights(state: State) -> dict[str, torch.Tensor]:
+    """As `full_weights`, of what becomes a result: the moving average, if there is one."""
+    with state.average.applied():
+        weights = full_weights(state.transformer)
+        # On a CPU they are the model's own memory.
+        return weights if state.average.decay is None else {name: tensor.clone() for name, tensor in weights.items()}
+
+
+def save_best(accelerator, state: State, export: Export, output_dir: Path, step: int, losses: dict) -> None:
+    """Publishes the result as checkpoint-best if its validation loss is the lowest so far; for every rank to call."""
+    best, better = output_dir / BEST_FOLDER, None
+    if accelerator.is_main_process:
+        record = best / "best.json"
+        lowest = json.loads(record.read_text())["validation_loss"] if record.exists() else math.inf
+        better = losses["validation_loss"] < lowest
+    if not broadcast_object_list([better])[0]:
+        return
+    weights = averaged_weights(state)
+    if accelerator.is_main_process:
+        temporary = output_dir / f".{best.name}.incomplete"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        export(weights, temporary)
+        write_json(temporary / "best.json", {"step": step} | losses)
+        shutil.rmtree(best, ignore_errors=True)
+        publish_folder(temporary, best)
 
 
 def _tensors(state: State, options: StateDictOptions) -> dict:
@@ -253,13 +291,26 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def log_row(accelerator, output_dir: Path, row: dict) -> dict:
+def log_row(accelerator, output_dir: Path, row: dict, group: str = "train") -> dict:
     """Writes a row of numbers, and the memory with it, to metrics.jsonl and the trackers."""
     row = row | {"peak_memory_gib": round(peak_memory_gib(accelerator.device), 3)}
     if accelerator.is_main_process:
         append_metrics(output_dir, row)
-    accelerator.log({f"train/{name}": value for name, value in row.items() if name != "step"}, step=row["step"])
+    shown = {f"{group}/{name.removeprefix(f'{group}_')}": value for name, value in row.items() if name != "step"}
+    accelerator.log(shown, step=row["step"])
     return row
+
+
+def validated(output_dir: Path, step: int, with_loss: bool) -> bool:
+    """Whether a validation after this update has been completed."""
+    if with_loss:
+        return any(row["step"] == step and "validation_loss" in row for row in read_metrics(output_dir))
+    return (output_dir / "validation" / f"step-{step:06d}" / "prompts.json").exists()
+
+
+def smoothed_loss(output_dir: Path) -> float | None:
+    """Where the smoothed loss of an earlier start stands; after `start_records`."""
+    return next((row["loss_smoothed"] for row in reversed(read_metrics(output_dir)) if "loss_smoothed" in row), None)
 
 
 def start_records(accelerator, output_dir: Path, tracker_name: str, about: dict, options: dict, step: int) -> None:

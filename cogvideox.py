@@ -383,7 +383,16 @@ def rotary_embedding(checkpoint: Checkpoint, num_latent_frames: int, latent_heig
 
 
 def velocity_loss(
-    transformer, scheduler, latents, prompt_embeds, rotary, generator, dtype, image_latents=None, ofs=None
+    transformer,
+    scheduler,
+    latents,
+    prompt_embeds,
+    rotary,
+    generator,
+    dtype,
+    image_latents=None,
+    ofs=None,
+    timesteps=None,
 ) -> torch.Tensor:
     """Mean squared error between predicted and true velocity v = sqrt(a) noise - sqrt(1 - a) x0.
 
@@ -397,11 +406,13 @@ def velocity_loss(
         dtype: that the transformer computes in.
         image_latents: from `condition_on_images`, [B, f, c, h, w], or None.
         ofs: CogVideoX 1.5's further conditioning number, [1], or None.
+        timesteps: [B], where they are not to be drawn.
     """
     noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-    timesteps = torch.randint(
-        0, scheduler.config.num_train_timesteps, latents.shape[:1], generator=generator, device=latents.device
-    )
+    if timesteps is None:
+        timesteps = torch.randint(
+            0, scheduler.config.num_train_timesteps, latents.shape[:1], generator=generator, device=latents.device
+        )
     hidden_states = scheduler.add_noise(latents, noise, timesteps)
     if image_latents is not None:
         hidden_states = torch.cat([hidden_states, image_latents], dim=2)  # [B, f, 2c, h, w]
@@ -445,13 +456,16 @@ def condition_on_images(checkpoint, encode: Callable, images, num_latent_frames:
     return F.pad(latents, (0, 0, 0, 0, 0, 0, 0, num_latent_frames - 1))
 
 
-def training_loss(checkpoint: Checkpoint, transformer, batch: dict, generator, dtype, encode=None) -> torch.Tensor:
+def training_loss(
+    checkpoint: Checkpoint, transformer, batch: dict, generator, dtype, encode=None, timesteps=None
+) -> torch.Tensor:
     """Velocity loss of a batch from the cache; all that is random in it comes from `generator`, on whose device it is.
 
     Args:
         batch: "parameters" [B, 2c, f, h, w] of the latents' distribution, "prompt_embeds" [B, L, D]; for
             image-to-video also "image", uint8 [B, H, W, C].
         encode: from `image_encoder`.
+        timesteps: [B], where they are not to be drawn.
     """
     device, config = generator.device, checkpoint.transformer
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -463,6 +477,7 @@ def training_loss(checkpoint: Checkpoint, transformer, batch: dict, generator, d
         transformer, checkpoint.scheduler, latents, batch["prompt_embeds"], rotary, generator, dtype,
         image_latents=condition_on_images(checkpoint, encode, batch["image"], f, generator) if encode else None,
         ofs=torch.full((1,), 2.0, dtype=dtype, device=device) if config["ofs_embed_dim"] else None,
+        timesteps=timesteps,
     )  # fmt: skip
 
 

@@ -102,6 +102,24 @@ class Data(NamedTuple):
         """What an image-to-video model is given to start from, uint8 [H, W, C]."""
         return self.clips[clip, False]["image"]
 
+    def split(self, held_out: float, seed: int) -> tuple["Data", "Data"]:
+        """What is trained on, and what is held out: `held_out` of the videos, below 1 a share, from 1 a number.
+
+        A video that is listed twice goes as a whole to one of the two.
+        """
+        videos = list(dict.fromkeys(paths[0] for paths in self.clips.latents))
+        chosen = random.Random(f"{seed} held out").sample(videos, count_held_out(held_out, len(videos)))
+        chosen, everything = set(chosen), range(len(self.shapes))
+        return (
+            self._take([clip for clip in everything if self.clips.latents[clip][0] not in chosen]),
+            self._take([clip for clip in everything if self.clips.latents[clip][0] in chosen]),
+        )
+
+    def _take(self, clips: list[int]) -> "Data":
+        latents, captions = self.clips.latents, self.clips.captions
+        taken = CachedClips([latents[clip] for clip in clips], [captions[clip] for clip in clips])
+        return self._replace(clips=taken, shapes=[self.shapes[clip] for clip in clips])
+
     def batches_per_epoch(self, batch_size: int) -> int:
         return len(epoch_batches(self.shapes, batch_size, seed=0, epoch=0, random_flip=False))
 
@@ -109,6 +127,18 @@ class Data(NamedTuple):
         lengths = Counter(4 * (shape[1] - 1) + 1 for shape in self.shapes)
         parts = [f"{count} of {length} frames" for length, count in sorted(lengths.items())]
         return f"{len(self.shapes)} clips: {', '.join(parts)}"
+
+
+def count_held_out(held_out: float, videos: int) -> int:
+    """How many of the videos `--validation_split` takes.
+
+    Raises:
+        ValueError: none is left to train on.
+    """
+    count = round(held_out) if held_out >= 1 or not held_out else max(1, round(held_out * videos))
+    if count >= max(videos, 1):
+        raise ValueError(f"--validation_split {held_out:g}: holds out all of the {videos} videos; hold out fewer")
+    return count
 
 
 class Probed(NamedTuple):
@@ -140,6 +170,11 @@ def add_options(parser: argparse.ArgumentParser):
     data("--video_reshape_mode", choices=["center", "random"], default="center", help="where to cut what overhangs")
     data("--random_flip", action="store_true", help="show each clip mirrored in half of its turns (encodes it twice)")
     return group
+
+
+def expanded_path(text: str) -> Path:
+    """A type for argparse."""
+    return Path(text).expanduser()
 
 
 def at_least(lowest: int) -> Callable[[str], int]:

@@ -1,11 +1,40 @@
 """The optimizer, and the course of its learning rate."""
 
+import argparse
 import importlib
 
 import torch
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import SchedulerType, get_scheduler
+
+from dataset import at_least
 
 KINDS = ["adamw", "adam", "prodigy"]
+OPTIONS = (
+    "optimizer", "use_8bit_adam", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
+    "prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup",
+)  # fmt: skip
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    optim = parser.add_argument_group("optimizer").add_argument
+    optim("--optimizer", type=str.lower, choices=KINDS, default="adamw", help="prodigy needs prodigyopt")
+    optim("--use_8bit_adam", action="store_true", help="adam and adamw with 8-bit state (needs bitsandbytes)")
+    optim("--learning_rate", type=float, help="peak value (default: 1e-4; sft: 1e-5; prodigy: 1.0)")
+    optim("--scale_lr", action="store_true", help="multiply it by GPUs x accumulation x batch size")
+    schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
+    optim("--lr_scheduler", choices=schedules, default="constant", help="course of the learning rate")
+    optim("--lr_warmup_steps", type=at_least(0), default=0, metavar="N", help="updates of linear warm-up")
+    optim("--lr_num_cycles", type=at_least(1), default=1, metavar="N", help="restarts of cosine_with_restarts")
+    optim("--lr_power", type=float, default=1.0, help="exponent of polynomial")
+    optim("--adam_beta1", type=float, default=0.9, help="decay of the mean, Prodigy too")
+    optim("--adam_beta2", type=float, default=0.95, help="decay of the square, Prodigy too")
+    optim("--adam_weight_decay", type=float, default=1e-4, help="weight decay")
+    optim("--adam_epsilon", type=float, default=1e-8, help="added to the denominator")
+    optim("--prodigy_beta3", type=float, help="decay of Prodigy's step size (default: sqrt of beta2)")
+    optim("--prodigy_decouple", action="store_true", help="AdamW's kind of weight decay")
+    optim("--prodigy_use_bias_correction", action="store_true", help="Adam's bias correction")
+    optim("--prodigy_safeguard_warmup", action="store_true", help="leave the warm-up out of its estimate")
+    optim("--max_grad_norm", type=float, default=1.0, help="clip the norm of the gradient to this")
 
 
 def make_optimizer(

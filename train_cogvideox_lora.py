@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.optimization import SchedulerType
 from tqdm.auto import tqdm
 
 import checkpoints
@@ -33,14 +32,13 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 START_OPTIONS = (
     "mixed_precision", "gradient_accumulation_steps", "report_to", "output_dir", "logging_dir", "ddp_timeout"
 )  # fmt: skip
-OPTIMIZER_OPTIONS = (
-    "optimizer", "use_8bit_adam", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
-    "prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup",
-)  # fmt: skip
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 LORA_OPTIONS = ("rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora", "init_lora_weights")
 # What a resumed run must share with its checkpoint: it comes back with the optimizer, or counts the place in the data.
-FIXED = ("training_type", *LORA_OPTIONS, *OPTIMIZER_OPTIONS, "scale_lr", "seed", "train_batch_size")
+FIXED = (
+    "training_type", *LORA_OPTIONS, *optimizers.OPTIONS, "scale_lr", "seed", "train_batch_size", "validation_split",
+    "ema_decay",
+)  # fmt: skip
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -49,7 +47,7 @@ FIXED = ("training_type", *LORA_OPTIONS, *OPTIMIZER_OPTIONS, "scale_lr", "seed",
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PLR0915 - a statement per option
     about = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser(usage="%(prog)s OPTIONS (see --help)", description=about, allow_abbrev=False)
-    count, positive, path = dataset.at_least(0), dataset.at_least(1), lambda text: Path(text).expanduser()
+    count, positive, path = dataset.at_least(0), dataset.at_least(1), dataset.expanded_path
     model = parser.add_argument_group("model").add_argument
     model("--pretrained_model_name_or_path", required=True, metavar="NAME", help="CogVideoX folder or hub name")
     model("--revision", help="branch, tag or commit of the hub repository")
@@ -65,17 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     data("--enable_tiling", action="store_true", help="VAE in tiles: less memory, slower, slightly other latents")
     data("--enable_slicing", action="store_true", help="VAE: the images of a batch one by one, as clips always are")
 
-    lora = parser.add_argument_group("LoRA").add_argument
-    lora("--rank", type=positive, help="rank of the LoRA matrices (default: 128)")
-    lora("--lora_alpha", type=float, help="strength is lora_alpha / rank (default: rank, strength 1)")
-    lora("--lora_target_modules", nargs="+", metavar="NAME", help="layers (default: to_q to_k to_v to_out.0)")
-    lora("--lora_path", type=path, metavar="PATH", help="LoRA to start from: run directory, checkpoint or file")
-    lora("--lora_dropout", type=float, default=0.0, metavar="P", help="share of the LoRA's inputs to drop in training")
-    lora("--use_dora", action="store_true", help="DoRA: train each layer's row norms apart from their directions")
-    lora("--use_rslora", action="store_true", help="rsLoRA: strength is lora_alpha / sqrt(rank)")
-    inits = ["default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16"]
-    lora("--init_lora_weights", choices=inits, default="default", help="first values; pissa_niter_N is a quick pissa")
-
+    trainable.add_options(parser)
     train = parser.add_argument_group("training").add_argument
     train("--training_type", choices=["lora", "sft"], default="lora", help="a LoRA, or all weights of the transformer")
     train("--seed", type=count, default=42, help="of order, noise, timesteps, LoRA weights, validation")
@@ -84,39 +72,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     train("--gradient_accumulation_steps", type=positive, default=1, metavar="N", help="micro-batches per update")
     train("--num_train_epochs", type=positive, default=1, metavar="N", help="times that each clip is seen")
     train("--max_train_steps", type=positive, metavar="N", help="updates; overrides --num_train_epochs")
+    train("--ema_decay", type=float, metavar="D", help="save and validate a moving average of the LoRA, such as 0.99")
     train("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     train("--ddp_timeout", type=positive, default=1800, metavar="SECONDS", help="longest wait for another process")
     train("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere GPUs and later")
 
-    optim = parser.add_argument_group("optimizer").add_argument
-    optim("--optimizer", type=str.lower, choices=optimizers.KINDS, default="adamw", help="prodigy needs prodigyopt")
-    optim("--use_8bit_adam", action="store_true", help="adam and adamw with 8-bit state (needs bitsandbytes)")
-    optim("--learning_rate", type=float, help="peak value (default: 1e-4; sft: 1e-5; prodigy: 1.0)")
-    optim("--scale_lr", action="store_true", help="multiply it by GPUs x accumulation x batch size")
-    schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
-    optim("--lr_scheduler", choices=schedules, default="constant", help="course of the learning rate")
-    optim("--lr_warmup_steps", type=count, default=0, metavar="N", help="updates of linear warm-up")
-    optim("--lr_num_cycles", type=positive, default=1, metavar="N", help="restarts of cosine_with_restarts")
-    optim("--lr_power", type=float, default=1.0, help="exponent of polynomial")
-    optim("--adam_beta1", type=float, default=0.9, help="decay of the mean, Prodigy too")
-    optim("--adam_beta2", type=float, default=0.95, help="decay of the square, Prodigy too")
-    optim("--adam_weight_decay", type=float, default=1e-4, help="weight decay")
-    optim("--adam_epsilon", type=float, default=1e-8, help="added to the denominator")
-    optim("--prodigy_beta3", type=float, help="decay of Prodigy's step size (default: sqrt of beta2)")
-    optim("--prodigy_decouple", action="store_true", help="AdamW's kind of weight decay")
-    optim("--prodigy_use_bias_correction", action="store_true", help="Adam's bias correction")
-    optim("--prodigy_safeguard_warmup", action="store_true", help="leave the warm-up out of its estimate")
-    optim("--max_grad_norm", type=float, default=1.0, help="clip the norm of the gradient to this")
-
-    check = parser.add_argument_group("validation").add_argument
-    check("--validation_prompt", metavar="TEXT", help="prompts to make videos of while training and at the end")
-    check("--validation_prompt_separator", default=":::", metavar="TEXT", help="stands between the prompts")
-    check("--validation_images", metavar="FILES", help="image-to-video: theirs, with the separator (default: of clips)")
-    check("--num_validation_videos", type=positive, default=1, metavar="N", help="videos per prompt, a seed each")
-    check("--validation_epochs", type=positive, default=50, metavar="N", help="validate every N epochs")
-    check("--validation_steps", type=positive, metavar="N", help="validate every N updates, too")
-    check("--guidance_scale", type=float, default=6.0, help="of the validation videos")
-    check("--use_dynamic_cfg", action="store_true", help="let the guidance grow over the sampling steps")
+    optimizers.add_options(parser)
+    validation.add_options(parser)
 
     out = parser.add_argument_group("output").add_argument
     out("--output_dir", type=path, default=Path("cogvideox-lora"), help="run directory")
@@ -156,13 +118,15 @@ def check_args(args: argparse.Namespace, refuse) -> None:
         )
     if prodigy and args.use_8bit_adam:
         refuse("--use_8bit_adam: does nothing with --optimizer prodigy; pass --optimizer adamw, or leave it out")
+    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
+        refuse(f"--ema_decay {args.ema_decay}: must be above 0 and below 1")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         refuse("--lr_warmup_steps: does nothing with --lr_scheduler constant; pass constant_with_warmup")
     _check_validation(args, refuse)
 
 
 def _check_lora(args: argparse.Namespace, refuse) -> None:
-    names = (*LORA_OPTIONS, "lora_path", "lora_dropout")
+    names = (*LORA_OPTIONS, "lora_path", "lora_dropout", "ema_decay")
     given = [name for name in names if getattr(args, name) not in (None, 0, "default")]
     if args.training_type == "sft" and given:
         refuse(f"--{given[0]}: does nothing with --training_type sft, which trains no LoRA; leave it out")
@@ -179,6 +143,8 @@ def _check_validation(args: argparse.Namespace, refuse) -> None:
         refuse(f"--validation_prompt {args.validation_prompt!r}: a prompt or its separator is empty; write both")
     if len(validation_images(args)) > len(validation_prompts(args)):
         refuse(f"--validation_images {args.validation_images!r}: more images than prompts; give each a prompt")
+    if args.validation_split < 0 or (args.validation_split >= 1 and args.validation_split % 1):
+        refuse(f"--validation_split {args.validation_split}: a share from 0 to below 1, or a whole number of videos")
 
 
 def validation_prompts(args: argparse.Namespace) -> list[str]:
@@ -208,10 +174,11 @@ def start(args: argparse.Namespace) -> tuple[Accelerator, dataset.Ranks]:
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def prepare_data(args, accelerator, checkpoint: cogvideox.Checkpoint, dtype, ranks: dataset.Ranks) -> dataset.Data:
-    """Reads, checks and encodes the dataset; T5 and VAE are gone from memory afterwards."""
+def prepare_data(args, accelerator, checkpoint, dtype, ranks) -> tuple[dataset.Data, dataset.Data]:
+    """Reads, checks and encodes what is trained on and what is held out; T5 and VAE are gone from memory afterwards."""
     root = args.instance_data_root or dataset.download(args.dataset_name, args.cache_dir)
     clips, problems = dataset.read_clips(root, args.caption_column, args.video_column, args.image_column, args.id_token)
+    dataset.count_held_out(args.validation_split, len(clips))  # before hours of encoding
     problems += dataset.image_problems([image for image in validation_images(args) if image], "--validation_images")
     view = dataset.View(
         args.height, args.width, args.fps, args.max_num_frames, args.skip_frames_start, args.skip_frames_end,
@@ -221,13 +188,14 @@ def prepare_data(args, accelerator, checkpoint: cogvideox.Checkpoint, dtype, ran
         checkpoint, dtype, accelerator.device, args.enable_tiling, args.enable_slicing
     )
     cache = args.latents_cache_dir or root / ".cogvideox_cache"
-    return dataset.encode_dataset(
+    data = dataset.encode_dataset(
         root, clips, problems, view, cache=cache,
         prompts=[*validation_prompts(args), ""],  # "": what guidance moves away from
         random_flip=args.random_flip, video_encoder=video_encoder, text_encoder=text_encoder,
         num_workers=args.dataloader_num_workers, progress=partial(bar, accelerator),
         ranks=processes.sharing(ranks, cache, "--latents_cache_dir"), everyone=ranks,
     )  # fmt: skip
+    return data.split(args.validation_split, args.seed)
 
 
 def bar(accelerator: Accelerator, items, description: str, unit: str, **options) -> tqdm:
@@ -268,12 +236,20 @@ def prepare_transformer(args, checkpoint: cogvideox.Checkpoint, dtype) -> tuple[
 
 
 def make_optimizer(args, weights: list[torch.nn.Parameter], clips_per_step: int) -> torch.optim.Optimizer:
-    options = {name: getattr(args, name) for name in OPTIMIZER_OPTIONS}
+    options = {name: getattr(args, name) for name in optimizers.OPTIONS}
     options["learning_rate"] *= clips_per_step if args.scale_lr else 1
     return optimizers.make_optimizer(weights, **options)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+class Update(NamedTuple):
+    """What an optimizer update was; loss of this rank, norm of the gradient over all."""
+
+    loss: torch.Tensor
+    learning_rate: float
+    grad_norm: torch.Tensor
 
 
 class Run(NamedTuple):
@@ -285,8 +261,14 @@ class Run(NamedTuple):
     checkpoint: cogvideox.Checkpoint
     dtype: torch.dtype
     data: dataset.Data
+    held_out: dataset.Data
     plan: dataset.Plan
-    transformer: torch.nn.Module
+    state: checkpoints.State
+    export: trainable.Export
+
+    def image_encoder(self):
+        vae_options = self.accelerator.device, self.args.enable_tiling, self.args.enable_slicing
+        return cogvideox.image_encoder(self.checkpoint, self.dtype, *vae_options)
 
 
 def losses(run: Run) -> Iterator[torch.Tensor]:
@@ -295,20 +277,20 @@ def losses(run: Run) -> Iterator[torch.Tensor]:
     micro_batches = dataset.micro_batches(
         run.data, run.plan, run.ranks, args.train_batch_size, args.seed, args.random_flip, args.dataloader_num_workers
     )
-    vae_options = device, args.enable_tiling, args.enable_slicing
-    with cogvideox.image_encoder(run.checkpoint, run.dtype, *vae_options) as encode:
+    with run.image_encoder() as encode:
         for number, batch in micro_batches:
             generator = cogvideox.generator_for(device, args.seed, number)
             torch.manual_seed(generator.initial_seed() % 2**63)  # dropout draws from the global generator
-            yield cogvideox.training_loss(run.checkpoint, run.transformer, batch, generator, run.dtype, encode)
+            yield cogvideox.training_loss(run.checkpoint, run.state.transformer, batch, generator, run.dtype, encode)
 
 
-def update(run: Run, optimizer, micro_batch_losses: Iterator[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer update; returns its loss on this rank, and the norm of its gradient over all."""
+def update(run: Run, micro_batch_losses: Iterator[torch.Tensor]) -> Update:
+    """One optimizer update, and what follows the weights."""
     accelerator, micro_batches = run.accelerator, run.args.gradient_accumulation_steps
+    transformer, optimizer, lr_scheduler, average = run.state
     total, weights = 0.0, optimizer.param_groups[0]["params"]
     for _ in range(micro_batches):
-        with accelerator.accumulate(run.transformer):
+        with accelerator.accumulate(transformer):
             loss = next(micro_batch_losses)
             accelerator.backward(loss)  # divides by the number of micro-batches
             if accelerator.sync_gradients:
@@ -316,37 +298,77 @@ def update(run: Run, optimizer, micro_batch_losses: Iterator[torch.Tensor]) -> t
             optimizer.step()
             optimizer.zero_grad()
         total += loss.detach() / micro_batches
-    return total, grad_norm
+    done = Update(total, lr_scheduler.get_last_lr()[0], grad_norm)
+    lr_scheduler.step()
+    average.step()
+    return done
 
 
-def log(run: Run, step: int, loss, grad_norm, learning_rate: float, since: tuple[int, float]) -> dict:
-    """Writes one row; `since` is an earlier step and its time, with nothing but updates in between."""
-    loss, seconds = run.accelerator.reduce(loss, "mean").item(), (time.perf_counter() - since[1]) / (step - since[0])
-    row = {"step": step, "epoch": round(run.plan.epoch(step), 4), "loss": loss, "lr": learning_rate}
-    row |= {"grad_norm": grad_norm.item(), "seconds": round(seconds, 4)}
-    return checkpoints.log_row(run.accelerator, run.args.output_dir, row)
+def log(run: Run, step: int, done: Update, since: tuple[int, float], smoothed: float | None) -> float:
+    """Writes one row; `since` is an earlier step and its time, with nothing but updates in between.
+
+    Returns the smoothed loss, after that of the row before: a mean at first, of about 50 rows later on.
+    """
+    seconds = (time.perf_counter() - since[1]) / (step - since[0])
+    loss = run.accelerator.reduce(done.loss, "mean").item()
+    smoothed = loss if smoothed is None else smoothed + (loss - smoothed) * max(run.args.logging_steps / step, 0.02)
+    row = {"step": step, "epoch": round(run.plan.epoch(step), 4), "loss": loss, "loss_smoothed": smoothed}
+    row |= {"lr": done.learning_rate, "grad_norm": done.grad_norm.item(), "seconds": round(seconds, 4)}
+    checkpoints.log_row(run.accelerator, run.args.output_dir, row)
+    return smoothed
+
+
+def begins_with_validation(run: Run) -> bool:
+    """For a fresh run, if asked for; for a resumed one, if the first was stopped before it got to that."""
+    args, step = run.args, run.plan.first_step
+    wanted = run.plan.due(step, args.validation_steps, args.validation_epochs) if step else args.validate_first
+    place = args.output_dir, step, bool(run.held_out.shapes)
+    return wanted and not processes.from_main(run.accelerator, checkpoints.validated, *place)
 
 
 def validate(run: Run, step: int) -> None:
+    """Looks at what training has come to, at its moving average if there is one."""
+    with run.state.average.applied():
+        if run.args.validation_prompt:
+            sample_videos(run, step)
+        losses = held_out_losses(run, step) if run.held_out.shapes else None
+    if losses and step:  # the base model is not one of those to choose from
+        checkpoints.save_best(run.accelerator, run.state, run.export, run.args.output_dir, step, losses)
+
+
+def held_out_losses(run: Run, step: int) -> dict:
+    what = run.checkpoint, run.state.transformer, run.held_out
+    with run.image_encoder() as encode:
+        losses = validation.held_out_losses(run.accelerator, run.ranks, *what, encode, run.args.seed, run.dtype)
+    row = {"step": step, "epoch": round(run.plan.epoch(step), 4)} | losses
+    checkpoints.log_row(run.accelerator, run.args.output_dir, row, group="validation")
+    tqdm.write(f"update {step}: loss on held-out clips {losses['validation_loss']:.4f}")
+    return losses
+
+
+def sample_videos(run: Run, step: int) -> None:
     args, device = run.args, run.accelerator.device
     vae = cogvideox.loaded_vae(run.checkpoint, run.dtype, device, args.enable_tiling, args.enable_slicing)
     cases = validation.cases(run.data, validation_prompts(args), validation_images(args), args.height, args.width)
     validation.validate(
-        run.accelerator, run.ranks, run.checkpoint, run.transformer, vae, cases, run.data.prompts,
+        run.accelerator, run.ranks, run.checkpoint, run.state.transformer, vae, cases, run.data.prompts,
         args.output_dir, step, seeds=range(args.seed, args.seed + args.num_validation_videos), fps=args.fps,
         num_frames=args.max_num_frames, height=args.height, width=args.width, guidance_scale=args.guidance_scale,
         use_dynamic_cfg=args.use_dynamic_cfg,
     )  # fmt: skip
 
 
-def start_records(run: Run) -> None:
-    """Says what is going to happen, to the person, to args.json and to the trackers."""
+def start_records(run: Run) -> float | None:
+    """Says what is going to happen, on paper and in the trackers; returns the smoothed loss of an earlier start."""
     args, plan = run.args, run.plan
-    what = f"{args.training_type}, {trainable.count(run.transformer)}, learning rate {args.learning_rate:g}"
-    lines = [run.checkpoint.describe(), run.data.summary(), what, plan.summary(args.train_batch_size)]
+    what = f"{args.training_type}, {trainable.count(run.state.transformer)}, learning rate {args.learning_rate:g}"
+    held_out = [f"held out: {run.held_out.summary()}"] if run.held_out.shapes else []
+    lines = [run.checkpoint.describe(), run.data.summary(), *held_out, what, plan.summary(args.train_batch_size)]
     run.accelerator.print(*lines, *run.checkpoint.remarks(args.max_num_frames, args.fps), sep="\n")
     about = {"checkpoint": run.checkpoint.describe(), "clips": len(run.data.shapes), "processes": run.ranks.count}
+    about |= {"data": [run.data.summary(), *held_out]}
     checkpoints.start_records(run.accelerator, args.output_dir, args.tracker_name, about, vars(args), plan.first_step)
+    return checkpoints.smoothed_loss(args.output_dir)
 
 
 # ---- the story -------------------------------------------------------------------------------------------------------
@@ -369,7 +391,7 @@ def main(args: argparse.Namespace) -> None:
             accelerator, hub.create_hub_repo, args.hub_model_id, args.hub_token
         )
         checkpoint = cogvideox.download(checkpoint)
-        data = prepare_data(args, accelerator, checkpoint, dtype, ranks)
+        data, held_out = prepare_data(args, accelerator, checkpoint, dtype, ranks)
         plan = dataset.make_plan(
             data.batches_per_epoch(args.train_batch_size), ranks.count * args.gradient_accumulation_steps,
             args.num_train_epochs, args.max_train_steps, **position,
@@ -386,33 +408,35 @@ def main(args: argparse.Namespace) -> None:
 
     # Where to start. The schedule is not prepared: accelerate would advance it once per rank.
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    state = checkpoints.State(transformer, optimizer, lr_scheduler)
+    average = trainable.Average(trainable.weights_of(transformer), args.ema_decay)
+    state = checkpoints.State(transformer, optimizer, lr_scheduler, average)
     if resume_from:
         checkpoints.load_checkpoint(accelerator, state, resume_from)
-    run = Run(args, accelerator, ranks, checkpoint, dtype, data, plan, transformer)
-    start_records(run)
+    run = Run(args, accelerator, ranks, checkpoint, dtype, data, held_out, plan, state, export)
+    smoothed = start_records(run)
 
     # Train: one turn is one update.
     micro_batch_losses = losses(run)
     progress = bar(accelerator, None, "Training", "update", total=plan.total_steps, initial=plan.first_step)
+    if begins_with_validation(run):
+        validate(run, plan.first_step)
     since, limit = (plan.first_step, time.perf_counter()), args.checkpoints_total_limit
     for step in range(plan.first_step + 1, plan.total_steps + 1):
-        loss, grad_norm = update(run, optimizer, micro_batch_losses)
+        done = update(run, micro_batch_losses)
         if logs := step % args.logging_steps == 0:
-            row = log(run, step, loss, grad_norm, lr_scheduler.get_last_lr()[0], since)
-            progress.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.2e}", refresh=False)
-        lr_scheduler.step()
+            smoothed = log(run, step, done, since, smoothed)
+            progress.set_postfix(loss=f"{smoothed:.4f}", lr=f"{done.learning_rate:.2e}", refresh=False)
         progress.update()
         if saves := step % args.checkpointing_steps == 0 or step == plan.total_steps:
             checkpoints.save_checkpoint(accelerator, state, export, args.output_dir, plan.position(step), fixed, limit)
-        if validates := args.validation_prompt and plan.due(step, args.validation_steps, args.validation_epochs):
+        if validates := plan.due(step, args.validation_steps, args.validation_epochs):
             validate(run, step)
         if logs or saves or validates:
             since = step, time.perf_counter()
     progress.close()
 
     # Result.
-    result = checkpoints.full_weights(transformer)
+    result = checkpoints.averaged_weights(state)
     if accelerator.is_main_process:
         print(f"Result: {export(result, args.output_dir)}")
     # Without it torch 2.13 can hang at exit: gloo's thread and the end of DDP wait for each other.

@@ -1,22 +1,24 @@
 """What of the transformer is trained, a LoRA or all of it, and the files that are its result."""
 
+import argparse
+import contextlib
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
-from diffusers.training_utils import cast_training_params
+from diffusers.training_utils import EMAModel, cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from cogvideox import Checkpoint, empty_transformer, load_transformer
-from dataset import publish, publish_folder
+from dataset import at_least, expanded_path, publish, publish_folder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TRANSFORMER_FOLDER = "transformer"
@@ -66,6 +68,21 @@ class Lora(NamedTuple):
         return settings | {name: True for name, on in switches.items() if on}
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    lora = parser.add_argument_group("LoRA").add_argument
+    lora("--rank", type=at_least(1), help="rank of the LoRA matrices (default: 128)")
+    lora("--lora_alpha", type=float, help="strength is lora_alpha / rank (default: rank, strength 1)")
+    lora("--lora_target_modules", nargs="+", metavar="NAME", help="layers (default: to_q to_k to_v to_out.0)")
+    lora(
+        "--lora_path", type=expanded_path, metavar="PATH", help="LoRA to start from: run directory, checkpoint or file"
+    )
+    lora("--lora_dropout", type=float, default=0.0, metavar="P", help="share of the LoRA's inputs to drop in training")
+    lora("--use_dora", action="store_true", help="DoRA: train each layer's row norms apart from their directions")
+    lora("--use_rslora", action="store_true", help="rsLoRA: strength is lora_alpha / sqrt(rank)")
+    inits = ["default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16"]
+    lora("--init_lora_weights", choices=inits, default="default", help="first values; pissa_niter_N is a quick pissa")
+
+
 def weights_of(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Those that are trained."""
     return [weight for weight in transformer.parameters() if weight.requires_grad]
@@ -76,6 +93,41 @@ def count(transformer: torch.nn.Module) -> str:
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+class Average:
+    """A moving average of trained weights (EMA), or nothing if `decay` is None.
+
+    The first updates weigh more, as in diffusers' EMAModel: decay is at most (1 + n) / (10 + n) after n of them.
+    """
+
+    def __init__(self, weights: list[torch.nn.Parameter], decay: float | None):
+        self.weights, self.decay = weights, decay
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """Goes on from what the model holds, which is the average after `step` updates."""
+        if self.decay is not None:
+            self._ema = EMAModel(self.weights, decay=self.decay)
+            self._ema.optimization_step = step
+
+    def step(self) -> None:
+        """To be called after each update."""
+        if self.decay is not None:
+            self._ema.step(self.weights)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model holds the average, for as long as it is needed."""
+        if self.decay is None:
+            yield
+            return
+        self._ema.store(self.weights)
+        self._ema.copy_to(self.weights)
+        try:
+            yield
+        finally:
+            self._ema.restore(self.weights)
 
 
 def check_lora(checkpoint: Checkpoint, lora: Lora, start: Path | None) -> None:

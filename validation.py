@@ -1,9 +1,11 @@
-"""Turns the model in training into videos of the validation prompts, on disk and in the trackers."""
+"""Shows what the model in training can do: its loss on held-out clips, and videos of the validation prompts."""
 
+import argparse
 import io
 import itertools
 import tempfile
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import imageio.v3 as iio
@@ -21,6 +23,67 @@ class Video(NamedTuple):
     name: str
     prompt: str
     mp4: bytes
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    check = parser.add_argument_group("validation").add_argument
+    check("--validation_prompt", metavar="TEXT", help="prompts to make videos of while training and at the end")
+    check("--validation_prompt_separator", default=":::", metavar="TEXT", help="stands between the prompts")
+    check("--validation_images", metavar="FILES", help="image-to-video: theirs, with the separator (default: of clips)")
+    check(
+        "--num_validation_videos",
+        type=dataset.at_least(1),
+        default=1,
+        metavar="N",
+        help="videos per prompt, a seed each",
+    )
+    check("--validation_epochs", type=dataset.at_least(1), default=50, metavar="N", help="validate every N epochs")
+    check("--validation_steps", type=dataset.at_least(1), metavar="N", help="validate every N updates, too")
+    check("--validation_split", type=float, default=0, metavar="P", help="videos to hold out: a share, or 1 and more")
+    switch = argparse.BooleanOptionalAction
+    check("--validate_first", action=switch, default=True, help="before training, too, to compare with")
+    check("--guidance_scale", type=float, default=6.0, help="of the validation videos")
+    check("--use_dynamic_cfg", action="store_true", help="let the guidance grow over the sampling steps")
+
+
+def quantiles(num_train_timesteps: int, count: int = 4) -> list[int]:
+    """The middles of so many equal parts of the noise schedule."""
+    return [(2 * part + 1) * num_train_timesteps // (2 * count) for part in range(count)]
+
+
+@torch.no_grad()
+def held_out_losses(accelerator, ranks, checkpoint, transformer, data: dataset.Data, encode, seed: int, dtype) -> dict:
+    """Mean loss over the clips, "validation_loss", and at each timestep, "validation_loss_t125" and so on.
+
+    Each clip and timestep has a noise of its own, always the same, and is a batch by itself: equal weights give equal
+    numbers, on any number of ranks. To be called by every rank.
+
+    Args:
+        encode: from `cogvideox.image_encoder`.
+    """
+    timesteps = quantiles(checkpoint.scheduler.config.num_train_timesteps)
+    jobs = [(clip, timestep) for clip in range(len(data.shapes)) for timestep in timesteps]
+    device, losses = accelerator.device, []
+    transformer.eval()  # no dropout
+    for clip, timestep in _equal_share(ranks, jobs):
+        batch = {name: tensor[None] for name, tensor in data.clips[clip, False].items()}
+        generator = cogvideox.generator_for(device, seed, "held out", clip, timestep)
+        loss = cogvideox.training_loss(
+            checkpoint, transformer, batch, generator, dtype, encode, torch.tensor([timestep], device=device)
+        )
+        losses.append(((clip, timestep), loss.item()))
+    transformer.train()
+    losses = dict(ranks.gather(losses))
+    by_timestep = {
+        f"validation_loss_t{t}": fmean(losses[clip, t] for clip in range(len(data.shapes))) for t in timesteps
+    }
+    return {"validation_loss": fmean(by_timestep.values())} | by_timestep
+
+
+def _equal_share(ranks: dataset.Ranks, jobs: list) -> list:
+    """As many for every rank, some twice: the ranks of a sharded model compute together."""
+    turns = -(-len(jobs) // ranks.count) * ranks.count
+    return ranks.share(list(itertools.islice(itertools.cycle(jobs), turns)))
 
 
 def cases(data: dataset.Data, prompts: list[str], images: list[Path | None], height: int, width: int) -> list[tuple]:
@@ -48,9 +111,7 @@ def validate(accelerator, ranks, checkpoint, transformer, vae, cases: list[tuple
         options: of the pipeline's __call__.
     """
     jobs = [(i, prompt, image, seed) for i, (prompt, image) in enumerate(cases) for seed in seeds]
-    # As many for every rank, some twice: the ranks of a sharded model compute together.
-    turns = -(-len(jobs) // ranks.count) * ranks.count
-    mine = ranks.share(list(itertools.islice(itertools.cycle(jobs), turns)))
+    mine = _equal_share(ranks, jobs)
     embeds = {text: dataset.load_prompt_embeds(path).to(accelerator.device) for text, path in embeds.items()}
     bar = tqdm(mine, f"Validation, step {step}", unit="video", leave=False, disable=not accelerator.is_main_process)
     videos = []

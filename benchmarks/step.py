@@ -201,8 +201,8 @@ def tokens_per_clip(checkpoint: cogvideox.Checkpoint, parameters_shape: tuple[in
 # ---- the measurement -------------------------------------------------------------------------------------------------
 
 
-def prepare(options: argparse.Namespace, folder: Path | None = None) -> tuple[train.Run, torch.optim.Optimizer, object]:
-    """The run, optimizer and learning-rate schedule that the training script would have before its first update.
+def prepare(options: argparse.Namespace, folder: Path | None = None) -> train.Run:
+    """The run that the training script would have before its first update.
 
     Args:
         folder: to write a VAE into, for image-to-video.
@@ -231,10 +231,13 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> tuple[tr
     optimizer = train.make_optimizer(args, trainable.weights_of(transformer), clips_per_step)
     lr_scheduler = optimizers.make_lr_scheduler(optimizer, "constant", 0, plan.total_steps, 1, 1.0)
     transformer, optimizer = accelerator.prepare(transformer.train(), optimizer)
-    return train.Run(args, accelerator, ranks, checkpoint, dtype, data, plan, transformer), optimizer, lr_scheduler
+    average = trainable.Average(trainable.weights_of(transformer), None)
+    state = checkpoints.State(transformer, optimizer, lr_scheduler, average)
+    held_out = data._replace(shapes=[])
+    return train.Run(args, accelerator, ranks, checkpoint, dtype, data, held_out, plan, state, export=None)
 
 
-def measure(run: train.Run, optimizer, lr_scheduler, warmup: int, steps: int) -> tuple[list[float], list[float]]:
+def measure(run: train.Run, warmup: int, steps: int) -> tuple[list[float], list[float]]:
     """Seconds and loss of each update, those of the warm-up first."""
     on_gpu = run.accelerator.device.type == "cuda"
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
@@ -245,8 +248,7 @@ def measure(run: train.Run, optimizer, lr_scheduler, warmup: int, steps: int) ->
             torch.cuda.reset_peak_memory_stats()
         synchronize()
         start = time.perf_counter()
-        loss, _ = train.update(run, optimizer, micro_batch_losses)
-        lr_scheduler.step()
+        loss = train.update(run, micro_batch_losses).loss
         synchronize()
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
@@ -266,7 +268,9 @@ def report(run: train.Run, options: argparse.Namespace, seconds: list[float], lo
         "processes": run.ranks.count,
         "versions": {package: version(package) for package in packages},
         "options": {name: getattr(run.args, name) for name in TRAINING} | own,
-        "trainable_weights": sum(weight.numel() for weight in run.transformer.parameters() if weight.requires_grad),
+        "trainable_weights": sum(
+            weight.numel() for weight in run.state.transformer.parameters() if weight.requires_grad
+        ),
         "tokens": tokens,
         "seconds_per_step": round(median, 4),
         "seconds_of_each_step": [round(value, 4) for value in measured],
@@ -281,8 +285,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         with processes.explained():
-            run, optimizer, lr_scheduler = prepare(options, Path(folder))
-        seconds, losses = measure(run, optimizer, lr_scheduler, options.warmup, options.steps)
+            run = prepare(options, Path(folder))
+        seconds, losses = measure(run, options.warmup, options.steps)
     if not all(map(math.isfinite, losses)):
         sys.exit(f"losses {losses}: must be finite for the times to mean anything; pass --mixed_precision bf16 or no")
     if run.accelerator.is_main_process:

@@ -51,7 +51,7 @@ def clips(tmp_path_factory):
 
 
 def training_options(checkpoint, clips, output_dir, **options):
-    """Command line of a short run at 64x96 pixels and 9 frames; True stands for a switch."""
+    """Command line of a short run at 64x96 pixels and 9 frames; True and False stand for switches."""
     values = {
         "pretrained_model_name_or_path": checkpoint,
         "instance_data_root": clips,
@@ -69,6 +69,8 @@ def training_options(checkpoint, clips, output_dir, **options):
     values |= options
     line = []
     for name, value in values.items():
+        if value is False:
+            name, value = f"no-{name}", True
         line += [f"--{name}"] if value is True else [f"--{name}", *map(str, value if type(value) is list else [value])]
     return line
 

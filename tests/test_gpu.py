@@ -48,9 +48,9 @@ def test_gradient_checkpointing_saves_memory():
 def bytes_of_a_step(*switch):
     gc.collect()  # the models of earlier runs
     options = step.parse_args([*TWO_LAYERS["2b"], "--num_layers", "6", "--steps", "1", "--warmup", "1", *switch])
-    run, optimizer, lr_scheduler = step.prepare(options)
+    run = step.prepare(options)
     before = torch.cuda.memory_allocated()
-    step.measure(run, optimizer, lr_scheduler, options.warmup, options.steps)
+    step.measure(run, options.warmup, options.steps)
     return torch.cuda.max_memory_allocated() - before
 
 

@@ -18,28 +18,28 @@ import train_cogvideox_lora
 
 
 def trained(run):
-    return {name: weight for name, weight in run.transformer.named_parameters() if weight.requires_grad}
+    return {name: weight for name, weight in run.state.transformer.named_parameters() if weight.requires_grad}
 
 
 def check_steps(*argv, steps=4, folder=None):
     """Losses stay finite, what is trained stays float32 over a base in the compute dtype, and all of it moves."""
     options = step.parse_args([*argv, "--warmup", "0", "--steps", str(steps)])
-    run, optimizer, lr_scheduler = step.prepare(options, folder)
+    run = step.prepare(options, folder)
     before = {name: weight.detach().clone() for name, weight in trained(run).items()}
 
-    _, losses = step.measure(run, optimizer, lr_scheduler, options.warmup, options.steps)
+    _, losses = step.measure(run, options.warmup, options.steps)
 
     assert all(map(math.isfinite, losses))
     after = trained(run)
     assert {weight.dtype for weight in after.values()} == {torch.float32}
-    assert {weight.dtype for weight in run.transformer.parameters() if not weight.requires_grad} <= {run.dtype}
+    assert {weight.dtype for weight in run.state.transformer.parameters() if not weight.requires_grad} <= {run.dtype}
     assert all(weight.isfinite().all() for weight in after.values())
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
 def loss_and_gradients(run):
     """Of the first micro-batch, and how often a block was called for it."""
-    block, calls, weights = run.transformer.transformer_blocks[0], [], trained(run)
+    block, calls, weights = run.state.transformer.transformer_blocks[0], [], trained(run)
     counter = block.register_forward_pre_hook(lambda *_: calls.append(1))
     loss = next(train_cogvideox_lora.losses(run))
     run.accelerator.backward(loss)
@@ -52,12 +52,12 @@ def loss_and_gradients(run):
 
 def check_gradient_checkpointing(*argv, tolerance):
     """Loss and gradients with recomputation are those without, up to `tolerance` times their size."""
-    run, _, _ = step.prepare(step.parse_args(argv))
+    run = step.prepare(step.parse_args(argv))
     for name, weight in trained(run).items():
         if "lora_B" in name:  # zero at the start, and with them the gradients of lora_A
             torch.nn.init.normal_(weight, std=0.02)
     loss, gradients, calls = loss_and_gradients(run)
-    run.transformer.enable_gradient_checkpointing()
+    run.state.transformer.enable_gradient_checkpointing()
     recomputed_loss, recomputed_gradients, recomputed_calls = loss_and_gradients(run)
 
     assert (calls, recomputed_calls) == (1, 2)

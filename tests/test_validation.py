@@ -1,0 +1,168 @@
+"""Is it learning? Clips held out, their loss at fixed noise, the best checkpoint, the averages."""
+
+import json
+from statistics import fmean
+
+import pytest
+import torch
+from conftest import training_options
+from safetensors.torch import load_file
+
+import checkpoints
+import cogvideox
+import dataset
+import train_cogvideox_lora
+import trainable
+import validation
+
+TIMESTEPS = [125, 375, 625, 875]
+
+
+def data_of(names):
+    """Clips whose latents lie in files of these names."""
+    clips = dataset.CachedClips([[name] for name in names], [f"caption {i}" for i in range(len(names))])
+    return dataset.Data(clips, [(8, 3, 8, 12)] * len(names), {})
+
+
+@pytest.mark.parametrize(("split", "count"), [(0, 0), (0.2, 2), (0.01, 1), (1, 1), (3, 3), (9, 9)])
+def test_so_many_are_held_out(split, count):
+    train, held_out = data_of([f"video {i}" for i in range(10)]).split(split, seed=1)
+    assert len(held_out.shapes) == count and len(train.shapes) == 10 - count
+    together = train.clips.captions + held_out.clips.captions
+    assert sorted(together) == [f"caption {i}" for i in range(10)]
+
+
+def test_the_seed_decides_which_and_nothing_else():
+    names = [f"video {i}" for i in range(10)]
+    chosen = [data_of(names).split(3, seed)[1].clips.captions for seed in (1, 1, 2)]
+    elsewhere = data_of([f"another cache/{name}" for name in names]).split(3, 1)[1].clips.captions
+    assert chosen[0] == chosen[1] == elsewhere != chosen[2]
+
+
+def test_a_video_that_is_listed_twice_is_not_in_both():
+    for seed in range(20):
+        train, held_out = data_of(["a", "b", "a", "c", "b", "a"]).split(1, seed)
+        assert not {name for (name,) in train.clips.latents} & {name for (name,) in held_out.clips.latents}
+
+
+@pytest.mark.parametrize("split", ["6", "7", "0.95"])
+def test_something_must_be_left_to_train_on(split, tiny_checkpoint, clips, tmp_path, train, capsys):
+    with pytest.raises(SystemExit) as end:
+        train(tiny_checkpoint, tmp_path / "run", validation_split=split)
+    assert end.value.code == 2
+    assert f"--validation_split {split}: holds out all of the 6 videos; hold out fewer" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_loss_on_held_out_clips_is_the_training_loss_at_fixed_noise(tiny_checkpoint, clips, tmp_path, train):
+    """Computed here once more, from the cache and the formula; two of six clips, before any update."""
+    rows = train(tiny_checkpoint, tmp_path / "run", validation_split=2, max_train_steps=1)
+    checkpoint = cogvideox.read_checkpoint(str(tiny_checkpoint))
+    transformer = cogvideox.load_transformer(checkpoint, torch.float32)
+    lines = (clips / "prompts.txt").read_text().splitlines()
+    stub = dataset.Data(dataset.CachedClips([[i] for i in range(6)], lines), [()] * 6, {})
+    captions = stub.split(2, 3407)[1].clips.captions
+    args = train_cogvideox_lora.parse_args(training_options(tiny_checkpoint, clips, tmp_path, validation_split=2))
+    _, held_out = cached(args, checkpoint)
+    assert len(captions) == len(held_out.shapes) == 2
+    expected = {}
+    for timestep in TIMESTEPS:
+        losses = []
+        for clip in range(2):
+            generator = cogvideox.generator_for(torch.device("cpu"), 3407, "held out", clip, timestep)
+            item = held_out.clips[clip, False]
+            latents = cogvideox.sample_latents(item["parameters"][None], checkpoint.vae["scaling_factor"], generator)
+            noise = torch.randn(latents.shape, generator=generator)
+            t = torch.tensor([timestep])
+            with torch.no_grad():
+                predicted = transformer(
+                    checkpoint.scheduler.add_noise(latents, noise, t), item["prompt_embeds"][None], t
+                ).sample
+            losses.append((predicted - checkpoint.scheduler.get_velocity(latents, noise, t)).square().mean().item())
+        expected[f"validation_loss_t{timestep}"] = fmean(losses)
+    assert rows[0]["step"] == 0
+    assert {name: rows[0][name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert rows[0]["validation_loss"] == pytest.approx(fmean(expected.values()), rel=1e-5)
+
+
+def cached(args, checkpoint):
+    class Here:
+        device, is_main_process = torch.device("cpu"), False
+
+    return train_cogvideox_lora.prepare_data(args, Here, checkpoint, torch.float32, dataset.Ranks())
+
+
+def test_every_kind_of_checkpoint_has_the_four_parts_of_its_schedule():
+    assert validation.quantiles(1000) == TIMESTEPS
+
+
+def test_validation_on_held_out_clips_leaves_training_as_it_is(tiny_checkpoint, tmp_path, train):
+    """Also that of the moving average, with dropout on; only what is trained on changes with the split."""
+    options = {"validation_split": 2, "max_train_steps": 4, "lora_dropout": 0.3}
+    often = train(tiny_checkpoint, tmp_path / "a", validation_steps=1, ema_decay=0.5, **options)
+    once = train(tiny_checkpoint, tmp_path / "b", validate_first=False, **options)[:-1]
+    often = [row for row in often if "loss" in row]
+    for name in ("loss", "grad_norm", "loss_smoothed"):
+        assert [row[name] for row in often] == [row[name] for row in once if "loss" in row]
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_loss_and_never_the_base_model(tiny_checkpoint, tmp_path, train):
+    rows = train(
+        tiny_checkpoint, tmp_path / "run", validation_split=2, validation_steps=2, max_train_steps=8,
+        checkpointing_steps=2, learning_rate=0.1,
+    )  # fmt: skip
+    losses = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+    assert list(losses) == [0, 2, 4, 6, 8]
+    best = min((loss, step) for step, loss in losses.items() if step)[1]
+    folder = tmp_path / "run" / "checkpoint-best"
+    assert json.loads((folder / "best.json").read_text())["step"] == best
+    ours, theirs = (load_file(path / trainable.LORA_FILE) for path in (folder, tmp_path / "run" / f"checkpoint-{best}"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_moving_average_is_what_is_saved(tiny_checkpoint, tmp_path, train):
+    """Computed here once more, from the weights in training that each checkpoint holds."""
+    decay, steps = 0.7, 5
+    train(tiny_checkpoint, tmp_path / "run", ema_decay=decay, max_train_steps=steps, checkpointing_steps=1)
+    states = [
+        torch.load(tmp_path / "run" / f"checkpoint-{step}" / checkpoints.STATE_TENSORS) for step in range(1, steps + 1)
+    ]
+    for name, average in states[-1]["average"].items():
+        expected = states[0]["transformer"][name]  # the first update replaces what is not trained yet
+        for n, state in enumerate(states[1:], start=1):
+            now = min(decay, (1 + n) / (10 + n))
+            expected = now * expected + (1 - now) * state["transformer"][name]
+        assert torch.allclose(average, expected, atol=1e-7)
+        assert not torch.equal(average, states[-1]["transformer"][name])
+    saved = load_file(tmp_path / "run" / trainable.LORA_FILE)
+    kept = {name.replace(".default", ""): value for name, value in states[-1]["average"].items()}
+    assert all(torch.equal(value, kept[name.removeprefix("transformer.")]) for name, value in saved.items())
+
+
+def test_a_resumed_run_goes_on_with_average_best_and_smoothed_loss(tiny_checkpoint, tmp_path, train):
+    options = {"validation_split": 0.3, "ema_decay": 0.6, "checkpointing_steps": 2, "validation_steps": 2}
+    straight = train(tiny_checkpoint, tmp_path / "a", max_train_steps=6, **options)
+    train(tiny_checkpoint, tmp_path / "b", max_train_steps=2, **options)
+    resumed = train(tiny_checkpoint, tmp_path / "b", max_train_steps=6, resume_from_checkpoint="latest", **options)
+    for row in straight + resumed:
+        row.pop("seconds", None)
+        del row["peak_memory_gib"]
+    assert resumed == straight
+    for place in ("", "checkpoint-best"):
+        one, two = (load_file(tmp_path / run / place / trainable.LORA_FILE) for run in "ab")
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_validation_that_was_missed_is_made_up_for(tiny_checkpoint, tmp_path, train):
+    """As after a kill between a checkpoint and its validation."""
+    options = {"validation_split": 2, "checkpointing_steps": 2, "validation_steps": 2, "max_train_steps": 4}
+    straight = train(tiny_checkpoint, tmp_path / "run", **options)
+    path = tmp_path / "run" / checkpoints.METRICS_FILE
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"step": 4, ' not in line))
+    resumed = train(tiny_checkpoint, tmp_path / "run", resume_from_checkpoint="latest", **options)
+    assert resumed[-1]["validation_loss"] == straight[-1]["validation_loss"]
+
+
+def test_the_smoothed_loss_is_a_mean_at_first(tiny_checkpoint, tmp_path, train):
+    rows = train(tiny_checkpoint, tmp_path / "run", max_train_steps=10)
+    assert rows[-1]["loss_smoothed"] == pytest.approx(fmean(row["loss"] for row in rows), rel=1e-6)
