@@ -316,7 +316,9 @@ def smoothed_loss(output_dir: Path) -> float | None:
 def start_records(accelerator, output_dir: Path, tracker_name: str, about: dict, options: dict, step: int) -> None:
     """Opens the trackers, and writes args.json and what metrics.jsonl holds up to `step`."""
     options = {name: value for name, value in options.items() if name != "hub_token"}
-    accelerator.init_trackers(tracker_name, {name: str(value) for name, value in options.items()})
+    # Numbers stay numbers, to be sorted and compared by; tensorboard refuses what is neither these nor text.
+    config = {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in options.items()}
+    accelerator.init_trackers(tracker_name, config)
     if accelerator.is_main_process:
         write_run(output_dir, about | {"options": options}, step)
 

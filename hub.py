@@ -1,5 +1,6 @@
 """The result on the hub: a repository, a card that says how to use it, the upload."""
 
+import json
 from pathlib import Path
 
 from huggingface_hub import ModelCardData, create_repo, upload_folder
@@ -24,7 +25,22 @@ from diffusers.utils import export_to_video{image_import}
 {load}
 export_to_video(pipe({image}prompt="{prompt}").frames[0], "video.mp4", fps={fps})
 ```
+{gallery}
+## Licence
+
+{licence}
 """
+GALLERY = """
+## Validation videos
+
+<Gallery />
+
+{links}
+"""
+# As their pages on the hub say; the organisation has been renamed, and the hub knows both names.
+PUBLISHERS = ("THUDM", "zai-org")
+APACHE = ("CogVideoX-2b",)
+COGVIDEOX_LICENSE = ("CogVideoX-5b", "CogVideoX-5b-I2V", "CogVideoX1.5-5B", "CogVideoX1.5-5B-I2V")
 LOAD_LORA = """pipe = {pipeline}.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights("{repo}")  # at the strength it was trained at"""
 LOAD_TRANSFORMER = """transformer = CogVideoXTransformer3DModel.from_pretrained(
@@ -44,36 +60,97 @@ def create_hub_repo(name: str, token: str | None) -> str:
         ) from error
 
 
-def model_card(repo: str, checkpoint: Checkpoint, options: dict) -> str:
+def _is_local(checkpoint: Checkpoint) -> bool:
+    return Path(checkpoint.name).is_dir()
+
+
+def licence(checkpoint: Checkpoint) -> dict:
+    """What a card's header says of the base model's licence: nothing unless it is one of those published."""
+    if _is_local(checkpoint):
+        return {}
+    publisher, _, name = checkpoint.name.partition("/")
+    if publisher in PUBLISHERS and name in APACHE:
+        return {"license": "apache-2.0"}
+    if publisher in PUBLISHERS and name in COGVIDEOX_LICENSE:
+        link = f"https://huggingface.co/{checkpoint.name}/blob/main/LICENSE"
+        return {"license": "other", "license_name": "cogvideox-license", "license_link": link}
+    return {}
+
+
+def last_validation(output_dir: Path) -> dict[str, str]:
+    """Path of each video of the last validation, relative to the run directory, and its prompt."""
+    steps = [path.parent for path in output_dir.glob("validation/step-*/prompts.json")]
+    if not steps:
+        return {}
+    last = max(steps, key=lambda folder: int(folder.name.removeprefix("step-")))
+    prompts = json.loads((last / "prompts.json").read_text(encoding="utf-8"))
+    # In one line: a line of three dashes would end the card's header.
+    return {f"validation/{last.name}/{name}": " ".join(prompt.split()) for name, prompt in sorted(prompts.items())}
+
+
+def _header(checkpoint: Checkpoint, options: dict, videos: dict[str, str]) -> str:
+    is_lora = options["training_type"] == "lora"
+    data = {
+        "library_name": "diffusers",
+        "pipeline_tag": "image-to-video" if checkpoint.takes_image else "text-to-video",
+        "tags": ["cogvideox", *["lora"] * is_lora],
+    }
+    # The hub refuses a card whose base_model is not one of its own names.
+    if not _is_local(checkpoint):
+        data |= {"base_model": checkpoint.name, "base_model_relation": "adapter" if is_lora else "finetune"}
+    data |= licence(checkpoint)
+    if options["id_token"]:
+        data["instance_prompt"] = options["id_token"]
+    if videos:
+        data["widget"] = [{"text": prompt, "output": {"url": path}} for path, prompt in videos.items()]
+    return ModelCardData(**data).to_yaml()
+
+
+def _licence_text(checkpoint: Checkpoint) -> str:
+    known = licence(checkpoint)
+    if not known:
+        return "That of the base model applies; the training script does not know it."
+    name = "Apache-2.0" if known["license"] == "apache-2.0" else f"the [CogVideoX License]({known['license_link']})"
+    return f"The base model is published under {name}, which applies to this, too."
+
+
+def _example_prompt(options: dict) -> str:
+    prompt = options["validation_prompt"] or " ".join(filter(None, [options["id_token"], "a prompt"]))
+    return prompt.split(options["validation_prompt_separator"])[0].strip().replace('"', "'")
+
+
+def model_card(repo: str, checkpoint: Checkpoint, options: dict, videos: dict[str, str]) -> str:
     """What stands on the repository's page.
 
     Args:
         options: of the training script.
+        videos: path in the repository and prompt.
     """
     is_lora, takes_image = options["training_type"] == "lora", checkpoint.takes_image
-    # The hub refuses a card whose base_model is not one of its own names.
-    on_hub = {"base_model": checkpoint.name} if not Path(checkpoint.name).is_dir() else {}
-    base = checkpoint.name if on_hub else Path(checkpoint.name).name
-    tags = ["cogvideox", *["lora"] * is_lora, "image-to-video" if takes_image else "text-to-video"]
+    base = Path(checkpoint.name).name if _is_local(checkpoint) else checkpoint.name
     pipeline = "CogVideoXImageToVideoPipeline" if takes_image else "CogVideoXPipeline"
-    prompt = (options["validation_prompt"] or "a prompt").split(options["validation_prompt_separator"])[0]
     saved = Lora(**{name: options[name] for name in Lora._fields}).saved()
     lora, sft = f"A LoRA for {base}, rank {saved['r']}, alpha {saved['lora_alpha']:g}.", f"All weights of {base}."
+    links = "\n".join(f"- [{Path(path).name}]({path}): {prompt}" for path, prompt in videos.items())
     return CARD.format(
-        header=ModelCardData(library_name="diffusers", tags=tags, **on_hub).to_yaml(),
+        header=_header(checkpoint, options, videos),
         what="a LoRA" if is_lora else "fine-tuned",
         about=lora if is_lora else sft,
         imports=pipeline if is_lora else f"{pipeline}, CogVideoXTransformer3DModel",
         image_import=", load_image" if takes_image else "",
         load=(LOAD_LORA if is_lora else LOAD_TRANSFORMER).format(pipeline=pipeline, base=base, repo=repo),
         image='image=load_image("image.png"), ' if takes_image else "",
-        prompt=prompt.strip().replace('"', "'"),
+        prompt=_example_prompt(options),
         fps=options["fps"],
+        gallery=GALLERY.format(links=links) if videos else "",
+        licence=_licence_text(checkpoint),
     )
 
 
 def push_to_hub(repo: str, output_dir: Path, checkpoint: Checkpoint, options: dict, token: str | None) -> None:
-    """Uploads the result, a card and the validation videos; not the checkpoints."""
-    publish(output_dir / "README.md", model_card(repo, checkpoint, options).encode())
-    patterns = ["README.md", LORA_FILE, f"{TRANSFORMER_FOLDER}/**", "validation/**", "args.json", METRICS_FILE]
-    upload_folder(repo_id=repo, folder_path=output_dir, allow_patterns=patterns, token=token)
+    """Uploads the result, a card, the validation videos and the report; not the checkpoints."""
+    card = model_card(repo, checkpoint, options, last_validation(output_dir))
+    publish(output_dir / "README.md", card.encode())
+    result = [LORA_FILE, f"{TRANSFORMER_FOLDER}/**"]
+    about = ["README.md", "validation/**", "args.json", METRICS_FILE, "report.html"]
+    upload_folder(repo_id=repo, folder_path=output_dir, allow_patterns=result + about, token=token)

@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     out("--checkpoints_total_limit", type=positive, metavar="N", help="keep the newest N (default: all)")
     out("--resume_from_checkpoint", metavar="PATH", help="a checkpoint folder, or 'latest' in --output_dir")
     out("--logging_steps", type=positive, default=1, metavar="N", help="log every N updates")
-    out("--report_to", default="none", help="tensorboard, wandb, comet_ml, all, or none: metrics.jsonl alone")
+    out("--report_to", default="none", help="tensorboard, wandb, trackio, comet_ml, all, or none: metrics.jsonl alone")
     out("--tracker_name", default="cogvideox-lora", help="project name in the tracker")
     out("--logging_dir", type=path, default="logs", help="the tracker's folder in --output_dir")
     out("--push_to_hub", action="store_true", help="upload the result at the end")

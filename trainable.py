@@ -59,11 +59,13 @@ class Lora(NamedTuple):
         """Rank, alpha and kind of the file that is exported, the same strength at twice the rank where that is needed.
 
         No more than that: an older peft refuses fields that it does not know, and diffusers 0.42.1 samples with
-        lora_dropout if it is told of one.
+        lora_dropout if it is told of one. The empty rank_pattern is there because diffusers 0.34 to 0.39 end with a
+        KeyError without it.
         """
         scale = 2 if self.mutates else 1
         alpha = self.lora_alpha * (math.sqrt(scale) if self.use_rslora else scale)
         settings = {"r": self.rank * scale, "lora_alpha": alpha, "target_modules": sorted(self.lora_target_modules)}
+        settings["rank_pattern"] = {}
         switches = {"use_dora": self.use_dora, "use_rslora": self.use_rslora}
         return settings | {name: True for name, on in switches.items() if on}
 

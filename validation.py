@@ -140,8 +140,8 @@ def encode_mp4(frames: list, fps: int) -> bytes:
 
 
 def log_videos(accelerator, folder: Path, videos: list[Video], step: int) -> None:
-    """Shows the videos in the trackers that can: tensorboard and wandb. The files are there in any case."""
-    loggers = {"tensorboard": _log_to_tensorboard, "wandb": _log_to_wandb}
+    """Shows the videos in the trackers that can: tensorboard, wandb, trackio. The files are there in any case."""
+    loggers = {"tensorboard": _log_to_tensorboard, "wandb": _log_to_wandb, "trackio": _log_to_trackio}
     for tracker in accelerator.trackers:
         if tracker.name in loggers:
             loggers[tracker.name](tracker, folder, videos, step)
@@ -168,3 +168,13 @@ def _log_to_wandb(tracker, folder: Path, videos: list[Video], step: int) -> None
 
     shown = [wandb.Video(str(folder / video.name), caption=video.prompt, format="mp4") for video in videos]
     tracker.tracker.log({"validation": shown}, step=step)
+
+
+def _log_to_trackio(tracker, folder: Path, videos: list[Video], step: int) -> None:
+    import trackio
+
+    shown = {
+        f"validation/{Path(video.name).stem}": trackio.Video(folder / video.name, caption=video.prompt)
+        for video in videos
+    }
+    tracker.tracker.log(shown, step=step)

@@ -112,11 +112,12 @@ def test_before_training_every_kind_is_the_model_that_it_starts_from(tiny_checkp
 
 
 def test_what_is_recorded_is_what_an_old_peft_knows(tiny_checkpoint, tmp_path, train):
-    """And no lora_dropout, with which diffusers would sample."""
+    """And no lora_dropout, with which diffusers would sample; but a rank_pattern, which diffusers 0.34 to 0.39 read."""
     train(tiny_checkpoint, tmp_path / "run", max_train_steps=1, lora_dropout=0.5)
     with safe_open(tmp_path / "run" / LORA_FILE, framework="pt") as file:
         settings = json.loads(file.metadata()["lora_adapter_metadata"])
-    assert set(settings) == {"transformer.r", "transformer.lora_alpha", "transformer.target_modules"}
+    fields = {"r", "lora_alpha", "target_modules", "rank_pattern"}
+    assert set(settings) == {f"transformer.{field}" for field in fields} and settings["transformer.rank_pattern"] == {}
 
 
 def test_dropout_drops_and_depends_on_the_seed_alone(tiny_checkpoint, tmp_path, train):

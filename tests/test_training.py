@@ -13,14 +13,12 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, training_options, transformer_inputs
 from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
-from huggingface_hub.utils import filter_repo_objects
 from make_example import VARIANTS, make_clips
 from PIL import Image
 from safetensors.torch import load_file
 
 import checkpoints
 import cogvideox
-import hub
 import train_cogvideox_lora
 import trainable
 from trainable import LORA_FILE
@@ -414,30 +412,6 @@ def test_tensorboard_gets_scalars_and_moving_pictures(tiny_checkpoint, tmp_path,
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
     (image,) = events.Images("validation/prompt-00_seed-3407")
     assert image.encoded_image_string.startswith(b"GIF89a") and image.step == 2
-
-
-@pytest.mark.parametrize(
-    ("variant", "training_type", "parts"),
-    [
-        ("2b", "lora", ['CogVideoXPipeline.from_pretrained("2b"', 'load_lora_weights("someone/my-run")', "- lora"]),
-        ("5b-I2V", "sft", ["CogVideoXImageToVideoPipeline.from_pretrained", 'load_image("image.png")', "transformer="]),
-    ],
-)
-def test_push_to_hub_uploads_the_result_with_a_card_that_loads_it(
-    checkpoint_of, tmp_path, train, monkeypatch, variant, training_type, parts
-):
-    uploads = []
-    monkeypatch.setattr(hub, "create_repo", lambda name, **_: type("Url", (), {"repo_id": f"someone/{name}"})())
-    monkeypatch.setattr(hub, "upload_folder", lambda **options: uploads.append(options))
-    options = {"push_to_hub": True, "hub_token": "secret", "training_type": training_type}
-    train(checkpoint_of(variant), tmp_path / "my-run", max_train_steps=1, **options)
-    assert uploads[0]["repo_id"] == "someone/my-run" and uploads[0]["token"] == "secret"
-    result = trainable.LORA_FILE if training_type == "lora" else "transformer/config.json"
-    assert list(filter_repo_objects([result], allow_patterns=uploads[0]["allow_patterns"])) == [result]
-    card = (tmp_path / "my-run" / "README.md").read_text()
-    assert card.startswith("---\n") and all(part in card for part in parts), card
-    compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
-    assert not [p for p in (tmp_path / "my-run").rglob("*") if p.is_file() and b"secret" in p.read_bytes()]
 
 
 def test_an_option_that_the_checkpoint_overrules_is_refused_on_resuming(tiny_checkpoint, tmp_path, train, capsys):

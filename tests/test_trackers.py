@@ -1,0 +1,71 @@
+"""What the trackers are told. Those that are not installed are skipped; all of them work without a network."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, training_options
+
+import checkpoints
+
+OPTIONS = {"max_train_steps": 2, "validation_prompt": "a cat", "tracker_name": "name"}
+
+
+def hparams(logs):
+    (file,) = logs.glob("name/*/hparams.yml")
+    return yaml.safe_load(file.read_text())
+
+
+def test_numbers_and_switches_reach_the_tracker_as_such(tiny_checkpoint, tmp_path, train):
+    pytest.importorskip("tensorboard", reason="an optional package, in requirements-dev.txt")
+    train(tiny_checkpoint, tmp_path / "run", report_to="tensorboard", tracker_name="name", max_train_steps=1)
+    config = hparams(tmp_path / "run" / "logs")
+    assert config["rank"] == 4 and config["learning_rate"] == 1e-3 and config["use_dora"] is False
+    assert config["validation_prompt"] == "None" and config["output_dir"] == str(tmp_path / "run")
+    assert config["lora_target_modules"] == "['to_k', 'to_out.0', 'to_q', 'to_v']" and "hub_token" not in config
+
+
+def test_a_tracker_gets_no_value_that_it_may_not_take(tmp_path):
+    class Accelerator:
+        is_main_process = False
+
+        def init_trackers(self, name, config):
+            self.config = config
+
+    accelerator, infinite = Accelerator(), float("inf")
+    options = {"a": None, "b": tmp_path, "c": ["x"], "d": True, "e": 1, "f": infinite, "g": "text", "hub_token": "x"}
+    checkpoints.start_records(accelerator, tmp_path, "name", {}, options, 0)
+    expected = {"a": "None", "b": str(tmp_path), "c": "['x']", "d": True, "e": 1, "f": infinite, "g": "text"}
+    assert accelerator.config == expected and type(accelerator.config["d"]) is bool
+
+
+def run_script(checkpoint, clips, folder, tracker, **environment):
+    """In a process of its own: trackers read where to write when they are imported."""
+    line = training_options(checkpoint, clips, folder / "run", report_to=tracker, **OPTIONS)
+    command = [sys.executable, ROOT / "train_cogvideox_lora.py", *line]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"} | environment
+    subprocess.run(command, check=True, env=environment, cwd=folder, timeout=300)
+    return (folder / "run" / "validation" / "step-000002" / "prompt-00_seed-3407.mp4").read_bytes()
+
+
+def test_trackio_gets_scalars_options_and_videos(tiny_checkpoint, clips, tmp_path):
+    pytest.importorskip("trackio", reason="an optional package")
+    video = run_script(tiny_checkpoint, clips, tmp_path, "trackio", TRACKIO_DIR=str(tmp_path / "trackio"))
+    (shown,) = (tmp_path / "trackio" / "media").rglob("*.mp4")
+    assert shown.read_bytes() == video
+    database = sqlite3.connect(tmp_path / "trackio" / "name.db")
+    rows = "".join(str(row) for row in database.execute("SELECT step, metrics FROM metrics"))
+    assert rows.count("train/loss") == 2 and "validation/prompt-00_seed-3407" in rows and "a cat" in rows
+    (config,) = database.execute("SELECT config FROM configs").fetchone()
+    assert json.loads(config)["rank"] == 4
+
+
+def test_wandb_gets_options_and_videos(tiny_checkpoint, clips, tmp_path):
+    pytest.importorskip("wandb", reason="an optional package")
+    video = run_script(tiny_checkpoint, clips, tmp_path, "wandb", WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
+    (shown,) = tmp_path.glob("wandb/offline-run-*/files/media/videos/*.mp4")
+    assert shown.read_bytes() == video
