@@ -43,8 +43,7 @@ def write_report(output_dir: Path) -> Path:
     parts = {
         "title": escape(f"{name}: training report"),
         "name": escape(name),
-        "about": escape(run.get("checkpoint", "")),
-        "made": time.strftime("%Y-%m-%d %H:%M"),
+        "about": escape(" · ".join([run.get("checkpoint", ""), time.strftime("page made %Y-%m-%d %H:%M")]).strip(" ·")),
         "standing": standing(rows, run.get("options", {}).get("max_train_steps"), best),
         "curves": "".join(figure(number, panel) for number, panel in enumerate(drawn)) or _nothing("No curves yet."),
         "videos": video_grid(columns, best) if columns else _nothing("No validation videos yet."),

@@ -1,6 +1,5 @@
 """A headless Chromium that tests look at pages with, through the pipe of its DevTools protocol."""
 
-import base64
 import contextlib
 import fcntl
 import json
@@ -85,9 +84,10 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.send("Emulation.setEmulatedMedia", features=[scheme])
+        self.evaluate("window.left = true")  # so that a page that is opened again is not taken for the new one
         self.errors.clear()
         self.send("Page.navigate", url=path.as_uri())
-        self.wait(f"location.href === {json.dumps(path.as_uri())} && document.readyState === 'complete'")
+        self.wait("!window.left && document.readyState === 'complete'")
 
     def evaluate(self, expression):
         """The value of an expression of JavaScript, or of what it promises."""
@@ -97,14 +97,9 @@ class Page:
 
     def wait(self, condition, seconds=20):
         end = time.monotonic() + seconds
-        while not self.evaluate(condition):
+        while not self.evaluate(f"Boolean({condition})"):
             assert time.monotonic() < end, f"not within {seconds} s: {condition}"
             time.sleep(0.05)
 
     def move_pointer(self, x, y):
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-
-    def screenshot(self, path):
-        """Of the whole page, however long."""
-        shot = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
