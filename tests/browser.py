@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -73,9 +74,10 @@ class Page:
 
     def _read(self):
         while b"\0" not in self.unread:
-            received = self.from_browser.read(1 << 20)
+            ready, _, _ = select.select([self.from_browser], [], [], 120)
+            received = self.from_browser.read(1 << 20) if ready else b""
             if not received:
-                raise EOFError("the browser has ended")
+                raise EOFError("the browser has ended, or does not answer")
             self.unread += received
         message, self.unread = self.unread.split(b"\0", 1)
         return json.loads(message)
@@ -95,7 +97,7 @@ class Page:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def wait(self, condition, seconds=20):
+    def wait(self, condition, seconds=60):
         end = time.monotonic() + seconds
         while not self.evaluate(f"Boolean({condition})"):
             assert time.monotonic() < end, f"not within {seconds} s: {condition}"
