@@ -12,6 +12,7 @@ ORDER = [
     "cogvideox",
     "trainable",
     "checkpoints",
+    "report",
     "hub",
     "optimizers",
     "processes",
