@@ -25,6 +25,7 @@ import dataset
 import hub
 import optimizers
 import processes
+import report
 import trainable
 import validation
 
@@ -32,11 +33,9 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 START_OPTIONS = (
     "mixed_precision", "gradient_accumulation_steps", "report_to", "output_dir", "logging_dir", "ddp_timeout"
 )  # fmt: skip
-DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-LORA_OPTIONS = ("rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora", "init_lora_weights")
 # What a resumed run must share with its checkpoint: it comes back with the optimizer, or counts the place in the data.
 FIXED = (
-    "training_type", *LORA_OPTIONS, *optimizers.OPTIONS, "scale_lr", "seed", "train_batch_size", "validation_split",
+    "training_type", *trainable.OPTIONS, *optimizers.OPTIONS, "scale_lr", "seed", "train_batch_size", "validation_split",
     "ema_decay",
 )  # fmt: skip
 
@@ -98,7 +97,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     if args.learning_rate is None:
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else {"lora": 1e-4, "sft": 1e-5}[args.training_type]
     _check_lora(args, parser.error)
-    args.rank, args.lora_target_modules = args.rank or 128, sorted(args.lora_target_modules or DEFAULT_TARGETS)
+    args.rank, args.lora_target_modules = (
+        args.rank or 128,
+        sorted(args.lora_target_modules or trainable.DEFAULT_TARGETS),
+    )
     args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
     check_args(args, parser.error)
     return args
@@ -126,7 +128,7 @@ def check_args(args: argparse.Namespace, refuse) -> None:
 
 
 def _check_lora(args: argparse.Namespace, refuse) -> None:
-    names = (*LORA_OPTIONS, "lora_path", "lora_dropout", "ema_decay")
+    names = (*trainable.OPTIONS, "lora_path", "lora_dropout", "ema_decay")
     given = [name for name in names if getattr(args, name) not in (None, 0, "default")]
     if args.training_type == "sft" and given:
         refuse(f"--{given[0]}: does nothing with --training_type sft, which trains no LoRA; leave it out")
@@ -244,14 +246,6 @@ def make_optimizer(args, weights: list[torch.nn.Parameter], clips_per_step: int)
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
-class Update(NamedTuple):
-    """What an optimizer update was; loss of this rank, norm of the gradient over all."""
-
-    loss: torch.Tensor
-    learning_rate: float
-    grad_norm: torch.Tensor
-
-
 class Run(NamedTuple):
     """What the loop works with, none of which it replaces."""
 
@@ -284,8 +278,8 @@ def losses(run: Run) -> Iterator[torch.Tensor]:
             yield cogvideox.training_loss(run.checkpoint, run.state.transformer, batch, generator, run.dtype, encode)
 
 
-def update(run: Run, micro_batch_losses: Iterator[torch.Tensor]) -> Update:
-    """One optimizer update, and what follows the weights."""
+def update(run: Run, micro_batch_losses: Iterator[torch.Tensor]) -> dict:
+    """One optimizer update; returns its "loss" on this rank, its "lr", and its "grad_norm", which is that of all."""
     accelerator, micro_batches = run.accelerator, run.args.gradient_accumulation_steps
     transformer, optimizer, lr_scheduler, average = run.state
     total, weights = 0.0, optimizer.param_groups[0]["params"]
@@ -298,24 +292,31 @@ def update(run: Run, micro_batch_losses: Iterator[torch.Tensor]) -> Update:
             optimizer.step()
             optimizer.zero_grad()
         total += loss.detach() / micro_batches
-    done = Update(total, lr_scheduler.get_last_lr()[0], grad_norm)
+    done = {"loss": total, "lr": lr_scheduler.get_last_lr()[0], "grad_norm": grad_norm}
     lr_scheduler.step()
     average.step()
     return done
 
 
-def log(run: Run, step: int, done: Update, since: tuple[int, float], smoothed: float | None) -> float:
+def log(run: Run, step: int, done: dict, since: tuple[int, float], smoothed: float | None) -> float:
     """Writes one row; `since` is an earlier step and its time, with nothing but updates in between.
 
     Returns the smoothed loss, after that of the row before: a mean at first, of about 50 rows later on.
     """
     seconds = (time.perf_counter() - since[1]) / (step - since[0])
-    loss = run.accelerator.reduce(done.loss, "mean").item()
+    loss = run.accelerator.reduce(done["loss"], "mean").item()
     smoothed = loss if smoothed is None else smoothed + (loss - smoothed) * max(run.args.logging_steps / step, 0.02)
     row = {"step": step, "epoch": round(run.plan.epoch(step), 4), "loss": loss, "loss_smoothed": smoothed}
-    row |= {"lr": done.learning_rate, "grad_norm": done.grad_norm.item(), "seconds": round(seconds, 4)}
+    row |= {"lr": done["lr"], "grad_norm": done["grad_norm"].item(), "seconds": round(seconds, 4)}
     checkpoints.log_row(run.accelerator, run.args.output_dir, row)
     return smoothed
+
+
+def save(run: Run, step: int, fixed: dict) -> None:
+    output_dir, position, limit = run.args.output_dir, run.plan.position(step), run.args.checkpoints_total_limit
+    checkpoints.save_checkpoint(run.accelerator, run.state, run.export, output_dir, position, fixed, limit)
+    if run.accelerator.is_main_process:
+        report.write_report(output_dir)
 
 
 def begins_with_validation(run: Run) -> bool:
@@ -334,15 +335,17 @@ def validate(run: Run, step: int) -> None:
         losses = held_out_losses(run, step) if run.held_out.shapes else None
     if losses and step:  # the base model is not one of those to choose from
         checkpoints.save_best(run.accelerator, run.state, run.export, run.args.output_dir, step, losses)
+    if run.accelerator.is_main_process:
+        report.write_report(run.args.output_dir)
 
 
 def held_out_losses(run: Run, step: int) -> dict:
     what = run.checkpoint, run.state.transformer, run.held_out
     with run.image_encoder() as encode:
         losses = validation.held_out_losses(run.accelerator, run.ranks, *what, encode, run.args.seed, run.dtype)
-    row = {"step": step, "epoch": round(run.plan.epoch(step), 4)} | losses
+    row = {"step": step, "epoch": round(run.plan.epoch(step), 4), **losses}
     checkpoints.log_row(run.accelerator, run.args.output_dir, row, group="validation")
-    tqdm.write(f"update {step}: loss on held-out clips {losses['validation_loss']:.4f}")
+    run.accelerator.print(f"\nupdate {step}: loss on held-out clips {losses['validation_loss']:.4f}")
     return losses
 
 
@@ -420,15 +423,15 @@ def main(args: argparse.Namespace) -> None:
     progress = bar(accelerator, None, "Training", "update", total=plan.total_steps, initial=plan.first_step)
     if begins_with_validation(run):
         validate(run, plan.first_step)
-    since, limit = (plan.first_step, time.perf_counter()), args.checkpoints_total_limit
+    since = plan.first_step, time.perf_counter()
     for step in range(plan.first_step + 1, plan.total_steps + 1):
         done = update(run, micro_batch_losses)
         if logs := step % args.logging_steps == 0:
             smoothed = log(run, step, done, since, smoothed)
-            progress.set_postfix(loss=f"{smoothed:.4f}", lr=f"{done.learning_rate:.2e}", refresh=False)
+            progress.set_postfix(loss=f"{smoothed:.4f}", lr=f"{done['lr']:.2e}", refresh=False)
         progress.update()
         if saves := step % args.checkpointing_steps == 0 or step == plan.total_steps:
-            checkpoints.save_checkpoint(accelerator, state, export, args.output_dir, plan.position(step), fixed, limit)
+            save(run, step, fixed)
         if validates := plan.due(step, args.validation_steps, args.validation_epochs):
             validate(run, step)
         if logs or saves or validates:

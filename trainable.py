@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save
 from cogvideox import Checkpoint, empty_transformer, load_transformer
 from dataset import at_least, expanded_path, publish, publish_folder
 
+OPTIONS = ("rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora", "init_lora_weights")
+DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TRANSFORMER_FOLDER = "transformer"
 # Those that begin with a part of the frozen weights, which is taken out of these.

@@ -248,7 +248,7 @@ def measure(run: train.Run, warmup: int, steps: int) -> tuple[list[float], list[
             torch.cuda.reset_peak_memory_stats()
         synchronize()
         start = time.perf_counter()
-        loss = train.update(run, micro_batch_losses).loss
+        loss = train.update(run, micro_batch_losses)["loss"]
         synchronize()
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
