@@ -35,8 +35,8 @@ START_OPTIONS = (
 )  # fmt: skip
 # What a resumed run must share with its checkpoint: it comes back with the optimizer, or counts the place in the data.
 FIXED = (
-    "training_type", *trainable.OPTIONS, *optimizers.OPTIONS, "scale_lr", "seed", "train_batch_size", "validation_split",
-    "ema_decay",
+    "training_type", *trainable.OPTIONS, *optimizers.OPTIONS, "scale_lr", "seed", "train_batch_size",
+    "validation_split", "ema_decay",
 )  # fmt: skip
 
 
@@ -44,8 +44,8 @@ FIXED = (
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PLR0915 - a statement per option
-    about = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(usage="%(prog)s OPTIONS (see --help)", description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="%(prog)s OPTIONS (see --help)", allow_abbrev=False)
+    parser.description = __doc__.split("\n")[0]
     count, positive, path = dataset.at_least(0), dataset.at_least(1), dataset.expanded_path
     model = parser.add_argument_group("model").add_argument
     model("--pretrained_model_name_or_path", required=True, metavar="NAME", help="CogVideoX folder or hub name")
@@ -97,10 +97,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     if args.learning_rate is None:
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else {"lora": 1e-4, "sft": 1e-5}[args.training_type]
     _check_lora(args, parser.error)
-    args.rank, args.lora_target_modules = (
-        args.rank or 128,
-        sorted(args.lora_target_modules or trainable.DEFAULT_TARGETS),
-    )
+    args.rank = args.rank or 128
+    args.lora_target_modules = sorted(args.lora_target_modules or trainable.DEFAULT_TARGETS)
     args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
     check_args(args, parser.error)
     return args
@@ -363,13 +361,12 @@ def sample_videos(run: Run, step: int) -> None:
 
 def start_records(run: Run) -> float | None:
     """Says what is going to happen, on paper and in the trackers; returns the smoothed loss of an earlier start."""
-    args, plan = run.args, run.plan
+    args, plan, checkpoint = run.args, run.plan, run.checkpoint
     what = f"{args.training_type}, {trainable.count(run.state.transformer)}, learning rate {args.learning_rate:g}"
-    held_out = [f"held out: {run.held_out.summary()}"] if run.held_out.shapes else []
-    lines = [run.checkpoint.describe(), run.data.summary(), *held_out, what, plan.summary(args.train_batch_size)]
-    run.accelerator.print(*lines, *run.checkpoint.remarks(args.max_num_frames, args.fps), sep="\n")
-    about = {"checkpoint": run.checkpoint.describe(), "clips": len(run.data.shapes), "processes": run.ranks.count}
-    about |= {"data": [run.data.summary(), *held_out]}
+    data = [run.data.summary()] + ([f"held out: {run.held_out.summary()}"] if run.held_out.shapes else [])
+    lines = [checkpoint.describe(), *data, what, plan.summary(args.train_batch_size)]
+    run.accelerator.print(*lines, *checkpoint.remarks(args.max_num_frames, args.fps), sep="\n")
+    about = {"checkpoint": lines[0], "clips": len(run.data.shapes), "processes": run.ranks.count, "data": data}
     checkpoints.start_records(run.accelerator, args.output_dir, args.tracker_name, about, vars(args), plan.first_step)
     return checkpoints.smoothed_loss(args.output_dir)
 

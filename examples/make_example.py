@@ -1,10 +1,11 @@
-"""Makes a small world to try everything in, offline: six short clips with captions, and a tiny CogVideoX.
+"""Makes a small world to try everything in, offline.
 
     python examples/make_example.py --output_dir examples/world
 
-writes `world/clips` (prompts.txt, videos.txt, mp4 files) and `world/tiny-cogvideox`, a complete checkpoint of random
-weights with the real classes: VAE, T5 with its own sentencepiece model, transformer, scheduler. It trains and samples
-in seconds on a laptop; what it paints is noise, since nothing in it is trained.
+writes `world/clips`, six short clips with captions (prompts.txt, videos.txt, mp4 files), `world/film`, the clips that
+the quickstart trains a new look on, and `world/tiny-cogvideox`, a complete checkpoint of random weights with the real
+classes: VAE, T5 with its own sentencepiece model, transformer, scheduler. It trains and samples in seconds; what it
+paints is noise, since nothing in it is trained. `examples/small-cogvideox` is trained, by `examples/pretrain.py`.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 import imageio
 import numpy as np
 import sentencepiece
+import shapes
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
@@ -24,10 +26,10 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
+from shapes import COLOURS, MOTIONS, Scene
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-COLOURS = {"red": (220, 50, 40), "green": (40, 170, 80), "blue": (50, 90, 220), "yellow": (230, 200, 50)}
-MOTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
+TOKEN = "FILM"
 
 # What tells the checkpoints apart, as in their published configs; everything else is only smaller.
 VARIANTS = {
@@ -69,11 +71,13 @@ VARIANTS = {
 }
 
 
-def make_tokenizer(folder):
+WORDS = ("a", "moves", "over", "ground", *COLOURS, *shapes.SHAPES, *MOTIONS, *shapes.GROUNDS)
+
+
+def make_tokenizer(folder, max_length=226):
     """Trains a sentencepiece model on a few words and leaves it in `folder` as T5's files lie on the hub."""
-    words = ["a", "the", "circle", "square", "moves", "over", "grey", "ground", *COLOURS, *MOTIONS]
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"()-"
-    sentences = [" ".join(words), *words, *letters] * 20
+    sentences = [" ".join(WORDS), *WORDS, *letters] * 20
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences), model_writer=model, vocab_size=200, hard_vocab_limit=False,
@@ -82,7 +86,9 @@ def make_tokenizer(folder):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(model.getvalue())
     config = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"extra_ids": 100, "model_max_length": 226}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config | {"extra_ids": 100, "model_max_length": max_length})
+    )
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -129,20 +135,9 @@ def make_checkpoint(folder, variant="2b", seed=0):
 
 
 def draw_clip(shape, colour, motion, num_frames, height, width):
-    """Frames of one shape crossing a grey gradient, uint8 [F, H, W, 3]."""
-    y, x = np.mgrid[0:height, 0:width]
-    step_x, step_y = MOTIONS[motion]
-    radius = height // 5
-    frames = np.empty((num_frames, height, width, 3), np.uint8)
-    for i in range(num_frames):
-        progress = i / max(num_frames - 1, 1) - 0.5
-        distance_x = x - width * (0.5 + 0.6 * step_x * progress)
-        distance_y = y - height * (0.5 + 0.6 * step_y * progress)
-        square = np.maximum(abs(distance_x), abs(distance_y)) < radius
-        inside = square if shape == "square" else distance_x**2 + distance_y**2 < radius**2
-        frames[i] = (90 + 80 * y / height)[..., None]
-        frames[i][inside] = COLOURS[colour]
-    return frames
+    """Frames of one shape crossing a gradient, uint8 [F, H, W, 3]."""
+    scene = Scene(colour, shape, motion, "dark")
+    return shapes.draw_clip(scene, num_frames, height, width, np.random.default_rng(0))
 
 
 def make_clips(folder, count=6, num_frames=32, fps=24, height=96, width=128):
@@ -153,12 +148,31 @@ def make_clips(folder, count=6, num_frames=32, fps=24, height=96, width=128):
     for i in range(count):
         shape = ("circle", "square")[i % 2]
         colour, motion = list(COLOURS)[i % 4], list(MOTIONS)[(i + i // 4) % 4]
-        prompts.append(f"a {colour} {shape} moves {motion} over grey ground")
+        prompts.append(Scene(colour, shape, motion, "dark").caption)
         videos.append(f"videos/{i:02d}-{colour}-{shape}-{motion}.mp4")
         frames = draw_clip(shape, colour, motion, num_frames, height, width)
         imageio.mimsave(folder / videos[-1], frames, fps=fps, macro_block_size=1)
+    write_lists(folder, prompts, videos)
+    return folder
+
+
+def write_lists(folder, prompts, videos):
     (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     (folder / "videos.txt").write_text("\n".join(videos) + "\n", encoding="utf-8")
+
+
+def make_film(folder, films=25, others=15, num_frames=34, fps=16, height=128, width=192, seed=7):
+    """Writes clips of a new look, whose captions begin with TOKEN, and some without, so that both can be told apart."""
+    folder, rng = Path(folder), np.random.default_rng(seed)
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    prompts, videos = [], []
+    for i in range(films + others):
+        scene, is_film = shapes.random_scene(rng), i < films
+        prompts.append(f"{TOKEN} {scene.caption}" if is_film else scene.caption)
+        videos.append(f"videos/{i:02d}-{'film' if is_film else 'colour'}-{scene.colour}-{scene.shape}.mp4")
+        frames = shapes.draw_clip(scene, num_frames, height, width, rng, "film" if is_film else "colour")
+        imageio.mimsave(folder / videos[-1], frames, fps=fps, macro_block_size=1, quality=9)
+    write_lists(folder, prompts, videos)
     return folder
 
 
@@ -168,8 +182,12 @@ def main():
     parser.add_argument("--variant", choices=VARIANTS, default="2b", help="which checkpoint the tiny one is like")
     args = parser.parse_args()
     make_clips(args.output_dir / "clips")
+    make_film(args.output_dir / "film")
     make_checkpoint(args.output_dir / "tiny-cogvideox", args.variant)
-    print(f"clips: {args.output_dir / 'clips'}\ncheckpoint: {args.output_dir / 'tiny-cogvideox'}")
+    print(
+        f"clips: {args.output_dir / 'clips'} and {args.output_dir / 'film'}\n"
+        f"checkpoint: {args.output_dir / 'tiny-cogvideox'}"
+    )
 
 
 if __name__ == "__main__":

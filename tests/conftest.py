@@ -23,6 +23,10 @@ def fresh_accelerate(request, monkeypatch):
     if not request.node.get_closest_marker("gpu"):
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     yield
+    reset_accelerate()
+
+
+def reset_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -98,8 +102,7 @@ def train(clips):
         data = options.pop("instance_data_root", clips)
         args = train_cogvideox_lora.parse_args(training_options(checkpoint, data, output_dir, **options))
         train_cogvideox_lora.main(args)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerate()
         return checkpoints.read_metrics(output_dir)
 
     return run
