@@ -515,19 +515,19 @@ def overview(clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
     rates = sorted({round(fact.fps, 2) for fact in facts})
     lengths = sorted(Counter(len(fact.indices) for fact in facts).items(), reverse=True)
     lines = [
-        f"{_clips(len(clips))} of {_range([f'{width}x{height}' for width, height in sizes])} at "
+        f"{count_clips(len(clips))} of {_range([f'{width}x{height}' for width, height in sizes])} at "
         f"{_range([f'{rate:g}' for rate in rates])} fps -> {view.width}x{view.height} at {view.fps} fps; "
         + ", ".join(f"{count} of {length}{' frames' * (i == 0)}" for i, (length, count) in enumerate(lengths))
     ]
     unseen = [fact.unseen_seconds for fact in facts if fact.unseen_seconds >= 0.05]
     cropped = [fact.cropped(view) for fact in facts if fact.cropped(view) >= 0.005]
-    parts = [f"up to {max(unseen):.1f} s at the end ({_clips(len(unseen))})"] if unseen else []
-    parts += [f"up to {max(cropped):.0%} of the picture ({_clips(len(cropped))})"] if cropped else []
+    parts = [f"up to {max(unseen):.1f} s at the end ({count_clips(len(unseen))})"] if unseen else []
+    parts += [f"up to {100 * max(cropped):.0f} % of the picture ({count_clips(len(cropped))})"] if cropped else []
     lines += [f"not seen: {', '.join(parts)}"] if parts else []
     larger = sum(fact.scale(view) > 1 for fact in facts)
     slower = sum(fact.repeats for fact in facts)
-    lines += [f"scaled up, so less sharp than others of this size: {_clips(larger)}"] if larger else []
-    lines += [f"slower than {view.fps} fps, so some frames are seen twice: {_clips(slower)}"] if slower else []
+    lines += [f"scaled up, so less sharp than others of this size: {count_clips(larger)}"] if larger else []
+    lines += [f"slower than {view.fps} fps, so some frames are seen twice: {count_clips(slower)}"] if slower else []
     return lines + _repetitions(clips, facts)
 
 
@@ -547,7 +547,7 @@ def _repetitions(clips: list[Clip], facts: list[Facts]) -> list[str]:
     return lines
 
 
-def _clips(count: int) -> str:
+def count_clips(count: int) -> str:
     return f"{count} clip{'s' * (count != 1)}"
 
 

@@ -7,6 +7,7 @@ import argparse
 import io
 import os
 import sys
+import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -101,14 +102,19 @@ def table(root: Path, clips: list[dataset.Clip], facts: list[dataset.Facts | Non
         cells = _describe(fact, view) if fact else ("cannot be used: see below", *[""] * 6)
         rows.append((str(clip.line), _name(root, clip.video), *cells))
     usable = [row for row, fact in zip(rows, [True, *facts]) if fact]
-    widths = [max(map(len, column)) for column in zip(*[row[:2] for row in rows])]
-    widths += [max(map(len, column)) for column in zip(*[row[2:] for row in usable])]
+    widths = [max(map(_columns, column)) for column in zip(*[row[:2] for row in rows])]
+    widths += [max(map(_columns, column)) for column in zip(*[row[2:] for row in usable])]
     return [
         "  ".join(
             cell.ljust(width) if i == 1 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
         )
         for row in rows
     ]
+
+
+def _columns(text: str) -> int:
+    """How many places of a terminal a text takes: a Chinese character takes two."""
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
 def _describe(fact: dataset.Facts, view: dataset.View) -> tuple[str, ...]:
@@ -119,8 +125,8 @@ def _describe(fact: dataset.Facts, view: dataset.View) -> tuple[str, ...]:
         f"{fact.seconds:.2f}",
         f"{fact.num_frames} -> {len(fact.indices)}",
         f"{unseen:.2f} s" if unseen >= 0.005 else "-",
-        f"{fact.cropped(view):.0%}" if fact.cropped(view) >= 0.005 else "-",
-        f"{scale:.0%}{' (up)' * (scale > 1)}" if scale != 1 else "-",
+        f"{100 * fact.cropped(view):.0f} %" if fact.cropped(view) >= 0.005 else "-",
+        f"{'up ' * (scale > 1)}to {100 * scale:.0f} %" if scale != 1 else "-",
     )
 
 
@@ -189,7 +195,7 @@ def draw_row(root: Path, clip: dataset.Clip, fact: dataset.Facts, view: dataset.
     if random_flip:
         cells.append(("mirrored", thumbnail(dataset.decode(clip, view, mirrored=True)[0])))
     size, rate, seconds, counts, *_ = _describe(fact, view)
-    title = f"{clip.line}   {_name(root, clip.video)}   {size}, {rate} fps, {seconds} s, frames {counts}"
+    title = f"line {clip.line}: {_name(root, clip.video)}, {size}, {rate} fps, {seconds} s, frames {counts}"
     return Row(cells, title, clip.caption)
 
 
@@ -257,7 +263,8 @@ def font_for(text: str) -> tuple[ImageFont.FreeTypeFont, set[str]]:
 @lru_cache(maxsize=65536)
 def _lacks(font: ImageFont.FreeTypeFont, character: str) -> bool:
     """Whether the font draws what it draws for a character that cannot be."""
-    return bytes(font.getmask(character)) == bytes(font.getmask("\U0010ffff"))
+    drawn, nothing = font.getmask(character), font.getmask("\U0010ffff")
+    return drawn.size == nothing.size and bytes(drawn) == bytes(nothing)
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
@@ -304,7 +311,7 @@ def write_sheet(args, clips: list[dataset.Clip], facts: list[dataset.Facts], vie
         except OSError as error:
             raise ValueError(f"--output {args.output}: cannot be written ({error.strerror}); give another") from error
         left_out = len(clips) - len(chosen)
-        print(f"{args.output}: {len(rows)} clips" + f", {left_out} left out (--clips)" * (left_out > 0))
+        print(f"{args.output}: {dataset.count_clips(len(rows))}" + f", {left_out} left out (--clips)" * (left_out > 0))
         if missing:
             print(f"shown as boxes there, for want of a font that has them: {' '.join(sorted(missing)[:40])}")
     return problems
@@ -312,11 +319,11 @@ def write_sheet(args, clips: list[dataset.Clip], facts: list[dataset.Facts], vie
 
 def preview(args: argparse.Namespace) -> list[str]:
     """Prints the table and writes the picture of the clips that can be used; returns what is wrong with the others."""
-    check_output(args.output)
-    checkpoint = read_checkpoint(args)
     clips, problems = dataset.read_clips(
         args.folder, args.caption_column, args.video_column, args.image_column, args.id_token
     )
+    check_output(args.output)
+    checkpoint = read_checkpoint(args)
     view = dataset.View(
         args.height, args.width, args.fps, args.max_num_frames, args.skip_frames_start, args.skip_frames_end,
         args.video_reshape_mode, args.seed, checkpoint is not None and checkpoint.takes_image,
@@ -338,14 +345,11 @@ def preview(args: argparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
     try:
-        problems = preview(args)
+        if problems := preview(args):
+            raise ValueError(dataset.list_problems(args.folder, problems, "training refuses it"))
     except (ValueError, FileNotFoundError) as error:
-        problems, message = True, str(error)
-    else:
-        message = dataset.list_problems(args.folder, problems, "training refuses it")
-    if problems:
         sys.stdout.flush()
-        parser.exit(2, f"{parser.prog}: error: {message}\n")
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 if __name__ == "__main__":
