@@ -104,12 +104,12 @@ def table(root: Path, clips: list[dataset.Clip], facts: list[dataset.Facts | Non
     usable = [row for row, fact in zip(rows, [True, *facts]) if fact]
     widths = [max(map(_columns, column)) for column in zip(*[row[:2] for row in rows])]
     widths += [max(map(_columns, column)) for column in zip(*[row[2:] for row in usable])]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 1 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
-        )
-        for row in rows
-    ]
+    return ["  ".join(map(_pad, row, widths, range(len(row)))).rstrip() for row in rows]
+
+
+def _pad(cell: str, width: int, column: int) -> str:
+    space = " " * (width - _columns(cell))
+    return cell + space if column == 1 else space + cell
 
 
 def _columns(text: str) -> int:
