@@ -19,7 +19,7 @@ import secrets
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
@@ -95,7 +95,9 @@ class Data(NamedTuple):
     clips: "CachedClips"
     shapes: list[tuple[int, ...]]  # of each clip's cached latents, (2c, f, h, w)
     prompts: dict[str, Path]  # embeddings of the validation prompts, and of ""
-    overview: tuple[str, ...] = ()  # lines for people
+    facts: "Sequence[Facts]" = ()  # of each clip; none where clips are made up
+    view: View | None = None
+    remarks: tuple[str, ...] = ()  # on the dataset as a whole
 
     @property
     def has_images(self) -> bool:
@@ -115,19 +117,20 @@ class Data(NamedTuple):
         chosen, everything = set(chosen), range(len(self.shapes))
         return (
             self._take([clip for clip in everything if self.clips.latents[clip][0] not in chosen]),
-            self._take([clip for clip in everything if self.clips.latents[clip][0] in chosen]),
+            self._take([clip for clip in everything if self.clips.latents[clip][0] in chosen])._replace(remarks=()),
         )
 
     def _take(self, clips: list[int]) -> "Data":
         latents, captions = self.clips.latents, self.clips.captions
         taken = CachedClips([latents[clip] for clip in clips], [captions[clip] for clip in clips])
-        return self._replace(clips=taken, shapes=[self.shapes[clip] for clip in clips])
+        shapes, facts = [self.shapes[clip] for clip in clips], [self.facts[clip] for clip in clips if self.facts]
+        return self._replace(clips=taken, shapes=shapes, facts=facts)
 
     def batches_per_epoch(self, batch_size: int) -> int:
         return len(epoch_batches(self.shapes, batch_size, seed=0, epoch=0, random_flip=False))
 
     def summary(self) -> str:
-        return "\n".join(self.overview)
+        return "\n".join([headline(self.facts, self.view), *self.remarks])
 
 
 class Facts(NamedTuple):
@@ -505,25 +508,29 @@ def read_facts(video: Path, view: View) -> Facts:
     return Facts(width, height, fps, len(timestamps), indices, seen_until, file_hash(video))
 
 
-def overview(clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
-    """What a dataset holds, in a line; what the model does not see of it and what looks like an oversight, in others.
+def headline(facts: list[Facts], view: View) -> str:
+    """What clips are, and what the model gets of them."""
+    sizes = sorted({(fact.width, fact.height) for fact in facts}, key=math.prod)
+    rates = sorted({round(fact.fps, 2) for fact in facts})
+    lengths = sorted(Counter(len(fact.indices) for fact in facts).items(), reverse=True)
+    return (
+        f"{count_clips(len(facts))} of {_range([f'{width}x{height}' for width, height in sizes])} at "
+        f"{_range([f'{rate:g}' for rate in rates])} fps -> {view.width}x{view.height} at {view.fps} fps; "
+        + ", ".join(f"{count} of {length}{' frames' * (i == 0)}" for i, (length, count) in enumerate(lengths))
+    )
+
+
+def remarks(clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
+    """What the model does not see of clips, and what of them looks like an oversight, a line each.
 
     Args:
         facts: of each clip.
     """
-    sizes = sorted({(fact.width, fact.height) for fact in facts}, key=math.prod)
-    rates = sorted({round(fact.fps, 2) for fact in facts})
-    lengths = sorted(Counter(len(fact.indices) for fact in facts).items(), reverse=True)
-    lines = [
-        f"{count_clips(len(clips))} of {_range([f'{width}x{height}' for width, height in sizes])} at "
-        f"{_range([f'{rate:g}' for rate in rates])} fps -> {view.width}x{view.height} at {view.fps} fps; "
-        + ", ".join(f"{count} of {length}{' frames' * (i == 0)}" for i, (length, count) in enumerate(lengths))
-    ]
     unseen = [fact.unseen_seconds for fact in facts if fact.unseen_seconds >= 0.05]
     cropped = [fact.cropped(view) for fact in facts if fact.cropped(view) >= 0.005]
     parts = [f"up to {max(unseen):.1f} s at the end ({count_clips(len(unseen))})"] if unseen else []
     parts += [f"up to {100 * max(cropped):.0f} % of the picture ({count_clips(len(cropped))})"] if cropped else []
-    lines += [f"not seen: {', '.join(parts)}"] if parts else []
+    lines = [f"not seen: {', '.join(parts)}"] if parts else []
     larger = sum(fact.scale(view) > 1 for fact in facts)
     slower = sum(fact.repeats for fact in facts)
     lines += [f"scaled up, so less sharp than others of this size: {count_clips(larger)}"] if larger else []
@@ -621,7 +628,8 @@ def encode_dataset(
         _wait_for(path)
     cached = CachedClips(latents, [captions[clip.caption] for clip in clips])
     shapes, prompts = [_latents_shape(paths[0]) for paths in latents], {text: captions[text] for text in prompts}
-    return Data(cached, shapes, prompts, tuple(overview(clips, [found.facts for found in probed], view)))
+    facts = [found.facts for found in probed]
+    return Data(cached, shapes, prompts, facts, view, tuple(remarks(clips, facts, view)))
 
 
 def _missing(clips: list[Clip], probed: list[Probed]) -> list[tuple[Clip, bool, Path]]:

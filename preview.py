@@ -51,7 +51,7 @@ class Row(NamedTuple):
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     about = "Shows what a model will see of a dataset: prints a table of its clips, and draws some of them."
     parser = argparse.ArgumentParser("python dataset.py preview", description=about, allow_abbrev=False)
-    path = lambda text: Path(text).expanduser()  # noqa: E731
+    path = dataset.expanded_path
     parser.add_argument("folder", type=path, metavar="FOLDER", help="with the two list files and the videos")
     data = dataset.add_options(parser).add_argument
     data("--seed", type=dataset.at_least(0), default=42, help="decides where --video_reshape_mode random cuts")
@@ -338,7 +338,8 @@ def preview(args: argparse.Namespace) -> list[str]:
         print("no picture: none of the clips can be used")
         return problems
     clips, facts = map(list, zip(*good))
-    print("", *dataset.overview(clips, facts, view), *spread(facts), *cut_captions(clips, checkpoint), sep="\n")
+    lines = [dataset.headline(facts, view), *dataset.remarks(clips, facts, view), *spread(facts)]
+    print("", *lines, *cut_captions(clips, checkpoint), sep="\n")
     return problems + write_sheet(args, clips, facts, view)
 
 

@@ -124,8 +124,9 @@ def test_what_is_lost_and_what_looks_like_an_oversight_is_summed_up(tmp_path):
         lines.write("copy.mp4\na.mp4\n")
     (folder / "copy.mp4").write_bytes((folder / "a.mp4").read_bytes())
     clips, facts, _ = read(folder)
-    assert dataset.overview(clips, facts, VIEW) == [
-        "5 clips of 80x66 to 160x90 at 4 to 30 fps -> 96x64 at 8 fps; 4 of 9 frames, 1 of 5",
+    headline = "5 clips of 80x66 to 160x90 at 4 to 30 fps -> 96x64 at 8 fps; 4 of 9 frames, 1 of 5"
+    assert dataset.headline(facts, VIEW) == headline
+    assert dataset.remarks(clips, facts, VIEW) == [
         "not seen: up to 3.9 s at the end (4 clips), up to 19 % of the picture (4 clips)",
         "scaled up, so less sharp than others of this size: 1 clip",
         "slower than 8 fps, so some frames are seen twice: 1 clip",
