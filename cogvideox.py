@@ -29,6 +29,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import AutoTokenizer, T5EncoderModel
 
@@ -200,18 +201,37 @@ def download(checkpoint: Checkpoint) -> Checkpoint:
                 f"{checkpoint.name}: cannot be downloaded ({reason}); try again, what came stays"
             ) from error
         checkpoint = checkpoint._replace(folder=Path(folder))
-    for part in ("transformer", "vae", "text_encoder", "tokenizer"):
-        files = list((checkpoint.folder / part).glob("*"))
-        if part == "tokenizer":  # transformers 5 would make one without a vocabulary, and not say so
-            found = any(file.name in ("spiece.model", "tokenizer.json") for file in files)
-        else:
-            weights = [file for file in files if file.suffix in (".safetensors", ".bin")]
-            found = any((checkpoint.variant or "") in file.name and file.stat().st_size > 1024 for file in weights)
-        if not found:
+    for part in ("transformer", "vae", "text_encoder"):
+        weights = [file for file in (checkpoint.folder / part).glob("*") if file.suffix in (".safetensors", ".bin")]
+        if not any((checkpoint.variant or "") in file.name and file.stat().st_size > 1024 for file in weights):
             kind = f"weights{f' of --variant {checkpoint.variant}' * bool(checkpoint.variant)}"
-            what = "spiece.model" if part == "tokenizer" else kind
-            raise ValueError(f"{checkpoint.folder}: no {what} in {part}/; download the checkpoint again")
+            raise ValueError(f"{checkpoint.folder}: no {kind} in {part}/; download the checkpoint again")
+    _check_tokenizer(checkpoint.folder)
     return checkpoint
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Transformers 5 would make one without a vocabulary, and not say so."""
+    if not any((folder / "tokenizer" / name).is_file() for name in ("spiece.model", "tokenizer.json")):
+        raise ValueError(f"{folder}: no spiece.model in tokenizer/; download the checkpoint again")
+
+
+def load_tokenizer(checkpoint: Checkpoint):
+    """That of the captions; of a hub name nothing else is downloaded.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    folder, name = checkpoint.folder, checkpoint.name
+    if not folder:
+        where = {option: checkpoint.hub[option] for option in ("revision", "cache_dir")}
+        try:
+            folder = Path(snapshot_download(name, allow_patterns="tokenizer/*", **where))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{name}: its tokenizer cannot be downloaded ({reason}); try again") from error
+    _check_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
 
 
 def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
@@ -262,7 +282,7 @@ def image_encoder(checkpoint: Checkpoint, dtype, device, tiling: bool, slicing: 
 def caption_encoder(checkpoint: Checkpoint, dtype, device) -> Iterator[Callable]:
     """`encode_caption` with a T5 that is in memory for the length of a `with` block."""
     folder = checkpoint.folder
-    tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    tokenizer = load_tokenizer(checkpoint)
     text_encoder = T5EncoderModel.from_pretrained(
         folder, subfolder="text_encoder", dtype=dtype, variant=checkpoint.variant
     )
@@ -343,6 +363,16 @@ def encode_caption(tokenizer, text_encoder: T5EncoderModel, caption: str, max_le
         )
     tokens = tokenizer(caption, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
     return text_encoder(tokens.input_ids.to(text_encoder.device))[0][0]
+
+
+def cut_caption(tokenizer, caption: str, max_length: int) -> tuple[int, str]:
+    """How many tokens a caption has, and what of its text `encode_caption` cuts off."""
+    tokens = tokenizer(caption, verbose=False, return_offsets_mapping=True)
+    num_tokens = len(tokens.input_ids)
+    if num_tokens <= max_length:
+        return num_tokens, ""
+    begin, _ = tokens.offset_mapping[max_length - 1]  # of the first that makes room for the end-of-text token
+    return num_tokens, caption[begin:].strip()
 
 
 def sample_latents(parameters: torch.Tensor, scaling_factor: float, generator: torch.Generator) -> torch.Tensor:

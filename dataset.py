@@ -14,10 +14,12 @@ import math
 import os
 import random
 import re
+import runpy
 import secrets
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
@@ -93,6 +95,9 @@ class Data(NamedTuple):
     clips: "CachedClips"
     shapes: list[tuple[int, ...]]  # of each clip's cached latents, (2c, f, h, w)
     prompts: dict[str, Path]  # embeddings of the validation prompts, and of ""
+    facts: "Sequence[Facts]" = ()  # of each clip; none where clips are made up
+    view: View | None = None
+    remarks: tuple[str, ...] = ()  # on the dataset as a whole
 
     @property
     def has_images(self) -> bool:
@@ -112,21 +117,53 @@ class Data(NamedTuple):
         chosen, everything = set(chosen), range(len(self.shapes))
         return (
             self._take([clip for clip in everything if self.clips.latents[clip][0] not in chosen]),
-            self._take([clip for clip in everything if self.clips.latents[clip][0] in chosen]),
+            self._take([clip for clip in everything if self.clips.latents[clip][0] in chosen])._replace(remarks=()),
         )
 
     def _take(self, clips: list[int]) -> "Data":
         latents, captions = self.clips.latents, self.clips.captions
         taken = CachedClips([latents[clip] for clip in clips], [captions[clip] for clip in clips])
-        return self._replace(clips=taken, shapes=[self.shapes[clip] for clip in clips])
+        shapes, facts = [self.shapes[clip] for clip in clips], [self.facts[clip] for clip in clips if self.facts]
+        return self._replace(clips=taken, shapes=shapes, facts=facts)
 
     def batches_per_epoch(self, batch_size: int) -> int:
         return len(epoch_batches(self.shapes, batch_size, seed=0, epoch=0, random_flip=False))
 
     def summary(self) -> str:
-        lengths = Counter(4 * (shape[1] - 1) + 1 for shape in self.shapes)
-        parts = [f"{count} of {length} frames" for length, count in sorted(lengths.items())]
-        return f"{len(self.shapes)} clips: {', '.join(parts)}"
+        return "\n".join([headline(self.facts, self.view), *self.remarks])
+
+
+class Facts(NamedTuple):
+    """What the file of a video holds, and what the model gets of it."""
+
+    width: int
+    height: int
+    fps: float  # the mean, where frames are unevenly spaced
+    num_frames: int
+    indices: list[int]  # of the frames that the model gets
+    seen_until: float  # seconds from the start of the file
+    content: str  # a hash
+
+    @property
+    def seconds(self) -> float:
+        return self.num_frames / self.fps
+
+    @property
+    def unseen_seconds(self) -> float:
+        """At the end; what is skipped at the start is what was asked for."""
+        return max(self.seconds - self.seen_until, 0)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the model gets a frame twice, because the file is slower than the model."""
+        return len(set(self.indices)) < len(self.indices)
+
+    def scale(self, view: View) -> float:
+        return covering_scale(self.height, self.width, view.height, view.width)
+
+    def cropped(self, view: View) -> float:
+        """The share of the picture that is cut off."""
+        return 1 - view.height * view.width / (self.height * self.width * self.scale(view) ** 2)
 
 
 def count_held_out(held_out: float, videos: int) -> int:
@@ -142,10 +179,11 @@ def count_held_out(held_out: float, videos: int) -> int:
 
 
 class Probed(NamedTuple):
-    """What is known of a clip before anything is decoded: where its latents belong, or why it cannot be used."""
+    """What is known of a clip before it is encoded: where its latents belong, or why it cannot be used."""
 
     paths: list[Path]  # of the cached latents: as filmed, then mirrored if flips were asked for
     missing: list[bool]
+    facts: Facts | None
     problem: str | None
 
 
@@ -329,6 +367,11 @@ def choose_frames(timestamps: np.ndarray, view: View) -> list[int]:
     return [view.skip_frames_start + int(i) for i in nearest.clip(0, len(kept) - 1)]
 
 
+def covering_scale(height: int, width: int, to_height: int, to_width: int) -> float:
+    """What a picture's sides are multiplied by to cover another."""
+    return max(to_height / height, to_width / width)
+
+
 def resize_and_crop(frames: torch.Tensor, height: int, width: int, place: tuple[float, float]) -> torch.Tensor:
     """Frames scaled to cover height x width with their aspect kept, then cropped.
 
@@ -337,7 +380,7 @@ def resize_and_crop(frames: torch.Tensor, height: int, width: int, place: tuple[
         place: where in the overhang to crop, each from 0 (top, left) to 1; (0.5, 0.5) is the centre.
     """
     video = frames.permute(0, 3, 1, 2)  # [F, C, H, W]
-    scale = max(height / video.shape[2], width / video.shape[3])
+    scale = covering_scale(video.shape[2], video.shape[3], height, width)
     size = [max(height, round(video.shape[2] * scale)), max(width, round(video.shape[3] * scale))]
     if size != list(video.shape[2:]):
         video = F.interpolate(video, size, mode="bicubic", antialias=True)
@@ -352,6 +395,19 @@ def read_frames(video: Path, view: View, mirrored: bool) -> torch.Tensor:
     frames = torch.from_numpy(reader.get_batch(indices).asnumpy())
     frames = resize_and_crop(frames, view.height, view.width, _place(video, view))
     return frames.flip(2) if mirrored else frames
+
+
+def decode(clip: Clip, view: View, mirrored: bool) -> torch.Tensor:
+    """`read_frames` of a clip.
+
+    Raises:
+        ValueError: the problem, as `examine` tells those that it finds.
+    """
+    try:
+        return read_frames(clip.video, view, mirrored)
+    except (RuntimeError, decord.DECORDError) as error:
+        problem = _problem(clip, f"stopped in the middle of decoding: {str(error).splitlines()[0]}")
+        raise ValueError(problem) from error
 
 
 def _place(video: Path, view: View) -> tuple[float, float]:
@@ -401,6 +457,115 @@ def first_image(clip: Clip, frames: torch.Tensor, view: View, mirrored: bool) ->
 
 def _timestamps(reader) -> np.ndarray:
     return reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
+
+
+# ---- what is known of a clip before it is encoded --------------------------------------------------------------------
+
+
+def examine(clip: Clip, view: View) -> tuple[Facts | None, str | None]:
+    """What the model gets of a clip, or why it cannot be used."""
+    for file in filter(None, (clip.video, clip.image)):
+        if not file.is_file():
+            return None, _problem(clip, "no such file; correct the path, which starts at the dataset's folder", file)
+    try:
+        facts = read_facts(clip.video, view)
+    except ValueError as error:
+        return None, _problem(clip, str(error))
+    if clip.image:
+        try:
+            read_image(clip.image, view.height, view.width)
+        except ValueError as error:
+            return None, _problem(clip, str(error), clip.image)
+    return facts, None
+
+
+def read_facts(video: Path, view: View) -> Facts:
+    """Facts of a file that is there.
+
+    Raises:
+        ValueError: it cannot be read, or not as `view` asks for.
+    """
+    if video.stat().st_size == 0:
+        raise ValueError("the file is empty; copy it again, or remove the clip from the lists")
+    try:
+        reader = decord.VideoReader(str(video))  # reads to the end of the file, so a truncated one fails here
+        timestamps = _timestamps(reader)
+        indices = choose_frames(timestamps, view)
+        height, width, _ = reader[indices[-1]].shape
+    except (RuntimeError, decord.DECORDError) as error:
+        remedy = "play it to check, and re-encode it (ffmpeg -i in -c:v libx264 out.mp4) or remove it from the lists"
+        raise ValueError(f"cannot be read as a video, the file is damaged or not a video; {remedy}") from error
+    if min(height, width) < SMALLEST_SIDE:
+        raise ValueError(f"is {width}x{height} pixels; decord reads videos from {SMALLEST_SIDE} pixels a side")
+    if view.whole and len(indices) < view.max_num_frames:
+        raise ValueError(
+            f"gives {len(indices)} frames at --fps {view.fps}, and this checkpoint takes {view.max_num_frames}, no "
+            "fewer; use a longer clip, or remove it from the lists"
+        )
+    span, intervals = timestamps[-1] - timestamps[0], len(timestamps) - 1
+    fps = float(intervals / span) if span else reader.get_avg_fps()
+    seen_until = float(timestamps[indices[0]] - timestamps[0]) + len(indices) / view.fps
+    return Facts(width, height, fps, len(timestamps), indices, seen_until, file_hash(video))
+
+
+def headline(facts: list[Facts], view: View) -> str:
+    """What clips are, and what the model gets of them."""
+    sizes = sorted({(fact.width, fact.height) for fact in facts}, key=math.prod)
+    rates = sorted({round(fact.fps, 2) for fact in facts})
+    lengths = sorted(Counter(len(fact.indices) for fact in facts).items(), reverse=True)
+    return (
+        f"{count_clips(len(facts))} of {_range([f'{width}x{height}' for width, height in sizes])} at "
+        f"{_range([f'{rate:g}' for rate in rates])} fps -> {view.width}x{view.height} at {view.fps} fps; "
+        + ", ".join(f"{count} of {length}{' frames' * (i == 0)}" for i, (length, count) in enumerate(lengths))
+    )
+
+
+def remarks(clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
+    """What the model does not see of clips, and what of them looks like an oversight, a line each.
+
+    Args:
+        facts: of each clip.
+    """
+    unseen = [fact.unseen_seconds for fact in facts if fact.unseen_seconds >= 0.05]
+    cropped = [fact.cropped(view) for fact in facts if fact.cropped(view) >= 0.005]
+    parts = [f"up to {max(unseen):.1f} s at the end ({count_clips(len(unseen))})"] if unseen else []
+    parts += [f"up to {100 * max(cropped):.0f} % of the picture ({count_clips(len(cropped))})"] if cropped else []
+    lines = [f"not seen: {', '.join(parts)}"] if parts else []
+    larger = sum(fact.scale(view) > 1 for fact in facts)
+    slower = sum(fact.repeats for fact in facts)
+    lines += [f"scaled up, so less sharp than others of this size: {count_clips(larger)}"] if larger else []
+    lines += [f"slower than {view.fps} fps, so some frames are seen twice: {count_clips(slower)}"] if slower else []
+    return lines + _repetitions(clips, facts)
+
+
+def _repetitions(clips: list[Clip], facts: list[Facts]) -> list[str]:
+    """Videos and captions that stand in the lists more than once, the most frequent first."""
+    videos, captions = {}, {}
+    for clip, fact in zip(clips, facts):
+        videos.setdefault(fact.content, []).append(clip.line)
+        captions.setdefault(clip.caption, []).append(clip.line)
+    lines = []
+    for what, found in (("video", videos), ("caption", captions)):
+        repeated = sorted((group for group in found.values() if len(group) > 1), key=len, reverse=True)
+        if repeated:
+            groups = [_and(group[:6], len(group)) for group in repeated[:5]]
+            more = f"; and {len(repeated) - 5} more" if len(repeated) > 5 else ""
+            lines.append(f"the same {what} more than once: lines {'; '.join(groups)}{more}")
+    return lines
+
+
+def count_clips(count: int) -> str:
+    return f"{count} clip{'s' * (count != 1)}"
+
+
+def _range(ascending: list[str]) -> str:
+    return ascending[0] if len(ascending) == 1 else f"{ascending[0]} to {ascending[-1]}"
+
+
+def _and(numbers: list[int], count: int) -> str:
+    """The numbers in words, of `count` that there are."""
+    *most, last = [*map(str, numbers), *([f"{count - len(numbers)} others"] if count > len(numbers) else [])]
+    return f"{', '.join(most)} and {last}"
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------
@@ -462,7 +627,9 @@ def encode_dataset(
     for path in written:
         _wait_for(path)
     cached = CachedClips(latents, [captions[clip.caption] for clip in clips])
-    return Data(cached, [_latents_shape(paths[0]) for paths in latents], {text: captions[text] for text in prompts})
+    shapes, prompts = [_latents_shape(paths[0]) for paths in latents], {text: captions[text] for text in prompts}
+    facts = [found.facts for found in probed]
+    return Data(cached, shapes, prompts, facts, view, tuple(remarks(clips, facts, view)))
 
 
 def _missing(clips: list[Clip], probed: list[Probed]) -> list[tuple[Clip, bool, Path]]:
@@ -479,8 +646,12 @@ def _missing(clips: list[Clip], probed: list[Probed]) -> list[tuple[Clip, bool, 
 def _refuse(root: Path, everyone: Ranks, problems: list[str]) -> None:
     """Ends all ranks if one has a problem; what several have is told once."""
     if problems := list(dict.fromkeys(everyone.gather(problems))):
-        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-        raise ValueError(f"{root}: {count} in the dataset, nothing is trained:\n  " + "\n  ".join(problems))
+        raise ValueError(list_problems(root, problems, "nothing is trained"))
+
+
+def list_problems(root: Path, problems: list[str], consequence: str) -> str:
+    count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+    return f"{root}: {count} in the dataset, {consequence}:\n  " + "\n  ".join(problems)
 
 
 def file_hash(path: Path) -> str:
@@ -501,55 +672,24 @@ def hash_of(content) -> str:
 
 
 def probe_clips(clips: list[Clip], view: View, cache: Path, encoder: str, random_flip: bool) -> list[Probed]:
-    """Where each clip's latents belong; a clip that is not cached yet is opened to see whether it can be."""
+    """Opens each clip, and says where its latents belong."""
     with ThreadPoolExecutor() as threads:
         return list(threads.map(lambda clip: _probe(clip, view, cache, encoder, random_flip), clips))
 
 
 def _probe(clip: Clip, view: View, cache: Path, encoder: str, random_flip: bool) -> Probed:
-    remedy = "no such file; correct the path, which starts at the dataset's folder"
-    for file in filter(None, (clip.video, clip.image)):
-        if not file.is_file():
-            return Probed([], [], _problem(clip, remedy, file))
+    facts, problem = examine(clip, view)
+    if problem:
+        return Probed([], [], None, problem)
     what = view._asdict() | ({"seed": None} if view.crop == "center" else {})  # the centre does not depend on it
     for name in ("with_image", "whole"):  # what is not asked for changes nothing
         if not what[name]:
             del what[name]
-    what |= {"video": file_hash(clip.video), "encoder": encoder}
+    what |= {"video": facts.content, "encoder": encoder}
     if view.with_image and clip.image:
         what["image"] = file_hash(clip.image)
     paths = [cache_path(cache, "latents", **what, mirrored=mirrored) for mirrored in (False, True)[: 1 + random_flip]]
-    missing = [not path.exists() for path in paths]
-    problem = _video_problem(clip, view) if any(missing) else None
-    if clip.image and any(missing) and not problem:
-        try:
-            read_image(clip.image, view.height, view.width)
-        except ValueError as error:
-            problem = _problem(clip, str(error), clip.image)
-    return Probed(paths, missing, problem)
-
-
-def _video_problem(clip: Clip, view: View) -> str | None:
-    if clip.video.stat().st_size == 0:
-        return _problem(clip, "the file is empty; copy it again, or remove the clip from the lists")
-    try:
-        reader = decord.VideoReader(str(clip.video))  # reads to the end of the file, so a truncated one fails here
-        indices = choose_frames(_timestamps(reader), view)
-        height, width, _ = reader[indices[-1]].shape
-    except ValueError as error:
-        return _problem(clip, str(error))
-    except (RuntimeError, decord.DECORDError):
-        remedy = "play it to check, and re-encode it (ffmpeg -i in -c:v libx264 out.mp4) or remove it from the lists"
-        return _problem(clip, f"cannot be read as a video, the file is damaged or not a video; {remedy}")
-    if min(height, width) < SMALLEST_SIDE:
-        return _problem(clip, f"is {width}x{height} pixels; decord reads videos from {SMALLEST_SIDE} pixels a side")
-    if view.whole and len(indices) < view.max_num_frames:
-        return _problem(
-            clip,
-            f"gives {len(indices)} frames at --fps {view.fps}, and this checkpoint takes {view.max_num_frames}, no "
-            "fewer; use a longer clip, or remove it from the lists",
-        )
-    return None
+    return Probed(paths, [not path.exists() for path in paths], facts, None)
 
 
 def _problem(clip: Clip, what: str, file: Path | None = None) -> str:
@@ -566,9 +706,9 @@ class _FramesToEncode(torch.utils.data.Dataset):
     def __getitem__(self, i):
         clip, mirrored, _ = self.work[i]
         try:
-            frames = read_frames(clip.video, self.view, mirrored)
-        except (RuntimeError, decord.DECORDError) as error:
-            return i, _problem(clip, f"stopped in the middle of decoding: {str(error).splitlines()[0]}"), {}
+            frames = decode(clip, self.view, mirrored)
+        except ValueError as error:
+            return i, str(error), {}
         return i, frames, {"image": first_image(clip, frames, self.view, mirrored)} if self.view.with_image else {}
 
 
@@ -766,3 +906,12 @@ def micro_batches(data: Data, plan: Plan, ranks: Ranks, batch_size, seed, random
         generator=torch.Generator(),  # or it would draw from the global one
     )
     return zip(itertools.count(first, ranks.count), loader)
+
+
+if __name__ == "__main__":
+    usage = "python dataset.py preview FOLDER [options]   (see python dataset.py preview --help)"
+    parser = argparse.ArgumentParser(usage=usage, description="Shows what a model will see of a dataset.")
+    parser.add_argument("command", choices=["preview"])
+    parser.parse_args(sys.argv[1:2])
+    del sys.argv[1]
+    runpy.run_module("preview", run_name="__main__")  # not imported: it stands on this module, and on model libraries

@@ -306,7 +306,7 @@ def details(run: dict) -> str:
     """What was trained on, with which options and packages."""
     if not run:
         return _nothing("There is no args.json.")
-    lines = run.get("data", [])
+    lines = [line for summary in run.get("data", []) for line in summary.splitlines()]
     facts = [(name, f"{run[name]:,}") for name in ("clips", "processes") if name in run]
     facts += [("versions", ", ".join(f"{package} {version}" for package, version in run.get("versions", {}).items()))]
     options = [(f"--{name}", _typed(value)) for name, value in run.get("options", {}).items()]

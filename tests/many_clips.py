@@ -33,7 +33,7 @@ def encoder(*_):
     yield lambda frames: torch.randn(8, 13, 16, 24)  # 156 KiB: 1,000 of them cannot hide in the process
 
 
-dataset._video_problem = lambda clip, view: None
+dataset.read_facts = lambda video, view: dataset.Facts(720, 480, 8.0, 49, [0] * 49, 6.125, dataset.file_hash(video))
 dataset.read_frames = lambda video, view, mirrored: torch.zeros(1, 1, 1, 3, dtype=torch.uint8)
 cogvideox.video_encoder = encoder
 sample_latents = cogvideox.sample_latents

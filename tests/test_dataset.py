@@ -243,7 +243,10 @@ def test_an_interrupted_encoding_pass_goes_on_where_it_was(tmp_path):
     assert len(encoded) == 4
     prepare()
     assert len(encoded) == 4
-    assert data.summary() == "4 clips: 4 of 9 frames"
+    assert data.summary().splitlines() == [
+        "4 clips of 128x96 at 8 fps -> 96x64 at 8 fps; 4 of 9 frames",
+        "not seen: up to 0.4 s at the end (3 clips), up to 11 % of the picture (4 clips)",
+    ]
     assert data.clips[3, False]["parameters"].shape == (2, 3, 2, 2)
 
 

@@ -76,7 +76,7 @@ def test_ranks_share_the_validation_and_all_of_it_arrives(two_ranks):
 
 def test_only_one_rank_speaks(two_ranks):
     _, result = two_ranks
-    assert result.stdout.count("4 clips: 4 of 9 frames") == 1
+    assert result.stdout.count("\n4 clips of 128x96 at 24 fps -> 96x64 at 8 fps; 4 of 9 frames") == 1
 
 
 def test_killed_ranks_that_resume_equal_a_straight_run(two_ranks, tiny_checkpoint, clips, tmp_path):

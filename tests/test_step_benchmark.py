@@ -76,7 +76,8 @@ def check_training_script(monkeypatch, checkpoint, folder, **options):
     for name in ("red", "blue"):
         (clips / f"{name}.mp4").write_text(name)
     frames = torch.randint(0, 256, (9, 64, 96, 3), dtype=torch.uint8)
-    monkeypatch.setattr(dataset, "_video_problem", lambda clip, view: None)
+    facts = dataset.Facts(96, 64, 8.0, 9, list(range(9)), 1.125, "")
+    monkeypatch.setattr(dataset, "read_facts", lambda video, view: facts._replace(content=video.name))
     monkeypatch.setattr(dataset, "read_frames", lambda video, view, mirrored: frames)
 
     line = training_options(checkpoint, clips, folder / "run", max_train_steps=3, **options)
