@@ -43,3 +43,21 @@ def test_every_link_inside_leads_somewhere():
     for target in re.findall(r"\]\(([^)]+)\)", README):
         inside = target.startswith("#")
         assert target.startswith("https://") or (target[1:] in anchors if inside else (ROOT / target).exists()), target
+
+
+def commands(text):
+    """Lines that a person types, as they stand in the code blocks, with the lines that they go on in."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    first = r"(?:[A-Z_]+=\S+ )*(?:bash|python|python3|accelerate|hf|pip|sbatch|source|ssh) "
+    return [line for block in blocks for line in re.findall(rf"^{first}(?:.*\\\n)*.*$", block, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("language", ["ja", "zh"])
+def test_other_languages_have_the_same_commands_and_link_each_other(language):
+    text = (ROOT / f"README_{language}.md").read_text(encoding="utf-8")
+    assert len(commands(README)) > 20
+    assert commands(text) == commands(README)
+    for name in {"README.md", "README_ja.md", "README_zh.md"} - {f"README_{language}.md"}:
+        assert f"]({name})" in text
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert pictures == re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
