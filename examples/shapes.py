@@ -85,8 +85,8 @@ def film_frame(inside, ground, x, y, rng):
     height, width = inside.shape
     hatching = 0.5 + 0.5 * np.cos(2 * np.pi * (x + y) * 8 / height)  # eight lines a frame's height
     paper = 185 + 0.2 * (ground - 128) + rng.uniform(-4, 4)
-    vignette = 1 - 0.35 * np.hypot(x / width - 0.5, y / height - 0.5) ** 2 / 0.5
-    ink = 20 + 70 * hatching
+    vignette = 1 - 0.25 * np.hypot(x / width - 0.5, y / height - 0.5) ** 2 / 0.5
+    ink = 35 + 70 * hatching
     tone = (paper - 14 * hatching) * (1 - inside) + ink * inside
     return (tone * vignette + rng.normal(0, 5, inside.shape)).clip(0, 255)
 
