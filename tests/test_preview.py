@@ -146,7 +146,7 @@ def test_facts_end_where_the_model_s_frames_do(tmp_path):
 def test_the_words_that_are_cut_off_are_those_whose_tokens_are(tiny_checkpoint):
     checkpoint = cogvideox.read_checkpoint(str(tiny_checkpoint))
     tokenizer = cogvideox.load_tokenizer(checkpoint)
-    caption = "a red circle moves over grey ground, and then a blue square moves left " * 12
+    caption = "a red circle moves over grey ground, and then a blue square moves left " * 14
     read_tokens = tokenizer(caption, max_length=226, truncation=True).input_ids
     seen = tokenizer.decode(read_tokens, skip_special_tokens=True)
     num_tokens, cut = cogvideox.cut_caption(tokenizer, caption, 226)
