@@ -272,7 +272,7 @@ def encoded(checkpoint, scenes, rng, device):
     with cogvideox.loaded_vae(checkpoint, torch.bfloat16, device, False, False) as vae:
         parameters = [cogvideox.encode_video(vae, drawn(scene, rng, device)).float().cpu() for scene in scenes]
     with cogvideox.caption_encoder(checkpoint, torch.float32, device) as encode:
-        embeds = {text: encode(text)[0].cpu() for text in {scene.caption for scene in scenes} | {""}}
+        embeds = {text: encode(text).cpu() for text in {scene.caption for scene in scenes} | {""}}
     return parameters, embeds
 
 

@@ -52,11 +52,14 @@ def test_the_reference_command_leaves_videos_checkpoints_metrics_and_the_lora(ti
     )  # fmt: skip
     run = tmp_path / "run"
     assert [row["step"] for row in rows] == list(range(1, 25))
-    assert set(rows[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "seconds", "peak_memory_gib"}
+    assert set(rows[0]) == {
+        "step", "epoch", "loss", "loss_smoothed", "lr", "grad_norm", "seconds", "peak_memory_gib"
+    }  # fmt: skip
     assert rows[-1]["epoch"] == 4
     assert [path.name for path in checkpoints.list_checkpoints(run)] == [f"checkpoint-{n}" for n in (10, 20, 24)]
     assert (run / "checkpoint-20" / LORA_FILE).is_file() and (run / LORA_FILE).is_file()
-    for step in (12, 24):
+    assert (run / "report.html").is_file()
+    for step in (0, 12, 24):
         folder = run / "validation" / f"step-{step:06d}"
         videos = sorted(folder.glob("*.mp4"))
         assert [video.name for video in videos] == ["prompt-00_seed-3407.mp4", "prompt-01_seed-3407.mp4"]
@@ -212,7 +215,7 @@ def test_validation_starts_from_the_images_given_or_from_the_clips(checkpoint_of
         patch.setattr(cogvideox, "sample_video", watch)
         train(
             checkpoint_of(variant), tmp_path / "run", max_train_steps=1, validation_prompt="a cat:::a cat:::a dog",
-            validation_images=f":::{tmp_path}/blue.png:::",
+            validation_images=f":::{tmp_path}/blue.png:::", validate_first=False,
         )  # fmt: skip
     assert [image.shape for image in started] == [(64, 96, 3)] * 3
     assert (started[1] == torch.tensor([0, 0, 255])).all()
@@ -245,7 +248,7 @@ def test_validation_leaves_training_as_it_is(tiny_checkpoint, tmp_path, train):
     assert losses(without) == losses(with_validation)
     assert_equal_weights(lora_of(tmp_path / "a"), lora_of(tmp_path / "b"))
     assert sorted(path.name for path in (tmp_path / "b" / "validation").iterdir()) == [
-        "step-000002", "step-000004", "step-000005"
+        "step-000000", "step-000002", "step-000004", "step-000005"
     ]  # fmt: skip
 
 
@@ -410,8 +413,9 @@ def test_tensorboard_gets_scalars_and_moving_pictures(tiny_checkpoint, tmp_path,
     )  # fmt: skip
     events = EventAccumulator(str(tmp_path / "run" / "logs" / "name"), size_guidance={"images": 0}).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
-    (image,) = events.Images("validation/prompt-00_seed-3407")
-    assert image.encoded_image_string.startswith(b"GIF89a") and image.step == 2
+    images = events.Images("validation/prompt-00_seed-3407")
+    assert [image.step for image in images] == [0, 2]
+    assert all(image.encoded_image_string.startswith(b"GIF89a") for image in images)
 
 
 def test_an_option_that_the_checkpoint_overrules_is_refused_on_resuming(tiny_checkpoint, tmp_path, train, capsys):
