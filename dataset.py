@@ -173,7 +173,7 @@ def count_held_out(held_out: float, videos: int) -> int:
         ValueError: none is left to train on.
     """
     count = round(held_out) if held_out >= 1 or not held_out else max(1, round(held_out * videos))
-    if count >= max(videos, 1):
+    if 0 < videos <= count:
         raise ValueError(f"--validation_split {held_out:g}: holds out all of the {videos} videos; hold out fewer")
     return count
 
