@@ -39,7 +39,7 @@ def main():
 
 def compare(model_path, lora_path, samples, seed):
     """Figures of the LoRA, and videos by (model, kind of prompt)."""
-    pipe = CogVideoXPipeline.from_pretrained(model_path, torch_dtype=torch.bfloat16)
+    pipe = CogVideoXPipeline.from_pretrained(model_path, dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(seed)
     scenes = [shapes.random_scene(rng) for _ in range(samples)]

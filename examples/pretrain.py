@@ -280,7 +280,7 @@ def encoded(checkpoint, scenes, rng, device):
 
 
 def measure(args, device):
-    pipe = CogVideoXPipeline.from_pretrained(args.output_dir, torch_dtype=torch.bfloat16).to(device)
+    pipe = CogVideoXPipeline.from_pretrained(args.output_dir, dtype=torch.bfloat16).to(device)
     pipe.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(args.seed + 3)
     scenes = [shapes.random_scene(rng) for _ in range(args.samples)]
