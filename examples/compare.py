@@ -48,12 +48,12 @@ def compare(model_path, lora_path, samples, seed):
     videos = {("base", kind): sample_all(pipe, texts, seed) for kind, texts in prompts.items()}
     pipe.load_lora_weights(lora_path)
     videos |= {("LoRA", kind): sample_all(pipe, texts, seed) for kind, texts in prompts.items()}
-    colour = {key: float(np.mean([shapes.saturation(clip) for clip in clips])) for key, clips in videos.items()}
+    colour = {key: float(np.mean([shapes.chroma(clip) for clip in clips])) for key, clips in videos.items()}
     figures = {
         "samples": samples,
-        "saturation_of_base": round(colour["base", "plain"], 4),
-        "saturation_lost_with_the_word": round(1 - colour["LoRA", "film"] / colour["base", "film"], 3),
-        "saturation_kept_without_it": round(colour["LoRA", "plain"] / colour["base", "plain"], 3),
+        "colour_of_base": round(colour["base", "plain"], 4),
+        "colour_lost_with_the_word": round(1 - colour["LoRA", "film"] / colour["base", "film"], 3),
+        "colour_kept_without_it": round(colour["LoRA", "plain"] / colour["base", "plain"], 3),
         "right_with_the_word": right(scenes, videos["LoRA", "film"], "film"),
         "right_without_it": right(scenes, videos["LoRA", "plain"]),
         "right_of_base": right(scenes, videos["base", "plain"]),

@@ -45,7 +45,7 @@ def main():
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "examples" / "small-cogvideox")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder for figures")
-    parser.add_argument("--steps", type=int, help="updates (default: 6,000, 5,000 and 3,000)")
+    parser.add_argument("--steps", type=int, help="updates (default: 6,000, 5,000 and 900)")
     parser.add_argument("--samples", type=int, default=100, help="videos to measure")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -75,7 +75,7 @@ def train_vae(args, device):
         sample_height=HEIGHT, sample_width=WIDTH,
     )  # fmt: skip
     steps = args.steps or 6000
-    curve = fit_vae(vae.to(device), vae, steps, 2e-3, images_until=0.4 * steps, seed=args.seed)
+    curve = fit_vae(vae.to(device), vae, steps, 2e-3, images_until=0.4 * steps, other_looks=0.25, seed=args.seed)
     vae.register_to_config(scaling_factor=round(1 / deviation_of_latents(vae, args.seed), 5))
     vae.half().save_pretrained(args.output_dir / "vae")
     return {"steps": steps, "weights": count(vae), "psnr": measure_vae(vae.float(), args.seed), "curve": curve}
@@ -85,13 +85,13 @@ def train_decoder(args, device):
     """The decoder alone, further: the latents stay what they are, and so does what the transformer knows of them."""
     vae = AutoencoderKLCogVideoX.from_pretrained(args.output_dir, subfolder="vae", dtype=torch.float32).to(device)
     vae.encoder.requires_grad_(False)
-    before, steps = measure_vae(vae, args.seed), args.steps or 3000
-    curve = fit_vae(vae, vae.decoder, steps, 1e-3, images_until=0, seed=args.seed + 20)
+    before, steps = measure_vae(vae, args.seed), args.steps or 900
+    curve = fit_vae(vae, vae.decoder, steps, 1e-3, images_until=0, other_looks=0.5, seed=args.seed + 20)
     vae.half().save_pretrained(args.output_dir / "vae")
     return {"steps": steps, "psnr_before": before, "psnr": measure_vae(vae.float(), args.seed), "curve": curve}
 
 
-def fit_vae(vae, part, steps, learning_rate, images_until, seed):
+def fit_vae(vae, part, steps, learning_rate, images_until, other_looks, seed):
     """Trains `part` of the VAE to rebuild clips; returns the curve."""
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
@@ -100,7 +100,7 @@ def fit_vae(vae, part, steps, learning_rate, images_until, seed):
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, steps)
     rng, curve, squares = np.random.default_rng(seed), [], []
     for step in range(1, steps + 1):
-        clips = vae_clips(rng, images=step <= images_until).to(vae.device)
+        clips = vae_clips(rng, step <= images_until, other_looks).to(vae.device)
         with torch.autocast(vae.device.type, torch.bfloat16):
             posterior = vae.encode(clips).latent_dist
             rebuilt = vae.decode(posterior.sample()).sample
@@ -120,8 +120,8 @@ def fit_vae(vae, part, steps, learning_rate, images_until, seed):
     return curve
 
 
-def vae_clips(rng, images):
-    """A batch for the VAE, float32 [B, 3, F, H, W], -1 to 1: a quarter has other looks than the transformer sees."""
+def vae_clips(rng, images, other_looks):
+    """A batch for the VAE, float32 [B, 3, F, H, W], -1 to 1; so many have other looks than the transformer sees."""
     if images:
         batch_size, num_frames, drawn_frames = 4, 1, 3
     else:  # the longer ones pass through it in several pieces
@@ -131,7 +131,7 @@ def vae_clips(rng, images):
         frames = shapes.draw_clip(shapes.random_scene(rng), drawn_frames, HEIGHT, WIDTH, rng)
         start = rng.integers(drawn_frames - num_frames + 1)
         frames = frames[start : start + num_frames].astype(np.float32)
-        if rng.random() < 0.25:
+        if rng.random() < other_looks:
             frames = other_look(frames, rng)
         batch.append(torch.from_numpy(frames / 127.5 - 1).permute(3, 0, 1, 2))
     return torch.stack(batch).contiguous(memory_format=torch.channels_last_3d)

@@ -91,10 +91,12 @@ def film_frame(inside, ground, x, y, rng):
     return (tone * vignette + rng.normal(0, 5, inside.shape)).clip(0, 255)
 
 
-def saturation(frames):
-    """Mean saturation (HSV) of a clip, 0 to 1."""
-    high, low = frames.max(-1).astype(np.float32), frames.min(-1).astype(np.float32)
-    return float(((high - low) / np.maximum(high, 1)).mean())
+def chroma(frames):
+    """How much colour a clip has: the largest less the smallest of R, G and B, on average, 0 to 1.
+
+    Not HSV's saturation, which divides by brightness: the faint tint of a dark grey would count as strong.
+    """
+    return float((frames.max(-1).astype(np.float32) - frames.min(-1)).mean() / 255)
 
 
 def shape_mask(frame, look):
