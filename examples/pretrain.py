@@ -1,9 +1,10 @@
 """Trains the small CogVideoX of the examples from nothing, on clips drawn in code, and measures what it can do.
 
-    python examples/pretrain.py vae            # 1. the VAE, and the frozen T5 with its vocabulary
-    python examples/pretrain.py transformer    # 2. the transformer, on the latents of 2,400 clips
-    python examples/pretrain.py decoder        # 3. the VAE's decoder further, over the same latents
-    python examples/pretrain.py measure        # 4. do 100 samples show what their prompts ask for?
+    python examples/pretrain.py vae                           # the VAE, and the frozen T5 with its vocabulary
+    python examples/pretrain.py transformer                   # the transformer, on the latents of 2,400 clips
+    python examples/pretrain.py vae --resume --seed 1         # both go on, on other clips
+    python examples/pretrain.py transformer --resume --seed 1
+    python examples/pretrain.py measure                       # do 100 samples show what their prompts ask for?
 
 The classes are CogVideoX's own, and so are noise schedule and objective; only the sizes are small: 17 frames of
 64 x 96 pixels. The VAE also sees clips in other looks, as large VAEs have seen everything; the transformer does not.
@@ -45,7 +46,8 @@ def main():
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "examples" / "small-cogvideox")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder for figures")
-    parser.add_argument("--steps", type=int, help="updates (default: 6,000, 5,000 and 900)")
+    parser.add_argument("--resume", action="store_true", help="train what --output_dir holds further")
+    parser.add_argument("--steps", type=int, help="updates (default: 6,000 and 5,000; resumed 8,000 and 9,000)")
     parser.add_argument("--samples", type=int, default=100, help="videos to measure")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -55,7 +57,8 @@ def main():
     figures |= {"minutes": round((time.perf_counter() - started) / 60, 1), "seed": args.seed, "device": machine(device)}
     figures |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
     args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / f"small-cogvideox-{args.stage}.json").write_text(json.dumps(figures, indent=1) + "\n")
+    name = f"small-cogvideox-{args.stage}{'-resumed' * args.resume}.json"
+    (args.results / name).write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps({name: value for name, value in figures.items() if name != "curve"}, indent=1))
 
 
@@ -67,36 +70,39 @@ def machine(device):
 
 
 def train_vae(args, device):
-    """Images first, which are many for the time that a clip takes, then clips."""
-    make_text_encoder(args.output_dir, args.seed)
-    torch.manual_seed(args.seed)
-    vae = AutoencoderKLCogVideoX(
-        block_out_channels=(16, 32, 32, 48), latent_channels=16, layers_per_block=1, norm_num_groups=8,
-        sample_height=HEIGHT, sample_width=WIDTH,
-    )  # fmt: skip
-    steps = args.steps or 6000
-    curve = fit_vae(vae.to(device), vae, steps, 2e-3, images_until=0.4 * steps, other_looks=0.25, seed=args.seed)
+    """Images first, which are many for the time that a clip takes, then clips; resumed, clips alone."""
+    if args.resume:
+        vae = AutoencoderKLCogVideoX.from_pretrained(args.output_dir, subfolder="vae", dtype=torch.float32).to(device)
+        steps = args.steps or 8000
+        curve = fit_vae(vae, steps, 1e-3, images_until=0, other_looks=0.4, seed=args.seed)
+    else:
+        make_text_encoder(args.output_dir, args.seed)
+        torch.manual_seed(args.seed)
+        vae = AutoencoderKLCogVideoX(
+            block_out_channels=(16, 32, 32, 48), latent_channels=16, layers_per_block=1, norm_num_groups=8,
+            sample_height=HEIGHT, sample_width=WIDTH,
+        ).to(device)  # fmt: skip
+        steps = args.steps or 6000
+        curve = fit_vae(vae, steps, 2e-3, images_until=0.4 * steps, other_looks=0.25, seed=args.seed)
     vae.register_to_config(scaling_factor=round(1 / deviation_of_latents(vae, args.seed), 5))
-    vae.half().save_pretrained(args.output_dir / "vae")
+    publish(vae, args.output_dir / "vae")
     return {"steps": steps, "weights": count(vae), "psnr": measure_vae(vae.float(), args.seed), "curve": curve}
 
 
-def train_decoder(args, device):
-    """The decoder alone, further: the latents stay what they are, and so does what the transformer knows of them."""
-    vae = AutoencoderKLCogVideoX.from_pretrained(args.output_dir, subfolder="vae", dtype=torch.float32).to(device)
-    vae.encoder.requires_grad_(False)
-    before, steps = measure_vae(vae, args.seed), args.steps or 900
-    curve = fit_vae(vae, vae.decoder, steps, 1e-3, images_until=0, other_looks=0.5, seed=args.seed + 20)
-    vae.half().save_pretrained(args.output_dir / "vae")
-    return {"steps": steps, "psnr_before": before, "psnr": measure_vae(vae.float(), args.seed), "curve": curve}
+def publish(model, folder):
+    """Saves in half precision, and without the path that it came from, which means nothing elsewhere."""
+    model.half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def fit_vae(vae, part, steps, learning_rate, images_until, other_looks, seed):
-    """Trains `part` of the VAE to rebuild clips; returns the curve."""
+def fit_vae(vae, steps, learning_rate, images_until, other_looks, seed):
+    """Trains the VAE to rebuild clips; returns the curve."""
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # a fifth less time on a CPU
-    optimizer = torch.optim.AdamW(part.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, steps)
     rng, curve, squares = np.random.default_rng(seed), [], []
     for step in range(1, steps + 1):
@@ -108,7 +114,7 @@ def fit_vae(vae, part, steps, learning_rate, images_until, other_looks, seed):
         kl = posterior.kl().sum() / posterior.mean.numel()
         loss = error.abs().mean() + error.square().mean() + 1e-4 * kl
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -202,7 +208,8 @@ def make_text_encoder(folder, seed):
 
 
 def train_transformer(args, device, num_clips=2400, batch_size=16):
-    make_pipeline(args.output_dir, args.seed)
+    if not args.resume:
+        make_pipeline(args.output_dir, args.seed)
     checkpoint = cogvideox.read_checkpoint(str(args.output_dir))
     rng = np.random.default_rng(args.seed + 10)
     scenes = [shapes.random_scene(rng) for _ in range(num_clips)]
@@ -211,7 +218,7 @@ def train_transformer(args, device, num_clips=2400, batch_size=16):
 
     transformer = cogvideox.load_transformer(checkpoint, torch.float32).to(device).train()
     ema = EMAModel(transformer.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-    steps = args.steps or 5000
+    steps = args.steps or (9000 if args.resume else 5000)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4)
     schedule = get_cosine_schedule_with_warmup(optimizer, 200, steps)
     generator, curve, total = torch.Generator(device).manual_seed(args.seed), [], 0.0
@@ -238,7 +245,7 @@ def train_transformer(args, device, num_clips=2400, batch_size=16):
         if step % 1000 == 0 or step == steps:
             result = copy.deepcopy(transformer)
             ema.copy_to(result.parameters())
-            result.half().save_pretrained(args.output_dir / "transformer")
+            publish(result, args.output_dir / "transformer")
     return {"steps": steps, "batch_size": batch_size, "clips": num_clips, "weights": count(transformer), "curve": curve}
 
 
@@ -315,7 +322,7 @@ def count(model):
     return sum(weight.numel() for weight in model.parameters())
 
 
-STAGES = {"vae": train_vae, "decoder": train_decoder, "transformer": train_transformer, "measure": measure}
+STAGES = {"vae": train_vae, "transformer": train_transformer, "measure": measure}
 
 if __name__ == "__main__":
     main()
