@@ -96,7 +96,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     args.hub_model_id = args.hub_model_id or args.output_dir.absolute().name
     if args.learning_rate is None:
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else {"lora": 1e-4, "sft": 1e-5}[args.training_type]
-    _check_lora(args, parser.error)
+    trainable.check_options(args, parser.error)
     args.rank = args.rank or 128
     args.lora_target_modules = sorted(args.lora_target_modules or trainable.DEFAULT_TARGETS)
     args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
@@ -118,44 +118,9 @@ def check_args(args: argparse.Namespace, refuse) -> None:
         )
     if prodigy and args.use_8bit_adam:
         refuse("--use_8bit_adam: does nothing with --optimizer prodigy; pass --optimizer adamw, or leave it out")
-    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
-        refuse(f"--ema_decay {args.ema_decay}: must be above 0 and below 1")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         refuse("--lr_warmup_steps: does nothing with --lr_scheduler constant; pass constant_with_warmup")
-    _check_validation(args, refuse)
-
-
-def _check_lora(args: argparse.Namespace, refuse) -> None:
-    names = (*trainable.OPTIONS, "lora_path", "lora_dropout", "ema_decay")
-    given = [name for name in names if getattr(args, name) not in (None, 0, "default")]
-    if args.training_type == "sft" and given:
-        refuse(f"--{given[0]}: does nothing with --training_type sft, which trains no LoRA; leave it out")
-    if args.lora_path and args.init_lora_weights != "default":
-        refuse(f"--init_lora_weights {args.init_lora_weights}: --lora_path gives the first values; pass one of the two")
-    if args.init_lora_weights == "orthogonal" and (args.rank or 128) % 2:
-        refuse(f"--rank {args.rank}: must be even for --init_lora_weights orthogonal; pass {args.rank + 1}")
-    if not 0 <= args.lora_dropout < 1:
-        refuse(f"--lora_dropout {args.lora_dropout}: must be from 0 to below 1")
-
-
-def _check_validation(args: argparse.Namespace, refuse) -> None:
-    if not args.validation_prompt_separator or not all(validation_prompts(args)):
-        refuse(f"--validation_prompt {args.validation_prompt!r}: a prompt or its separator is empty; write both")
-    if len(validation_images(args)) > len(validation_prompts(args)):
-        refuse(f"--validation_images {args.validation_images!r}: more images than prompts; give each a prompt")
-    if args.validation_split < 0 or (args.validation_split >= 1 and args.validation_split % 1):
-        refuse(f"--validation_split {args.validation_split}: a share from 0 to below 1, or a whole number of videos")
-
-
-def validation_prompts(args: argparse.Namespace) -> list[str]:
-    prompts = args.validation_prompt.split(args.validation_prompt_separator) if args.validation_prompt else []
-    return [prompt.strip() for prompt in prompts]
-
-
-def validation_images(args: argparse.Namespace) -> list[Path | None]:
-    """One for each prompt, as far as they are given; None where nothing stands between two separators."""
-    images = args.validation_images.split(args.validation_prompt_separator) if args.validation_images else []
-    return [Path(image.strip()).expanduser() if image.strip() else None for image in images]
+    validation.check_options(args, refuse)
 
 
 # ---- launch ----------------------------------------------------------------------------------------------------------
@@ -179,7 +144,7 @@ def prepare_data(args, accelerator, checkpoint, dtype, ranks) -> tuple[dataset.D
     root = args.instance_data_root or dataset.download(args.dataset_name, args.cache_dir)
     clips, problems = dataset.read_clips(root, args.caption_column, args.video_column, args.image_column, args.id_token)
     dataset.count_held_out(args.validation_split, len(clips))  # before hours of encoding
-    problems += dataset.image_problems([image for image in validation_images(args) if image], "--validation_images")
+    problems += dataset.image_problems([image for image in validation.images(args) if image], "--validation_images")
     view = dataset.View(
         args.height, args.width, args.fps, args.max_num_frames, args.skip_frames_start, args.skip_frames_end,
         args.video_reshape_mode, args.seed, checkpoint.takes_image, checkpoint.fixed_size is not None,
@@ -190,7 +155,7 @@ def prepare_data(args, accelerator, checkpoint, dtype, ranks) -> tuple[dataset.D
     cache = args.latents_cache_dir or root / ".cogvideox_cache"
     data = dataset.encode_dataset(
         root, clips, problems, view, cache=cache,
-        prompts=[*validation_prompts(args), ""],  # "": what guidance moves away from
+        prompts=[*validation.prompts(args), ""],  # "": what guidance moves away from
         random_flip=args.random_flip, video_encoder=video_encoder, text_encoder=text_encoder,
         num_workers=args.dataloader_num_workers, progress=partial(bar, accelerator),
         ranks=processes.sharing(ranks, cache, "--latents_cache_dir"), everyone=ranks,
@@ -350,7 +315,7 @@ def held_out_losses(run: Run, step: int) -> dict:
 def sample_videos(run: Run, step: int) -> None:
     args, device = run.args, run.accelerator.device
     vae = cogvideox.loaded_vae(run.checkpoint, run.dtype, device, args.enable_tiling, args.enable_slicing)
-    cases = validation.cases(run.data, validation_prompts(args), validation_images(args), args.height, args.width)
+    cases = validation.cases(run.data, validation.prompts(args), validation.images(args), args.height, args.width)
     validation.validate(
         run.accelerator, run.ranks, run.checkpoint, run.state.transformer, vae, cases, run.data.prompts,
         args.output_dir, step, seeds=range(args.seed, args.seed + args.num_validation_videos), fps=args.fps,

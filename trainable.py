@@ -77,14 +77,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     lora("--rank", type=at_least(1), help="rank of the LoRA matrices (default: 128)")
     lora("--lora_alpha", type=float, help="strength is lora_alpha / rank (default: rank, strength 1)")
     lora("--lora_target_modules", nargs="+", metavar="NAME", help="layers (default: to_q to_k to_v to_out.0)")
-    lora(
-        "--lora_path", type=expanded_path, metavar="PATH", help="LoRA to start from: run directory, checkpoint or file"
-    )
+    lora("--lora_path", type=expanded_path, metavar="PATH", help="LoRA to go on from: its file, or the folder with it")
     lora("--lora_dropout", type=float, default=0.0, metavar="P", help="share of the LoRA's inputs to drop in training")
     lora("--use_dora", action="store_true", help="DoRA: train each layer's row norms apart from their directions")
     lora("--use_rslora", action="store_true", help="rsLoRA: strength is lora_alpha / sqrt(rank)")
     inits = ["default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16"]
     lora("--init_lora_weights", choices=inits, default="default", help="first values; pissa_niter_N is a quick pissa")
+
+
+def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
+    """Refuses values and combinations that cannot work; `refuse` ends the program with a message."""
+    names = (*OPTIONS, "lora_path", "lora_dropout", "ema_decay")
+    given = [name for name in names if getattr(args, name) not in (None, 0, "default")]
+    if args.training_type == "sft" and given:
+        refuse(f"--{given[0]}: does nothing with --training_type sft, which trains no LoRA; leave it out")
+    if args.lora_path and args.init_lora_weights != "default":
+        refuse(f"--init_lora_weights {args.init_lora_weights}: --lora_path gives the first values; pass one of the two")
+    if args.init_lora_weights == "orthogonal" and (args.rank or 128) % 2:
+        refuse(f"--rank {args.rank}: must be even for --init_lora_weights orthogonal; pass {args.rank + 1}")
+    if not 0 <= args.lora_dropout < 1:
+        refuse(f"--lora_dropout {args.lora_dropout}: must be from 0 to below 1")
+    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
+        refuse(f"--ema_decay {args.ema_decay}: must be above 0 and below 1")
 
 
 def weights_of(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -4,6 +4,7 @@ import argparse
 import io
 import itertools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -30,20 +31,36 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     check("--validation_prompt", metavar="TEXT", help="prompts to make videos of while training and at the end")
     check("--validation_prompt_separator", default=":::", metavar="TEXT", help="stands between the prompts")
     check("--validation_images", metavar="FILES", help="image-to-video: theirs, with the separator (default: of clips)")
-    check(
-        "--num_validation_videos",
-        type=dataset.at_least(1),
-        default=1,
-        metavar="N",
-        help="videos per prompt, a seed each",
-    )
-    check("--validation_epochs", type=dataset.at_least(1), default=50, metavar="N", help="validate every N epochs")
-    check("--validation_steps", type=dataset.at_least(1), metavar="N", help="validate every N updates, too")
+    positive = dataset.at_least(1)
+    check("--num_validation_videos", type=positive, default=1, metavar="N", help="videos per prompt, a seed each")
+    check("--validation_epochs", type=positive, default=50, metavar="N", help="validate every N epochs")
+    check("--validation_steps", type=positive, metavar="N", help="validate every N updates, too")
     check("--validation_split", type=float, default=0, metavar="P", help="videos to hold out: a share, or 1 and more")
     switch = argparse.BooleanOptionalAction
     check("--validate_first", action=switch, default=True, help="before training, too, to compare with")
     check("--guidance_scale", type=float, default=6.0, help="of the validation videos")
     check("--use_dynamic_cfg", action="store_true", help="let the guidance grow over the sampling steps")
+
+
+def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
+    """Refuses values that cannot work; `refuse` ends the program with a message."""
+    if not args.validation_prompt_separator or not all(prompts(args)):
+        refuse(f"--validation_prompt {args.validation_prompt!r}: a prompt or its separator is empty; write both")
+    if len(images(args)) > len(prompts(args)):
+        refuse(f"--validation_images {args.validation_images!r}: more images than prompts; give each a prompt")
+    if args.validation_split < 0 or (args.validation_split >= 1 and args.validation_split % 1):
+        refuse(f"--validation_split {args.validation_split}: a share from 0 to below 1, or a whole number of videos")
+
+
+def prompts(args: argparse.Namespace) -> list[str]:
+    parts = args.validation_prompt.split(args.validation_prompt_separator) if args.validation_prompt else []
+    return [prompt.strip() for prompt in parts]
+
+
+def images(args: argparse.Namespace) -> list[Path | None]:
+    """One for each prompt, as far as they are given; None where nothing stands between two separators."""
+    parts = args.validation_images.split(args.validation_prompt_separator) if args.validation_images else []
+    return [Path(image.strip()).expanduser() if image.strip() else None for image in parts]
 
 
 def quantiles(num_train_timesteps: int, count: int = 4) -> list[int]:

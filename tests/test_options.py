@@ -10,6 +10,7 @@ from conftest import ROOT, training_options
 from diffusers import CogVideoXTransformer3DModel
 
 import train_cogvideox_lora
+import validation
 
 # As users have it in their scripts.
 REFERENCE = """
@@ -47,7 +48,7 @@ def test_the_reference_command_means_what_it_meant(monkeypatch):
     args = train_cogvideox_lora.parse_args(shlex.split(REFERENCE))
     assert str(args.instance_data_root) == "/home/someone/disney" and str(args.cache_dir) == "/home/someone/.cache"
     assert args.optimizer == "adamw" and args.lora_alpha == args.rank == 128
-    assert train_cogvideox_lora.validation_prompts(args) == [
+    assert validation.prompts(args) == [
         "Mickey with the captain and friends",
         "Mickey and the bear",
     ]
