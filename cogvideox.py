@@ -10,7 +10,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -398,15 +398,18 @@ def rotary_embedding(checkpoint: Checkpoint, num_latent_frames: int, latent_heig
     patch, patch_t = config["patch_size"], config["patch_size_t"]
     grid = (latent_height // patch, latent_width // patch)
     base = (config["sample_height"] // patch, config["sample_width"] // patch)
+    return _rotary_tables(config["attention_head_dim"], num_latent_frames, grid, base, patch_t, device)
+
+
+@lru_cache(maxsize=32)  # of every shape of a batch once, not in every step
+def _rotary_tables(head_size: int, num_latent_frames: int, grid: tuple, base: tuple, patch_t: int | None, device):
     if patch_t is None:
         place = {"crops_coords": get_resize_crop_region_for_grid(grid, base[1], base[0])}
         temporal_size = num_latent_frames
     else:
         place = {"crops_coords": None, "grid_type": "slice", "max_size": base}
         temporal_size = -(-num_latent_frames // patch_t)
-    return get_3d_rotary_pos_embed(
-        config["attention_head_dim"], grid_size=grid, temporal_size=temporal_size, device=device, **place
-    )
+    return get_3d_rotary_pos_embed(head_size, grid_size=grid, temporal_size=temporal_size, device=device, **place)
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------

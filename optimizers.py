@@ -67,7 +67,7 @@ def make_optimizer(
     if use_8bit_adam:
         package = _optional("bitsandbytes", "--use_8bit_adam").optim
         return {"adam": package.Adam8bit, "adamw": package.AdamW8bit}[optimizer](weights, **options)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer](weights, **options)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer](weights, **options, fused=True)
 
 
 def _optional(package: str, option: str):

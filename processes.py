@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    AutocastKwargs,
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
@@ -34,8 +35,12 @@ def start(
     output_dir: Path,
     logging_dir: Path,
     ddp_timeout: int,
+    autocast: bool,
 ) -> tuple[Accelerator, Ranks]:
     """The arguments are the training script's options of the same names.
+
+    Args:
+        autocast: whether what is computed by weights in float32 is to be cast where that is quicker.
 
     Raises:
         ValueError: one of them cannot be had here.
@@ -55,7 +60,7 @@ def start(
                 sync_with_dataloader=False,
                 sync_each_batch=sharding is not None,  # or each GPU would hold the gradients of all weights
             ),
-            kwargs_handlers=[ddp, patience],
+            kwargs_handlers=[ddp, patience, AutocastKwargs(enabled=autocast)],
             fsdp_plugin=sharding,
         )
     except (ValueError, ImportError) as error:

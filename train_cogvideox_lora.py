@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 import checkpoints
 import cogvideox
+import compute
 import dataset
 import hub
 import optimizers
@@ -72,10 +73,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     train("--num_train_epochs", type=positive, default=1, metavar="N", help="times that each clip is seen")
     train("--max_train_steps", type=positive, metavar="N", help="updates; overrides --num_train_epochs")
     train("--ema_decay", type=float, metavar="D", help="save and validate a moving average of the LoRA, such as 0.99")
-    train("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     train("--ddp_timeout", type=positive, default=1800, metavar="SECONDS", help="longest wait for another process")
     train("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere GPUs and later")
 
+    compute.add_options(parser)
     optimizers.add_options(parser)
     validation.add_options(parser)
 
@@ -120,6 +121,7 @@ def check_args(args: argparse.Namespace, refuse) -> None:
         refuse("--use_8bit_adam: does nothing with --optimizer prodigy; pass --optimizer adamw, or leave it out")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         refuse("--lr_warmup_steps: does nothing with --lr_scheduler constant; pass constant_with_warmup")
+    compute.check_options(args, refuse)
     validation.check_options(args, refuse)
 
 
@@ -128,7 +130,9 @@ def check_args(args: argparse.Namespace, refuse) -> None:
 
 def start(args: argparse.Namespace) -> tuple[Accelerator, dataset.Ranks]:
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    accelerator, ranks = processes.start(**{name: getattr(args, name) for name in START_OPTIONS})
+    options = {name: getattr(args, name) for name in START_OPTIONS}
+    # Only where float32 weights do most of the work: it runs and stores the LayerNorms in float32, too.
+    accelerator, ranks = processes.start(**options, autocast=args.training_type == "sft" or args.use_dora)
     if accelerator.is_fsdp2 and args.use_8bit_adam:
         raise ValueError("--use_8bit_adam: bitsandbytes cannot work on shards; leave it out, they are small already")
     if args.training_type == "sft":  # of whose checkpoints each rank writes a part
@@ -170,13 +174,14 @@ def bar(accelerator: Accelerator, items, description: str, unit: str, **options)
 # ---- what is trained -------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(args: argparse.Namespace, dtype: torch.dtype) -> cogvideox.Checkpoint:
+def read_checkpoint(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> cogvideox.Checkpoint:
     """The checkpoint's configs, of which all that is asked for can be had."""
     checkpoint = cogvideox.read_checkpoint(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir
     )
     image_options = [f"--{name}" for name in ("image_column", "validation_images") if getattr(args, name)]
     cogvideox.check_training(checkpoint, dtype, args.max_num_frames, args.height, args.width, image_options)
+    compute.check_attention(args.attention_backend, device, dtype, checkpoint.transformer["attention_head_dim"])
     if args.training_type == "lora":
         trainable.check_lora(checkpoint, *lora_of(args))
     return checkpoint
@@ -195,8 +200,7 @@ def prepare_transformer(args, checkpoint: cogvideox.Checkpoint, dtype) -> tuple[
         transformer, export = trainable.with_lora(checkpoint, dtype, *lora_of(args))
     else:
         transformer, export = trainable.whole(checkpoint, dtype)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    compute.prepare(transformer, args.gradient_checkpointing, args.compile, args.attention_backend)
     return transformer.train(), export
 
 
@@ -248,8 +252,9 @@ def update(run: Run, micro_batch_losses: Iterator[torch.Tensor]) -> dict:
     total, weights = 0.0, optimizer.param_groups[0]["params"]
     for _ in range(micro_batches):
         with accelerator.accumulate(transformer):
-            loss = next(micro_batch_losses)
-            accelerator.backward(loss)  # divides by the number of micro-batches
+            with compute.attention_kernel(run.args.attention_backend):
+                loss = next(micro_batch_losses)
+                accelerator.backward(loss)  # divides by the number of micro-batches
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(weights, run.args.max_grad_norm)
             optimizer.step()
@@ -345,7 +350,7 @@ def main(args: argparse.Namespace) -> None:
         # Data: read, checked and encoded, before the transformer comes in.
         accelerator, ranks = start(args)
         dtype = DTYPES[accelerator.mixed_precision]
-        checkpoint = read_checkpoint(args, dtype)
+        checkpoint = read_checkpoint(args, dtype, accelerator.device)
         fixed = {name: getattr(args, name) for name in FIXED}
         fixed |= {"mixed_precision": accelerator.mixed_precision, "transformer": checkpoint.identity}
         resume_from, position = processes.from_main(

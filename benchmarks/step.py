@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import checkpoints
 import cogvideox
+import compute
 import dataset
 import optimizers
 import processes
@@ -46,7 +47,7 @@ import trainable
 # Options of the training script that are passed on to it.
 TRAINING = (
     "training_type", "rank", "height", "width", "max_num_frames", "train_batch_size", "gradient_accumulation_steps",
-    "mixed_precision",
+    "mixed_precision", "gradient_checkpointing", "attention_backend",
 )  # fmt: skip
 
 
@@ -111,8 +112,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     same("--num_frames", "--max_num_frames", dest="max_num_frames", type=int, help="4k + 1 (default: the model's)")
     same("--train_batch_size", type=int, default=1, metavar="N", help="clips per micro-batch and GPU")
     same("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="micro-batches per update")
-    same("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     same("--mixed_precision", choices=list(train.DTYPES), help="default: bf16 on a GPU, no (float32) on a CPU")
+    compute.add_options(parser)
 
     options = parser.parse_args(argv)
     for name, lowest in {"steps": 1, "warmup": 0, "num_layers": 1}.items():
@@ -132,7 +133,7 @@ def training_args(options: argparse.Namespace) -> argparse.Namespace:
     line = ["--pretrained_model_name_or_path", options.model, "--instance_data_root", "."]
     for name, value in values.items():
         line += [f"--{name}", str(value)]
-    return train.parse_args(line + ["--gradient_checkpointing"] * options.gradient_checkpointing)
+    return train.parse_args(line + ["--compile"] * options.compile)
 
 
 # ---- a checkpoint and a cache that were never on disk ----------------------------------------------------------------
@@ -225,8 +226,7 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> train.Ru
     transformer = random_transformer(checkpoint.transformer, dtype if is_lora else torch.float32, accelerator.device)
     if is_lora:
         trainable.add_lora(transformer, train.lora_of(args)[0], dtype)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    compute.prepare(transformer, args.gradient_checkpointing, args.compile, args.attention_backend)
     clips_per_step = plan.batches_per_step * args.train_batch_size
     optimizer = train.make_optimizer(args, trainable.weights_of(transformer), clips_per_step)
     lr_scheduler = optimizers.make_lr_scheduler(optimizer, "constant", 0, plan.total_steps, 1, 1.0)
@@ -259,7 +259,7 @@ def report(run: train.Run, options: argparse.Namespace, seconds: list[float], lo
     device, measured = run.accelerator.device, seconds[options.warmup :]
     tokens, median = tokens_per_clip(run.checkpoint, run.data.shapes[0]), statistics.median(measured)
     clips = run.plan.batches_per_step * run.args.train_batch_size
-    own = {name: getattr(options, name) for name in ("steps", "warmup", "gradient_checkpointing")}
+    own = {name: getattr(options, name) for name in ("steps", "warmup", "compile")}
     packages = ("torch", "diffusers", "peft", "accelerate", "transformers")
     return {
         "model": options.model,

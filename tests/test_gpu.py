@@ -6,7 +6,9 @@ import pytest
 import step
 import torch
 from make_example import VARIANTS
-from test_step_benchmark import check_gradient_checkpointing, check_steps, check_training_script
+from test_step_benchmark import check_same_step, check_steps, check_training_script
+
+import compute
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,14 +37,24 @@ def test_full_size_takes_three_steps(model, training_type):
     check_steps("--model", model, *options, steps=3)
 
 
+@pytest.mark.parametrize("level", ["attention", "full"])
 @pytest.mark.parametrize("model", ["2b", "5b", "1.5"])
-def test_gradient_checkpointing_changes_neither_loss_nor_gradients(model):
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients(model, level):
     # bfloat16 keeps 8 bits, and the backward pass of flash attention adds up in no fixed order.
-    check_gradient_checkpointing(*TWO_LAYERS[model], "--mixed_precision", "bf16", tolerance=1e-2)
+    check_same_step(*TWO_LAYERS[model], "--mixed_precision", "bf16", tolerance=1e-2, calls=2, level=level)
+
+
+@pytest.mark.parametrize("level", ["none", "attention", "full"])
+@pytest.mark.parametrize("model", ["2b", "5b", "1.5"])
+def test_compiled_blocks_change_neither_loss_nor_gradients(model, level):
+    calls = 1 if level == "none" else 2
+    options = ["--mixed_precision", "bf16"]
+    check_same_step(*TWO_LAYERS[model], *options, tolerance=2e-2, calls=calls, level=level, compiled=True)
 
 
 def test_gradient_checkpointing_saves_memory():
-    assert bytes_of_a_step("--gradient_checkpointing") < 0.5 * bytes_of_a_step()
+    none, attention, full = (bytes_of_a_step("--gradient_checkpointing", level) for level in compute.LEVELS)
+    assert full < attention < 0.5 * none
 
 
 def bytes_of_a_step(*switch):

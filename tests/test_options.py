@@ -35,7 +35,7 @@ OPTIONS = """
   prodigy_safeguard_warmup max_grad_norm validation_prompt validation_prompt_separator num_validation_videos
   validation_epochs validation_steps guidance_scale use_dynamic_cfg output_dir checkpointing_steps
   checkpoints_total_limit resume_from_checkpoint logging_steps report_to tracker_name logging_dir push_to_hub
-  hub_model_id hub_token validation_split validate_first ema_decay
+  hub_model_id hub_token validation_split validate_first ema_decay compile attention_backend
 """
 
 
@@ -88,6 +88,9 @@ def test_the_options_are_these():
         ("--init_lora_weights pissa --lora_path x", ["--init_lora_weights pissa", "--lora_path", "one of the two"]),
         ("--validation_images a.png", ["--validation_images 'a.png'", "more images than prompts"]),
         ("--training_type all", ["--training_type", "sft"]),
+        ("--gradient_checkpointing some", ["--gradient_checkpointing", "attention"]),
+        ("--gradient_checkpointing attention --attention_backend math", ["--attention_backend", "pass", "full"]),
+        ("--compile --attention_backend flash3", ["--compile", "flash3", "leave one"]),
         ("--video_reshape_mode none", ["--video_reshape_mode", "center"]),
         ("--height_ 3", ["unrecognized arguments: --height_"]),
         ("--resume latest", ["unrecognized arguments: --resume"]),
@@ -169,7 +172,8 @@ def test_a_multi_gpu_script_is_one_node_of_eight_by_default_and_counts_over_mach
     assert (launch.num_machines, launch.num_processes, launch.machine_rank) == (2, 8, 1)
     assert (launch.main_process_ip, launch.main_process_port) == ("10.0.0.1", 29600)
     assert launch.config_file == str(ROOT / config)
-    assert (args.training_type, args.learning_rate, args.gradient_checkpointing) == (training_type, learning_rate, True)
+    assert (args.training_type, args.learning_rate) == (training_type, learning_rate)
+    assert args.gradient_checkpointing == "full"
 
 
 @pytest.mark.parametrize("name", ["README.md"])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import checkpoints
 import cogvideox
+import compute
 import dataset
 import train_cogvideox_lora
 
@@ -50,21 +51,21 @@ def loss_and_gradients(run):
     return loss.item(), gradients, len(calls)
 
 
-def check_gradient_checkpointing(*argv, tolerance):
-    """Loss and gradients with recomputation are those without, up to `tolerance` times their size."""
+def check_same_step(*argv, tolerance, calls=1, **change):
+    """Loss and gradients are those of the plain step, up to `tolerance` times their size, after `compute.prepare`."""
     run = step.prepare(step.parse_args(argv))
     for name, weight in trained(run).items():
         if "lora_B" in name:  # zero at the start, and with them the gradients of lora_A
             torch.nn.init.normal_(weight, std=0.02)
-    loss, gradients, calls = loss_and_gradients(run)
-    run.state.transformer.enable_gradient_checkpointing()
-    recomputed_loss, recomputed_gradients, recomputed_calls = loss_and_gradients(run)
+    plain_loss, plain_gradients, plain_calls = loss_and_gradients(run)
+    compute.prepare(run.state.transformer, **{"level": "none", "compiled": False, "backend": "auto"} | change)
+    loss, gradients, changed_calls = loss_and_gradients(run)
 
-    assert (calls, recomputed_calls) == (1, 2)
-    assert recomputed_loss == pytest.approx(loss, rel=tolerance)
-    for name, gradient in gradients.items():
+    assert (plain_calls, changed_calls) == (1, calls)
+    assert loss == pytest.approx(plain_loss, rel=tolerance)
+    for name, gradient in plain_gradients.items():
         assert gradient.norm() > 0, name
-        assert (recomputed_gradients[name] - gradient).norm() <= tolerance * gradient.norm(), name
+        assert (gradients[name] - gradient).norm() <= tolerance * gradient.norm(), name
 
 
 def check_training_script(monkeypatch, checkpoint, folder, **options):
@@ -109,8 +110,9 @@ def test_what_is_trained_stays_float32_and_all_of_it_moves(tmp_path, precision, 
     check_steps("--model", model, *options, folder=tmp_path)
 
 
-def test_gradient_checkpointing_changes_neither_loss_nor_gradients():
-    check_gradient_checkpointing("--model", "tiny", "--rank", "4", tolerance=1e-6)
+@pytest.mark.parametrize("level", ["attention", "full"])
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients(level):
+    check_same_step("--model", "tiny", "--rank", "4", tolerance=1e-6, calls=2, level=level)
 
 
 def test_training_script_in_bf16(monkeypatch, tiny_checkpoint, tmp_path):
@@ -126,7 +128,7 @@ def test_prints_json_and_writes_the_same(switch, tmp_path, capsys):
     assert len(result["losses"]) == len(result["seconds_of_each_step"]) == 2
     assert all(map(math.isfinite, result["losses"]))
     assert result["seconds_per_step"] > 0 and result["peak_memory_gib"] > 0
-    assert result["options"]["gradient_checkpointing"] is bool(switch)
+    assert result["options"]["gradient_checkpointing"] == ("full" if switch else "none")
     assert result["trainable_weights"] == 2 * 4 * 2 * 4 * 64  # layers, targets, A and B, rank, width
 
 

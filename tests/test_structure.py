@@ -15,6 +15,7 @@ ORDER = [
     "checkpoints",
     "report",
     "hub",
+    "compute",
     "optimizers",
     "processes",
     "validation",

@@ -1,0 +1,137 @@
+"""How the transformer computes: what it keeps for the way back, by which attention kernel, compiled or not.
+
+None of it changes what is computed beyond rounding; tests hold every choice to the plain float32 step.
+"""
+
+import argparse
+import contextlib
+import importlib
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+from diffusers import CogVideoXTransformer3DModel
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+from diffusers.models.embeddings import apply_rotary_emb
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+LEVELS = ["none", "attention", "full"]
+BACKEND_HELP = "kernel of attention while training; auto: PyTorch chooses; flash3 needs flash_attn_3"
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+# What attention is once PyTorch has chosen its kernel. Their outputs are 1/9 of what a block keeps without
+# recomputation, and most of its time.
+ATTENTION = (
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument_group("speed and memory").add_argument
+    option(
+        "--gradient_checkpointing", nargs="?", const="full", default="none", choices=LEVELS,
+        help="recompute on the way back instead of keeping: nothing, all but attention's outputs, or all of a block",
+    )  # fmt: skip
+    option("--compile", action="store_true", help="compile the blocks: some minutes at the start, then quicker steps")
+    option("--attention_backend", choices=["auto", *BACKENDS, "flash3"], default="auto", help=BACKEND_HELP)
+
+
+def check_options(args: argparse.Namespace, refuse) -> None:
+    """Refuses combinations that cannot work; `refuse` ends the program with a message."""
+    level, backend = args.gradient_checkpointing, args.attention_backend
+    if level == "attention" and backend in ("math", "flash3"):
+        refuse(
+            f"--gradient_checkpointing attention: {backend} attention has no output that could be kept apart; pass "
+            "--gradient_checkpointing full, or another --attention_backend"
+        )
+    if args.compile and backend == "flash3":
+        refuse("--compile: cannot see into --attention_backend flash3; leave one of the two out")
+
+
+def prepare(transformer: CogVideoXTransformer3DModel, level: str, compiled: bool, backend: str) -> None:
+    """Sets how the blocks compute; the values are those of the options.
+
+    Raises:
+        ValueError: the package of a backend is missing.
+    """
+    # diffusers 0.42.1 makes the sin-cos table of any size but the checkpoint's own in every forward pass.
+    embed = transformer.patch_embed
+    embed._get_positional_embeddings = lru_cache(maxsize=32)(embed._get_positional_embeddings)
+    if backend == "flash3":
+        transformer.set_attn_processor(Flash3Processor())
+    if level == "attention":
+        kept = partial(create_selective_checkpoint_contexts, list(ATTENTION))
+        transformer.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=kept))
+    elif level == "full":
+        transformer.enable_gradient_checkpointing()
+    if compiled:
+        # Two compilations serve all blocks, which differ in their weights alone: one is for the first, whose input
+        # needs no gradient. They are repeated for every shape of a batch, whereas shapes left open would cost speed,
+        # and 8 is all that PyTorch allows by itself.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for block in transformer.transformer_blocks:
+            block.compile(dynamic=False)
+
+
+def attention_kernel(backend: str) -> contextlib.AbstractContextManager:
+    """PyTorch's attention takes this kernel and no other, for the length of a `with` block."""
+    return sdpa_kernel(BACKENDS[backend]) if backend in BACKENDS else contextlib.nullcontext()
+
+
+def check_attention(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> None:
+    """Tries the kernel.
+
+    Raises:
+        ValueError: the hardware has none for `dtype` and heads of `head_size`.
+    """
+    query = torch.zeros(1, 1, 16, head_size, device=device, dtype=dtype, requires_grad=True)
+    try:
+        with attention_kernel(backend):
+            F.scaled_dot_product_attention(query, query, query).sum().backward()
+    except RuntimeError as error:
+        raise ValueError(
+            f"--attention_backend {backend}: {device} has no such kernel for {dtype} and heads of {head_size}; "
+            "pass auto, which takes the best that there is"
+        ) from error
+
+
+class Flash3Processor(CogVideoXAttnProcessor2_0):
+    """diffusers' attention of CogVideoX around FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608)."""
+
+    def __init__(self):
+        super().__init__()
+        try:
+            self.attention = importlib.import_module("flash_attn_interface").flash_attn_func
+        except ImportError as error:
+            raise ValueError(
+                "--attention_backend flash3: needs flash_attn_3, which cannot be imported; pip install flash_attn_3 "
+                "(Hopper GPUs), or pass auto"
+            ) from error
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
+        """Attended video tokens and text tokens, each as it came in."""
+        num_text = encoder_hidden_states.shape[1]
+        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # [B, S, D]
+        query, key, value = (
+            projection(tokens).unflatten(2, (attn.heads, -1)) for projection in (attn.to_q, attn.to_k, attn.to_v)
+        )  # [B, S, heads, head size], as the kernel wants them
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query, key = (self._rotated(tensor, num_text, image_rotary_emb) for tensor in (query, key))
+        attended = self.attention(query, key, value)
+        if isinstance(attended, tuple):  # older versions give the logarithms of the sums, too
+            attended = attended[0]
+        tokens = attn.to_out[1](attn.to_out[0](attended.flatten(2)))
+        return tokens[:, num_text:], tokens[:, :num_text]
+
+    @staticmethod
+    def _rotated(tensor, num_text, tables):
+        text, video = tensor[:, :num_text], tensor[:, num_text:]
+        return torch.cat([text, apply_rotary_emb(video, tables, sequence_dim=1)], dim=1)

@@ -1,0 +1,222 @@
+"""However the transformer computes, it is the plain float32 step up to rounding."""
+
+import sys
+import types
+from functools import partialmethod
+
+import pytest
+import step as benchmark
+import torch
+import torch.nn.functional as F
+from conftest import transformer_inputs
+from test_step_benchmark import check_same_step
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cogvideox
+import compute
+import trainable
+
+LORA = trainable.Lora(rank=4, lora_alpha=4, lora_target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+
+
+def with_lora(checkpoint, dtype=torch.float32, **changes):
+    """A transformer whose LoRA does something, always the same."""
+    torch.manual_seed(0)
+    transformer, _ = trainable.with_lora(checkpoint, dtype, LORA._replace(**changes), None)
+    for name, weight in transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return transformer.train()
+
+
+def step(transformer, inputs, dtype=torch.float32, autocast=False):
+    """Output and gradients of what is trained, for a loss like that of training."""
+    floats = ("hidden_states", "encoder_hidden_states", "ofs")
+    inputs = {
+        name: value.to(dtype) if name in floats and value is not None else value for name, value in inputs.items()
+    }
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = transformer(**inputs)[0]
+    generator = torch.Generator().manual_seed(1)
+    F.mse_loss(output.float(), torch.randn(output.shape, generator=generator)).backward()
+    gradients = {name: weight.grad for name, weight in transformer.named_parameters() if weight.requires_grad}
+    transformer.zero_grad()
+    return output.detach(), gradients
+
+
+def error(result, expected):
+    """Of all gradients together, relative."""
+    difference = torch.cat([(result[name].float() - expected[name]).flatten() for name in expected])
+    return (difference.norm() / torch.cat([gradient.flatten() for gradient in expected.values()]).norm()).item()
+
+
+# ---- precision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["2b", "5b", "1.5-5B-I2V"])
+def test_bf16_without_autocast_is_as_near_to_float32_as_with_it(checkpoint_of, variant):
+    checkpoint = cogvideox.download(cogvideox.read_checkpoint(checkpoint_of(variant)))
+    torch.manual_seed(2)
+    inputs = transformer_inputs(checkpoint_of(variant))
+    _, exact = step(with_lora(checkpoint), inputs)
+    _, plain = step(with_lora(checkpoint, torch.bfloat16), inputs, torch.bfloat16)
+    _, cast = step(with_lora(checkpoint, torch.bfloat16), inputs, torch.bfloat16, autocast=True)
+    assert {gradient.dtype for gradient in plain.values()} == {torch.float32}
+    assert error(plain, exact) < 0.05
+    assert error(plain, exact) < 1.5 * error(cast, exact)
+
+
+def test_no_product_runs_in_float32_over_a_bf16_base(tiny_checkpoint):
+    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    with Recorded() as ran:
+        step(with_lora(checkpoint, torch.bfloat16), transformer_inputs(tiny_checkpoint), torch.bfloat16)
+    products = [dtype for name, dtype in ran.calls if name in ("aten.mm", "aten.addmm", "aten.bmm")]
+    assert len(products) > 50 and set(products) == {torch.bfloat16}
+
+
+# ---- what is kept for the way back -----------------------------------------------------------------------------------
+
+
+class Recorded(TorchDispatchMode):
+    """The operations that run, and the dtype of their first argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        first = args[0] if args else None
+        self.calls.append((str(func.overloadpacket), first.dtype if isinstance(first, torch.Tensor) else None))
+        return func(*args, **(kwargs or {}))
+
+    def count(self, name):
+        return sum(name in called for called, _ in self.calls)
+
+
+@pytest.mark.parametrize(("level", "passes"), [("none", 1), ("attention", 1), ("full", 2)])
+def test_attention_is_computed_again_only_where_its_outputs_are_not_kept(tiny_checkpoint, level, passes):
+    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    transformer = with_lora(checkpoint)
+    compute.prepare(transformer, level, compiled=False, backend="auto")
+    with Recorded() as ran:
+        step(transformer, transformer_inputs(tiny_checkpoint))
+    layers = len(transformer.transformer_blocks)
+    assert ran.count("_scaled_dot_product_flash_attention_for_cpu") == layers * (passes + 1)  # and once backward
+
+
+@pytest.mark.parametrize("level", ["attention", "full"])
+def test_dropout_is_the_same_when_computed_again(tiny_checkpoint, level):
+    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    results = []
+    for chosen in ("none", level):
+        transformer = with_lora(checkpoint, lora_dropout=0.5)
+        compute.prepare(transformer, chosen, compiled=False, backend="auto")
+        torch.manual_seed(3)
+        inputs = transformer_inputs(tiny_checkpoint)
+        results.append(step(transformer, inputs)[1])
+    assert error(*results) < 1e-6
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["flash", "math"])
+def test_the_kernel_of_attention_that_was_asked_for_runs_and_changes_nothing(tiny_checkpoint, backend):
+    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    inputs = transformer_inputs(tiny_checkpoint)
+    _, expected = step(with_lora(checkpoint), inputs)
+    with compute.attention_kernel(backend), Recorded() as ran:
+        _, gradients = step(with_lora(checkpoint), inputs)
+    assert bool(ran.count("flash_attention")) == (backend == "flash")
+    assert error(gradients, expected) < 1e-6
+
+
+def test_a_kernel_that_the_device_lacks_is_refused_with_a_way_out():
+    with pytest.raises(ValueError, match="--attention_backend cudnn: cpu has no such kernel.*pass auto"):
+        compute.check_attention("cudnn", torch.device("cpu"), torch.bfloat16, 64)
+    compute.check_attention("auto", torch.device("cpu"), torch.bfloat16, 64)
+
+
+@pytest.mark.parametrize("variant", ["2b", "5b", "1.5-5B"])
+@pytest.mark.parametrize("gives_sums", [False, True])
+def test_flash3_attends_as_diffusers_does(checkpoint_of, monkeypatch, variant, gives_sums):
+    """With a stand-in of its package, of the layout that its documentation states: [B, S, heads, head size]."""
+
+    def flash_attn_func(query, key, value):
+        out = F.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in (query, key, value)))
+        return (out.transpose(1, 2), None) if gives_sums else out.transpose(1, 2)
+
+    package = types.ModuleType("flash_attn_interface")
+    package.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
+    checkpoint = cogvideox.download(cogvideox.read_checkpoint(checkpoint_of(variant)))
+    inputs = transformer_inputs(checkpoint_of(variant))
+    _, expected = step(with_lora(checkpoint), inputs)
+    transformer = with_lora(checkpoint)
+    compute.prepare(transformer, "none", compiled=False, backend="flash3")
+    _, gradients = step(transformer, inputs)
+    assert error(gradients, expected) < 1e-5
+
+
+def test_flash3_without_its_package_is_refused_with_the_line_to_install_it(tiny_checkpoint):
+    transformer = with_lora(cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint)))
+    with pytest.raises(ValueError, match="pip install flash_attn_3"):
+        compute.prepare(transformer, "none", compiled=False, backend="flash3")
+
+
+# ---- compiled --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled_without_a_compiler(monkeypatch):
+    """All of torch.compile but its last stage, which needs a C++ compiler and half a minute."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("level", ["none", "attention", "full"])
+def test_compiled_blocks_change_neither_loss_nor_gradients(compiled_without_a_compiler, level):
+    calls = 1 if level == "none" else 2
+    check_same_step("--model", "tiny", "--rank", "4", tolerance=1e-5, calls=calls, level=level, compiled=True)
+
+
+def test_two_compilations_serve_all_blocks_for_each_shape(compiled_without_a_compiler):
+    """One for the first block, whose input needs no gradient, and one for all others."""
+    run = benchmark.prepare(benchmark.parse_args(["--model", "tiny", "--rank", "4", "--num_layers", "4", "--compile"]))
+    batch = {name: tensor[None] for name, tensor in run.data.clips[0, False].items()}
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = []
+    for num_latent_frames in (3, 2, 3, 2):
+        shorter = batch | {"parameters": batch["parameters"][:, :, :num_latent_frames]}
+        for number in range(2):
+            generator = cogvideox.generator_for(torch.device("cpu"), number)
+            cogvideox.training_loss(run.checkpoint, run.state.transformer, shorter, generator, run.dtype).backward()
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert compiled == [2, 4, 4, 4]
+    assert not counters["graph_break"]
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["2b", "5b"])
+def test_the_table_of_positions_is_made_once_for_each_shape(checkpoint_of, monkeypatch, variant):
+    made = []
+    maker = "get_3d_sincos_pos_embed" if variant == "2b" else "get_3d_rotary_pos_embed"
+    module = "diffusers.models.embeddings" if variant == "2b" else "cogvideox"
+    module = sys.modules[module]
+    original = getattr(module, maker)
+    monkeypatch.setattr(module, maker, lambda *args, **options: made.append(1) or original(*args, **options))
+    cogvideox._rotary_tables.cache_clear()
+    checkpoint = cogvideox.download(cogvideox.read_checkpoint(checkpoint_of(variant)))
+    transformer = with_lora(checkpoint)
+    compute.prepare(transformer, "none", compiled=False, backend="auto")
+    inputs = transformer_inputs(checkpoint_of(variant))
+    made.clear()  # those of the checkpoint's own size
+    for width in (12, 8, 10, 8, 10):  # the first is the checkpoint's own
+        rotary = cogvideox.rotary_embedding(checkpoint, 3, 8, width, "cpu")
+        step(transformer, inputs | {"hidden_states": torch.randn(1, 3, 4, 8, width), "image_rotary_emb": rotary})
+    assert len(made) == 2
