@@ -269,7 +269,9 @@ def read_clips(
         image_file: list of the images that the videos begin with; None: their first frames.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; --instance_data_root is the folder that holds {caption_file}")
+        raise FileNotFoundError(
+            f"{root}: no such folder; --instance_data_root (for a preview: FOLDER) is the one that holds {caption_file}"
+        )
     captions, problems = _read_list(root, caption_file, "--caption_column")
     videos, more_problems = _read_list(root, video_file, "--video_column")
     images, image_problems = _read_list(root, image_file, "--image_column") if image_file else ([], [])
