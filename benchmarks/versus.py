@@ -33,6 +33,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import make_example
 from reference import sha256
+from step import TINY
 
 import checkpoints
 
@@ -62,15 +63,11 @@ class Size(NamedTuple):
     warmup: int
 
 
-TINY = {
-    "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4,
-    "time_embed_dim": 32, "text_embed_dim": 32, "sample_height": 8, "sample_width": 12, "sample_frames": 9,
-}  # fmt: skip
 SMALL = TINY | {
     "num_layers": 4, "num_attention_heads": 8, "attention_head_dim": 64, "time_embed_dim": 512,
     "sample_height": 16, "sample_width": 24, "sample_frames": 17,
 }  # fmt: skip
-SIZES = {
+SIZES = {  # of the first, the transformer is that of examples/make_example.py
     "overhead": Size(TINY, 64, 96, 9, rank=8, steps=300, warmup=20),
     "compute": Size(SMALL, 128, 192, 17, rank=32, steps=20, warmup=4),
     "2b": Size({}, 480, 720, 49, rank=128, steps=20, warmup=4),
