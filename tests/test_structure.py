@@ -15,6 +15,7 @@ ORDER = [
     "checkpoints",
     "report",
     "hub",
+    "memory",
     "optimizers",
     "processes",
     "validation",
