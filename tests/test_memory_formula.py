@@ -1,6 +1,8 @@
 """memory.py against counts of the bytes that the real modules hold, on a CPU and on the meta device."""
 
 import contextlib
+import importlib.util
+import json
 from functools import partial
 
 import diffusers
@@ -8,6 +10,7 @@ import pytest
 import step
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from live_bytes import LiveBytes, saved_bytes
 from peft.tuners.lora import LoraLayer
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -295,3 +298,48 @@ def test_phases_hold_what_is_in_memory_with_them(tiny_checkpoint):
         other = memory.predict(made, text, base._replace(**{name: value}))
         assert {phase for phase in phases if other[phase] > phases[phase]} == grown, name
         assert all(other[phase] >= phases[phase] for phase in phases), name
+
+
+# ---- benchmarks/memory.py --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def command():
+    """By its path: the module at the top has the same name."""
+    spec = importlib.util.spec_from_file_location("benchmarks_memory", ROOT / "benchmarks" / "memory.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_command_prints_and_writes_the_prediction(command, tmp_path, capsys):
+    line = ["--model", "tiny", "--rank", "8", "--gradient_checkpointing", "--base_precision", "nf4", "--free_gib", "24"]
+    command.main([*line, "--output", str(tmp_path / "tiny.json")])
+    printed, written = capsys.readouterr().out, json.loads((tmp_path / "tiny.json").read_text())
+    settings = settings_of("tiny", rank=8, gradient_checkpointing="full", base_precision="nf4")
+    predicted = memory.training_parts(step.random_checkpoint("tiny"), settings)["peak"]
+    assert written["training_gib"]["peak"] == written["phases_gib"]["training"] == pytest.approx(predicted, abs=1e-3)
+    assert "memory, predicted: text 8.9" in printed and "auto: none needs 1.0 of 24.0 GiB" in printed
+
+
+@pytest.mark.parametrize("level, said", [("attention", "attention"), ("full", True), ("none", False)])
+def test_command_compares_with_a_result_of_its_own_options(command, level, said, tmp_path, capsys):
+    settings = settings_of("2b", rank=64, gradient_checkpointing=level)
+    options = {name: value for name, value in settings._asdict().items() if name != "dtype"}
+    options |= {"gradient_checkpointing": said, "mixed_precision": "bf16", "steps": 10}
+    measured = memory.training_parts(step.random_checkpoint("2b"), settings)["peak"] / 1.25
+    (tmp_path / "2b.json").write_text(
+        json.dumps({"model": "2b", "device": "H100", "options": options, "peak_memory_gib": measured})
+    )
+    (tmp_path / "cpu.json").write_text(
+        json.dumps({"model": "2b", "device": "CPU, x86_64", "options": options, "peak_memory_gib": measured})
+    )
+    command.main(["--measured", str(tmp_path / "2b.json"), str(tmp_path / "cpu.json")])
+    _, gpu, cpu = capsys.readouterr().out.splitlines()
+    assert gpu.endswith("+25.0%") and cpu.endswith("no peak of a GPU in it")
+
+
+def test_command_refuses_a_quantized_base_that_is_trained(command, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--training_type", "sft", "--base_precision", "int8"])
+    assert "--base_precision int8: sft trains the base; leave it out" in capsys.readouterr().err
