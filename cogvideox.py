@@ -31,7 +31,7 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 from PIL import Image
-from transformers import AutoTokenizer, T5EncoderModel
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from dataset import Encoder
 
@@ -142,6 +142,25 @@ def empty_transformer(config: dict) -> CogVideoXTransformer3DModel:
     """The transformer without memory for its weights: its module names and its config with all defaults."""
     with torch.device("meta"):
         return CogVideoXTransformer3DModel.from_config(config)
+
+
+def empty_vae(config: dict) -> AutoencoderKLCogVideoX:
+    """The VAE without memory for its weights."""
+    with torch.device("meta"):
+        return AutoencoderKLCogVideoX.from_config(config)
+
+
+def empty_text_encoder(config: dict) -> T5EncoderModel:
+    """T5 without memory for its weights."""
+    with torch.device("meta"):
+        return T5EncoderModel(T5Config(**config))
+
+
+def read_text_encoder_config(checkpoint: Checkpoint) -> dict:
+    """T5's config, from the checkpoint's folder or the hub; its weights need not be there."""
+    where = {option: checkpoint.hub[option] for option in ("revision", "cache_dir") if option in checkpoint.hub}
+    name = checkpoint.folder or checkpoint.name
+    return T5Config.from_pretrained(name, subfolder="text_encoder", **where).to_dict()
 
 
 def check_training(

@@ -16,7 +16,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-LEVELS = ["none", "attention", "full"]
+from memory import LEVELS
+
 BACKEND_HELP = "kernel of attention while training; auto: PyTorch chooses; flash3 needs flash_attn_3"
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -36,8 +37,8 @@ ATTENTION = (
 def add_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument_group("speed and memory").add_argument
     option(
-        "--gradient_checkpointing", nargs="?", const="full", default="none", choices=LEVELS,
-        help="recompute on the way back instead of keeping: nothing, all but attention's outputs, or all of a block",
+        "--gradient_checkpointing", nargs="?", const="full", default="none", choices=[*LEVELS, "auto"],
+        help="recompute on the way back: nothing, all but attention's outputs, all of a block, or what memory asks for",
     )  # fmt: skip
     option("--compile", action="store_true", help="compile the blocks: some minutes at the start, then quicker steps")
     option("--attention_backend", choices=["auto", *BACKENDS, "flash3"], default="auto", help=BACKEND_HELP)
@@ -56,7 +57,7 @@ def check_options(args: argparse.Namespace, refuse) -> None:
 
 
 def prepare(transformer: CogVideoXTransformer3DModel, level: str, compiled: bool, backend: str) -> None:
-    """Sets how the blocks compute; the values are those of the options.
+    """Sets how the blocks compute; `level` is one of LEVELS, the others are those of the options.
 
     Raises:
         ValueError: the package of a backend is missing.

@@ -24,6 +24,7 @@ import cogvideox
 import compute
 import dataset
 import hub
+import memory
 import optimizers
 import processes
 import report
@@ -135,9 +136,19 @@ def start(args: argparse.Namespace) -> tuple[Accelerator, dataset.Ranks]:
     accelerator, ranks = processes.start(**options, autocast=args.training_type == "sft" or args.use_dora)
     if accelerator.is_fsdp2 and args.use_8bit_adam:
         raise ValueError("--use_8bit_adam: bitsandbytes cannot work on shards; leave it out, they are small already")
+    if accelerator.is_fsdp2 and args.gradient_checkpointing == "auto":
+        raise ValueError("--gradient_checkpointing auto: knows nothing of shards; pass none, attention or full")
     if args.training_type == "sft":  # of whose checkpoints each rank writes a part
         processes.check_shared(ranks, args.output_dir, "--output_dir")
     return accelerator, ranks
+
+
+def plan_memory(args, accelerator: Accelerator, checkpoint: cogvideox.Checkpoint, dtype: torch.dtype) -> str:
+    """Says what each phase will need; returns the level of --gradient_checkpointing, chosen here where it is auto."""
+    level, lines = memory.plan(checkpoint, memory.Settings.of(args, dtype), accelerator.device)
+    if not accelerator.is_fsdp2:  # whose GPUs share the weights
+        accelerator.print(*lines, sep="\n")
+    return level
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -193,14 +204,14 @@ def lora_of(args: argparse.Namespace) -> tuple[trainable.Lora, Path | None]:
     return lora, None if args.resume_from_checkpoint else args.lora_path
 
 
-def prepare_transformer(args, checkpoint: cogvideox.Checkpoint, dtype) -> tuple[torch.nn.Module, trainable.Export]:
+def prepare_transformer(args, checkpoint, dtype, level: str) -> tuple[torch.nn.Module, trainable.Export]:
     """The transformer, of which just what is trained requires gradients, and what writes that as a result."""
     set_seed(args.seed)
     if args.training_type == "lora":
         transformer, export = trainable.with_lora(checkpoint, dtype, *lora_of(args))
     else:
         transformer, export = trainable.whole(checkpoint, dtype)
-    compute.prepare(transformer, args.gradient_checkpointing, args.compile, args.attention_backend)
+    compute.prepare(transformer, level, args.compile, args.attention_backend)
     return transformer.train(), export
 
 
@@ -361,6 +372,7 @@ def main(args: argparse.Namespace) -> None:
             accelerator, hub.create_hub_repo, args.hub_model_id, args.hub_token
         )
         checkpoint = cogvideox.download(checkpoint)
+        level = plan_memory(args, accelerator, checkpoint, dtype)
         data, held_out = prepare_data(args, accelerator, checkpoint, dtype, ranks)
         plan = dataset.make_plan(
             data.batches_per_epoch(args.train_batch_size), ranks.count * args.gradient_accumulation_steps,
@@ -368,7 +380,7 @@ def main(args: argparse.Namespace) -> None:
         )  # fmt: skip
 
         # What is trained: weights in float32; what is frozen is in the compute dtype.
-        transformer, export = prepare_transformer(args, checkpoint, dtype)
+        transformer, export = prepare_transformer(args, checkpoint, dtype, level)
         clips_per_step = plan.batches_per_step * args.train_batch_size
         # Nothing else may hold the weights: FSDP2 would keep them whole on every GPU, beside its shards.
         optimizer = make_optimizer(args, trainable.weights_of(transformer), clips_per_step)

@@ -116,6 +116,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     compute.add_options(parser)
 
     options = parser.parse_args(argv)
+    if options.gradient_checkpointing == "auto":
+        parser.error("--gradient_checkpointing auto: pass the level that is to be measured: none, attention or full")
     for name, lowest in {"steps": 1, "warmup": 0, "num_layers": 1}.items():
         if (value := getattr(options, name)) is not None and value < lowest:
             parser.error(f"--{name} {value}: must be at least {lowest}")

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cogvideox
 import compute
+import memory
 import trainable
 
 LORA = trainable.Lora(rank=4, lora_alpha=4, lora_target_modules=["to_q", "to_k", "to_v", "to_out.0"])
@@ -220,3 +221,23 @@ def test_the_table_of_positions_is_made_once_for_each_shape(checkpoint_of, monke
         rotary = cogvideox.rotary_embedding(checkpoint, 3, 8, width, "cpu")
         step(transformer, inputs | {"hidden_states": torch.randn(1, 3, 4, 8, width), "image_rotary_emb": rotary})
     assert len(made) == 2
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("free_gib", "level"), [(40, "none"), (20, "attention"), (10, "full")])
+def test_auto_keeps_as_much_as_the_free_memory_of_the_gpu_allows(monkeypatch, tiny_checkpoint, free_gib, level):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gib * memory.GIB, 80 * memory.GIB))
+    checkpoint = benchmark.random_checkpoint("2b")._replace(folder=tiny_checkpoint)  # where T5's config is read
+    settings = memory.Settings(480, 720, 49, gradient_checkpointing="auto")
+    chosen, lines = memory.plan(checkpoint, settings, torch.device("cuda"))
+    assert chosen == level
+    assert f"this GPU has {free_gib}.0" in lines[0] and f"auto: {level} needs" in lines[1]
+
+
+def test_a_run_says_what_memory_it_will_need_and_auto_needs_no_gpu(tiny_checkpoint, tmp_path, train, capsys):
+    rows = train(tiny_checkpoint, tmp_path / "auto", max_train_steps=1, gradient_checkpointing="auto")
+    assert rows[0]["loss"] == train(tiny_checkpoint, tmp_path / "plain", max_train_steps=1)[0]["loss"]
+    printed = capsys.readouterr().out
+    assert "memory, predicted: text 0.0, clips" in printed and "auto: none, since there is no GPU" in printed

@@ -8,7 +8,7 @@ import torch
 from make_example import VARIANTS
 from test_step_benchmark import check_same_step, check_steps, check_training_script
 
-import compute
+from memory import LEVELS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,7 +53,7 @@ def test_compiled_blocks_change_neither_loss_nor_gradients(model, level):
 
 
 def test_gradient_checkpointing_saves_memory():
-    none, attention, full = (bytes_of_a_step("--gradient_checkpointing", level) for level in compute.LEVELS)
+    none, attention, full = (bytes_of_a_step("--gradient_checkpointing", level) for level in LEVELS)
     assert full < attention < 0.5 * none
 
 

@@ -15,6 +15,7 @@ ORDER = [
     "checkpoints",
     "report",
     "hub",
+    "memory",
     "compute",
     "optimizers",
     "processes",

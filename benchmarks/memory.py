@@ -1,0 +1,162 @@
+"""Predicted peak memory of each phase of a run, from configs alone.
+
+    python benchmarks/memory.py --model 5b --rank 128 --gradient_checkpointing full --base_precision int8
+    python benchmarks/memory.py --measured benchmarks/results/*.json   # against what benchmarks/step.py measured
+    python benchmarks/memory.py --table                                # models x levels x base precisions
+
+Needs neither weights nor a GPU. The formulas, and what they leave out, are in memory.py.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has a memory.py as well
+
+import step
+
+import checkpoints
+import dataset
+import memory
+import train_cogvideox_lora as train
+import trainable
+
+# google/t5-v1_1-xxl, as the published checkpoints' text_encoder/config.json has it.
+T5 = {
+    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers": 24,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+PRECISIONS = ["bf16", *memory.BYTES_OF_BASE]
+CARDS = (12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB, as sold
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    what = parser.add_argument_group("what is shown").add_argument
+    what("--model", choices=list(step.MODELS), default="2b", help="as in benchmarks/step.py")
+    what(
+        "--free_gib", type=float, metavar="GIB", help="free memory of a GPU: what fits, and which level auto would take"
+    )
+    what(
+        "--measured", type=Path, nargs="+", metavar="FILE", help="results of step.py, with their own model and options"
+    )
+    what("--table", action="store_true", help="peak of training of every model, level and base precision, in Markdown")
+    what("--output", type=Path, metavar="FILE", help="also write it as JSON there")
+
+    positive = dataset.at_least(1)
+    same = parser.add_argument_group("as in train_cogvideox_lora.py").add_argument
+    same("--training_type", choices=["lora", "sft"], default="lora", help="a LoRA, or all weights")
+    same("--rank", type=positive, default=128, help="rank of the LoRA matrices")
+    same("--lora_target_modules", nargs="+", metavar="NAME", default=trainable.DEFAULT_TARGETS, help="layers")
+    same("--height", type=positive, help="pixels (default: the model's)")
+    same("--width", type=positive, help="pixels (default: the model's)")
+    same("--num_frames", "--max_num_frames", dest="max_num_frames", type=positive, help="4k + 1 (default: the model's)")
+    same("--train_batch_size", type=positive, default=1, metavar="N", help="clips per micro-batch and GPU")
+    same("--gradient_accumulation_steps", type=positive, default=1, metavar="N", help="micro-batches per update")
+    same("--gradient_checkpointing", nargs="?", choices=memory.LEVELS, const="full", default="none", help="recompute")
+    same("--mixed_precision", choices=list(train.DTYPES), default="bf16", help="no: float32")
+    same("--base_precision", choices=PRECISIONS, default="bf16", help="of the blocks' frozen linear layers")
+    same("--optimizer", choices=list(memory.STATE_BYTES), default="adamw", help="and its state")
+    same("--use_8bit_adam", action="store_true", help="8-bit state")
+    same("--ema_decay", type=float, metavar="D", help="a moving average of the LoRA")
+    same("--enable_tiling", action="store_true", help="VAE in tiles")
+    options = parser.parse_args(argv)
+    model = step.MODELS[options.model]
+    for name in ("height", "width", "max_num_frames"):
+        setattr(options, name, getattr(options, name) or getattr(model, name))
+    for problem in dataset.size_problems(options.height, options.width, options.max_num_frames):
+        parser.error(problem)
+    if options.training_type == "sft" and options.base_precision != "bf16":
+        parser.error(f"--base_precision {options.base_precision}: sft trains the base; leave it out")
+    return options
+
+
+def one_run(options: argparse.Namespace) -> dict:
+    """Prints the phases of a run, and the parts of training; the same as a result."""
+    checkpoint = step.random_checkpoint(options.model)
+    settings = memory.Settings.of(options, train.DTYPES[options.mixed_precision])
+    phases = memory.predict(checkpoint, T5, settings)
+    parts = memory.training_parts(checkpoint, settings)
+    for phase, gib in phases.items():
+        print(f"{phase:<24}{gib:8.2f} GiB")
+    print("training, in parts")
+    for part, gib in parts.items():
+        print(f"  {part:<22}{gib:8.2f} GiB")
+    print(memory.summary(phases, options.free_gib))
+    if options.free_gib is not None:
+        print(memory.choose_checkpointing(options.free_gib, checkpoint, settings)[1])
+    rounded = [{name: round(gib, 3) for name, gib in values.items()} for values in (phases, parts)]
+    described = {name: value for name, value in settings._asdict().items() if name != "dtype"}
+    described |= {"mixed_precision": options.mixed_precision}
+    return {"model": options.model, "options": described, "phases_gib": rounded[0], "training_gib": rounded[1]}
+
+
+def settings_of_result(result: dict) -> memory.Settings:
+    """Those with which step.py ran."""
+    own = result["options"]
+    known = {name: value for name, value in own.items() if name in memory.Settings._fields}
+    return memory.Settings(**known | {"dtype": train.DTYPES[own["mixed_precision"]]})
+
+
+def against_measurements(files: list[Path]) -> list[dict]:
+    """Prints predicted and measured peaks of training; results without a GPU's are left out."""
+    rows = []
+    print(f"{'result':<36}{'predicted':>10}{'measured':>10}{'error':>8}")
+    for file in files:
+        result = json.loads(file.read_text())
+        if "peak_memory_gib" not in result or result["device"].startswith("CPU"):
+            print(f"{file.stem:<36}{'no peak of a GPU in it':>28}")
+            continue
+        predicted = memory.training_parts(step.random_checkpoint(result["model"]), settings_of_result(result))["peak"]
+        measured = result["peak_memory_gib"]
+        rows.append({"result": file.stem, "predicted_gib": round(predicted, 3), "measured_gib": measured})
+        print(f"{file.stem:<36}{predicted:10.2f}{measured:10.2f}{predicted / measured - 1:+8.1%}")
+    return rows
+
+
+def table(options: argparse.Namespace) -> list[dict]:
+    """Prints, in Markdown, GiB of a LoRA's training at each model's own size, and the smallest card that it fits on."""
+    rows = []
+    print("| | base | none | attention | full | text | clips | clips, tiled | validation | validation, tiled |")
+    print("|---" * 10 + "|")
+    for name, model in step.MODELS.items():
+        if name.startswith("tiny"):
+            continue
+        checkpoint = step.random_checkpoint(name)
+        size = {"height": model.height, "width": model.width, "max_num_frames": model.max_num_frames}
+        for precision in PRECISIONS:
+            settings = memory.Settings.of(options, train.DTYPES[options.mixed_precision])
+            settings = settings._replace(**size, base_precision=precision, training_type="lora")
+            phases = memory.predict(checkpoint, T5, settings._replace(enable_tiling=False))
+            tiled = memory.predict(checkpoint, T5, settings._replace(enable_tiling=True))
+            levels = {
+                level: memory.training_parts(checkpoint, settings._replace(gradient_checkpointing=level))["peak"]
+                for level in memory.LEVELS
+            }
+            others = {"text": phases["text"], "clips": phases["clips"], "clips, tiled": tiled["clips"]}
+            others |= {"validation": phases["validation"], "validation, tiled": tiled["validation"]}
+            cells = [f"{gib:.1f} ({card(gib)})" for gib in levels.values()] + [f"{gib:.1f}" for gib in others.values()]
+            print(f"| {name} | {precision} | {' | '.join(cells)} |")
+            numbers = {column: round(gib, 2) for column, gib in (levels | others).items()}
+            rows.append({"model": name, "base_precision": precision} | numbers)
+    return rows
+
+
+def card(peak_gib: float) -> str:
+    """The smallest one that has what `choose_checkpointing` asks for; a driver and a CUDA context take 0.5 GiB."""
+    return next((f"{size} GB" for size in CARDS if memory.needed_gib(peak_gib) <= size - 0.5), "none")
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse_args(argv)
+    if options.measured:
+        result = against_measurements(options.measured)
+    else:
+        result = table(options) if options.table else one_run(options)
+    if options.output:
+        checkpoints.write_json(options.output, result)
+
+
+if __name__ == "__main__":
+    main()
