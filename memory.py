@@ -103,8 +103,8 @@ def count_weights(config: dict, settings: Settings) -> Weights:
         if isinstance(layer, torch.nn.Linear) and "lora_" not in name
     }
     lora = frozenset(name for name, layer in block.named_modules() if hasattr(layer, "lora_A"))
-    cast = [w for name, w in block.named_parameters() if w.requires_grad and w.ndim == 2]
-    outside = [name for name, layer in models[0].named_modules() if hasattr(layer, "lora_A")]
+    cast = [weight for weight in _trained(block) if weight.ndim == 2]
+    everywhere = [name for name, layer in models[0].named_modules() if hasattr(layer, "lora_A")]
     return Weights(
         blocks_linear=layers * sum(layer.weight.numel() for layer in linear.values()),
         frozen=one + (layers - 1) * (two - one),
@@ -116,7 +116,7 @@ def count_weights(config: dict, settings: Settings) -> Weights:
         modulated=frozenset(
             norm
             for norm in ("norm1", "norm2")
-            if sft or f"{norm}.linear" in lora or any("embedding" in name for name in outside)
+            if sft or f"{norm}.linear" in lora or any("embedding" in name for name in everywhere)
         ),
     )
 

@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# What a GPU must prove (benchmarks/GPU_TODO.md), in three parts of at most 10 minutes:
+#
+#     bash benchmarks/gpu_suite.sh 1|2|3|all [--dry] [--tiny]
+#
+# 1: pytest -m gpu, and short steps of every model; 2: seconds and memory of 2b and 5b; 3: preprocessing, a comparison
+# (with VERSUS_REFERENCE=path), the small model and the examples. --dry prints the commands; --tiny, or
+# GPU_SUITE_MODEL=tiny, takes stand-ins that any CPU can do. Results go to GPU_SUITE_RESULTS (default: benchmarks/results,
+# tiny: examples/world/gpu-suite). What fails is written to failures.txt there and does not stop the rest.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+part=${1:-} dry="" tiny=""
+for word in "${@:2}"; do
+  case $word in
+    --dry) dry=1 ;;
+    --tiny) tiny=1 ;;
+    *) part="" ;;
+  esac
+done
+[[ $part =~ ^(1|2|3|all)$ ]] || { echo "usage: bash benchmarks/gpu_suite.sh 1|2|3|all [--dry] [--tiny]" >&2; exit 2; }
+case ${GPU_SUITE_MODEL:-} in
+  "") ;;
+  tiny) tiny=1 ;;
+  *) echo "GPU_SUITE_MODEL=$GPU_SUITE_MODEL: only tiny; leave it out for the real models" >&2; exit 2 ;;
+esac
+
+python=${PYTHON:-python}
+results=${GPU_SUITE_RESULTS:-${tiny:+examples/world/gpu-suite}}
+results=${results:-benchmarks/results}
+part_seconds=${GPU_SUITE_PART_SECONDS:-600}
+gpu=$("$python" -c 'import re, torch
+name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+print(re.sub("[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-"))') || exit
+[[ $gpu != cpu || $tiny || $dry ]] || { echo "no GPU here; try --tiny or --dry" >&2; exit 2; }
+failures="$results/failures.txt"
+failed=0
+
+# run NAME SECONDS COMMAND...: within its own limit and that of the part; its output is shown, and kept if it fails.
+run() {
+  local name=$1 limit=$2 left=$((part_seconds - SECONDS)) log code
+  shift 2
+  ((limit < left)) || limit=$left
+  if [[ $dry ]]; then
+    echo "timeout $limit $*"
+    return
+  fi
+  if ((limit < 5)); then
+    fail "$name" "not run: the $part_seconds seconds of the part are over"
+    return
+  fi
+  echo "== $name"
+  log=$(mktemp)
+  timeout -k 10 "$limit" "$@" 2>&1 | tee "$log"
+  code=${PIPESTATUS[0]}
+  ((code == 0)) || fail "$name" "exit code $code (124: over $limit s); $(tail -n 3 "$log" | tr '\n' ' ')"
+  rm -f "$log"
+}
+
+fail() {
+  echo "part $number, $1 ($gpu): $2" | tee -a "$failures"
+  failed=1
+}
+
+# script NAME SECONDS SCRIPT OPTIONS...: of ours; said, not failed, if it is not there yet.
+script() {
+  local name=$1 limit=$2 file=$3
+  shift 3
+  if [[ -f $file ]]; then
+    run "$name" "$limit" "$python" "$file" "$@"
+  else
+    echo "skipped $name: there is no $file yet"
+  fi
+}
+
+# step NAME SECONDS MODEL OPTIONS...
+step() {
+  local name=$1 limit=$2 model=$3
+  shift 3
+  if [[ $tiny ]]; then
+    [[ $model == *I2V ]] && model=tiny-I2V || model=tiny
+  fi
+  script "$name" "$limit" benchmarks/step.py --model "$model" --output "$results/$name-$gpu.json" "$@"
+}
+
+part_1() {
+  local short=(--steps 2 --warmup 1 --gradient_checkpointing full)
+  run tests 330 "$python" -m pytest -m gpu -q
+  for model in 2b 5b 1.5 5b-I2V 1.5-I2V; do
+    step "$model-short" 75 "$model" "${short[@]}"
+  done
+  step 2b-sft-short 75 2b "${short[@]}" --training_type sft
+}
+
+part_2() {
+  local level precision backend timing=(--steps 10 --warmup 3)
+  [[ $tiny ]] && timing=(--steps 2 --warmup 1)
+  for level in none full attention; do
+    step "2b-$level" 60 2b "${timing[@]}" --gradient_checkpointing "$level"
+  done
+  for level in full attention none; do # none is predicted not to fit on 80 GB
+    step "5b-$level" 90 5b "${timing[@]}" --gradient_checkpointing "$level"
+  done
+  step 2b-none-compile 120 2b "${timing[@]}" --gradient_checkpointing none --compile
+  for backend in flash cudnn; do
+    step "2b-none-$backend" 60 2b "${timing[@]}" --gradient_checkpointing none --attention_backend "$backend"
+  done
+  for precision in int8 fp8 nf4; do
+    step "5b-full-$precision" 90 5b "${timing[@]}" --gradient_checkpointing full --base_precision "$precision"
+  done
+  shopt -s nullglob
+  local measured=("$results"/*-"$gpu".json)
+  shopt -u nullglob
+  if ((${#measured[@]})); then
+    script memory-errors 60 benchmarks/memory.py --measured "${measured[@]}"
+  fi
+}
+
+part_3() {
+  local model=2b steps=3000 samples=50 small=examples/world/pretrained stage
+  [[ $tiny ]] && model=tiny steps=2 samples=1
+  script preprocess 150 benchmarks/preprocess.py --model "$model" --output "$results/preprocess-$gpu.json"
+  if [[ ${VERSUS_REFERENCE:-} ]]; then
+    script versus 150 benchmarks/versus.py --reference "$VERSUS_REFERENCE" --output "$results/versus-$gpu.json"
+  else
+    echo "skipped versus: VERSUS_REFERENCE names no reference"
+  fi
+  if [[ $tiny ]]; then
+    script example 60 examples/make_example.py --output_dir examples/world
+  else
+    run quickstart 180 bash quickstart.sh # begins with removing examples/world
+  fi
+  for stage in vae transformer decoder; do
+    script "pretrain-$stage" 90 examples/pretrain.py "$stage" --steps "$steps" --output_dir "$small" --results "$small"
+  done
+  script pretrain-measure 60 examples/pretrain.py measure --samples "$samples" --output_dir "$small" --results "$small"
+}
+
+[[ $dry ]] || mkdir -p "$results"
+for number in 1 2 3; do
+  [[ $part == "$number" || $part == all ]] || continue
+  echo "---- part $number, on $gpu"
+  if [[ ! $dry && -f $failures ]]; then # those of an earlier run
+    sed -i "/^part $number, .* ($gpu): /d" "$failures"
+  fi
+  SECONDS=0
+  "part_$number"
+done
+((!failed)) || echo "what failed is in $failures"
+exit "$failed"

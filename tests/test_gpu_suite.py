@@ -1,0 +1,77 @@
+"""benchmarks/gpu_suite.sh, with a stand-in for Python that writes down its command line."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PYTHON = """#!/usr/bin/env bash
+[[ $1 == -c ]] && { echo test-gpu; exit; }
+echo "$*" >> "$(dirname "$0")/commands"
+case "$*" in
+  *int8*) echo a reason; exit 3 ;;
+  *nf4*) exit 124 ;;
+esac
+"""
+
+
+@pytest.fixture
+def suite(tmp_path):
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+
+    def run(*words, **environment):
+        environment = {"PYTHON": str(tmp_path / "python"), "GPU_SUITE_RESULTS": str(tmp_path), **environment}
+        command = ["bash", ROOT / "benchmarks" / "gpu_suite.sh", *words]
+        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=60)
+        file = tmp_path / "commands"
+        return result, file.read_text().splitlines() if file.exists() else []
+
+    return run
+
+
+def test_a_failure_is_recorded_and_the_rest_goes_on(suite, tmp_path):
+    (tmp_path / "failures.txt").write_text("part 2, old (test-gpu): gone\npart 1, other (test-gpu): stays\n")
+    result, commands = suite("2")
+    assert result.returncode == 1
+    first, failed, late = (tmp_path / "failures.txt").read_text().splitlines()
+    assert first == "part 1, other (test-gpu): stays"
+    assert failed.startswith("part 2, 5b-full-int8 (test-gpu): exit code 3") and "a reason" in failed
+    assert late.startswith("part 2, 5b-full-nf4 (test-gpu): exit code 124 (124: over 90 s)")
+    assert [command for command in commands if "fp8" in command]  # after int8
+
+
+def test_what_does_not_fit_into_a_part_is_recorded(suite, tmp_path):
+    result, commands = suite("2", GPU_SUITE_PART_SECONDS="4")
+    assert result.returncode == 1 and commands == []
+    assert "2b-none (test-gpu): not run: the 4 seconds of the part are over" in result.stdout
+
+
+def test_dry_runs_nothing(suite):
+    result, commands = suite("all", "--dry")
+    assert result.returncode == 0 and commands == []
+    assert result.stdout.count("---- part") == 3
+    assert "benchmarks/step.py --model 1.5-I2V" in result.stdout and "-m pytest -m gpu -q" in result.stdout
+
+
+@pytest.mark.parametrize("way", [{"words": ["--tiny"]}, {"GPU_SUITE_MODEL": "tiny"}])
+def test_tiny_takes_no_real_model(way, suite):
+    way = dict(way)
+    result, commands = suite("1", *way.pop("words", []), **way)
+    models = {command.split("--model ")[1].split()[0] for command in commands if "--model" in command}
+    assert result.returncode == 0 and models == {"tiny", "tiny-I2V"}
+
+
+@pytest.mark.parametrize("words", [[], ["4"], ["1", "--fast"]])
+def test_other_words_are_refused(words, suite):
+    result, commands = suite(*words)
+    assert result.returncode == 2 and commands == []
+    assert result.stderr.startswith("usage:")
+
+
+def test_a_real_command_runs_on_a_cpu(suite, tmp_path):
+    """pytest -m gpu and steps of tiny models have tests of their own; here the name of the device is found."""
+    result, _ = suite("2", "--dry", PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0 and "---- part 2, on cpu" in result.stdout
