@@ -16,12 +16,12 @@ python dataset.py preview "$world/film" --height 64 --width 96 --max_num_frames 
 echo "3/5 training, by finetune_single_gpu.sh"
 MODEL_PATH=examples/small-cogvideox DATASET_PATH="$world/film" OUTPUT_PATH="$world/lora" bash finetune_single_gpu.sh \
   --height 64 --width 96 --max_num_frames 17 --rank 16 --learning_rate 1e-3 --train_batch_size 4 \
-  --max_train_steps 400 --checkpointing_steps 200 --validation_split 5 --validation_steps 100 --guidance_scale 4 \
+  --max_train_steps 400 --checkpointing_steps 200 --validation_split 5 --validation_steps 100 --guidance_scale 1.5 \
   --validation_prompt "FILM a red circle moves left over a dark ground:::a red circle moves left over a dark ground"
 
 echo "4/5 a video without the LoRA and one with it, by cli_demo.py"
 demo() {
-  python cli_demo.py --model_path examples/small-cogvideox --guidance_scale 4 --num_inference_steps 30 \
+  python cli_demo.py --model_path examples/small-cogvideox --guidance_scale 1.5 --num_inference_steps 30 \
     --prompt "FILM a blue square moves right over a light ground" "$@"
 }
 demo --output_path "$world/without-lora.mp4"

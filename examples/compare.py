@@ -9,6 +9,7 @@ below the same prompts with the LoRA.
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -27,17 +28,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", type=Path, default=Path(__file__).parent / "small-cogvideox")
     parser.add_argument("--lora_path", type=Path, required=True)
+    parser.add_argument("--guidance_scale", type=float, default=1.5)
     parser.add_argument("--samples", type=int, default=24, help="prompts to measure")
     parser.add_argument("--output", type=Path, help="picture to draw (png)")
     parser.add_argument("--seed", type=int, default=5)
     args = parser.parse_args()
-    figures, videos = compare(args.model_path, args.lora_path, args.samples, args.seed)
+    figures, videos = compare(args.model_path, args.lora_path, args.samples, args.seed, args.guidance_scale)
     print(json.dumps(figures, indent=1))
     if args.output:
         iio.imwrite(args.output, picture(videos))
 
 
-def compare(model_path, lora_path, samples, seed):
+def compare(model_path, lora_path, samples, seed, guidance_scale=1.5):
     """Figures of the LoRA, and videos by (model, kind of prompt)."""
     pipe = CogVideoXPipeline.from_pretrained(model_path, dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
@@ -45,12 +47,14 @@ def compare(model_path, lora_path, samples, seed):
     scenes = [shapes.random_scene(rng) for _ in range(samples)]
     plain = [scene.caption for scene in scenes]
     prompts = {"plain": plain, "film": [f"{TOKEN} {caption}" for caption in plain]}
-    videos = {("base", kind): sample_all(pipe, texts, seed) for kind, texts in prompts.items()}
+    sampled = partial(sample_all, pipe, seed=seed, guidance_scale=guidance_scale)
+    videos = {("base", kind): sampled(texts) for kind, texts in prompts.items()}
     pipe.load_lora_weights(lora_path)
-    videos |= {("LoRA", kind): sample_all(pipe, texts, seed) for kind, texts in prompts.items()}
+    videos |= {("LoRA", kind): sampled(texts) for kind, texts in prompts.items()}
     colour = {key: float(np.mean([shapes.chroma(clip) for clip in clips])) for key, clips in videos.items()}
     figures = {
         "samples": samples,
+        "guidance_scale": guidance_scale,
         "colour_of_base": round(colour["base", "plain"], 4),
         "colour_lost_with_the_word": round(1 - colour["LoRA", "film"] / colour["base", "film"], 3),
         "colour_kept_without_it": round(colour["LoRA", "plain"] / colour["base", "plain"], 3),

@@ -37,9 +37,14 @@ def test_the_small_checkpoint_is_small_and_half_precision():
     assert sum(sizes.values()) < 15e6
 
 
+def test_its_configs_name_no_folder_of_the_machine_that_made_it():
+    configs = {path: path.read_text() for path in SMALL.rglob("*.json")}
+    assert len(configs) >= 5 and not any("_name_or_path" in text for text in configs.values())
+
+
 def test_its_vae_rebuilds_clips_that_it_has_not_seen():
     vae = AutoencoderKLCogVideoX.from_pretrained(SMALL, subfolder="vae", dtype=torch.float32)
-    assert pretrain.measure_vae(vae, seed=0, count=4)["colour"] > 30
+    assert pretrain.measure_vae(vae, seed=0, count=4)["colour"] > 32
 
 
 def test_it_shows_what_the_prompt_asks_for():
@@ -48,7 +53,7 @@ def test_it_shows_what_the_prompt_asks_for():
     rng = np.random.default_rng(1)
     scenes = [shapes.random_scene(rng) for _ in range(10)]
     figures = pretrain.right(scenes, pretrain.sample_all(pipe, [scene.caption for scene in scenes], steps=20))
-    assert figures["colour"] >= 0.9 and figures["motion"] >= 0.9 and figures["shape"] >= 0.4
+    assert figures["colour"] >= 0.9 and figures["motion"] >= 0.9 and figures["shape"] >= 0.8
 
 
 def run(clips, output_dir, **options):
@@ -82,6 +87,6 @@ def test_the_lora_lowers_the_loss_on_new_clips_of_the_look_at_every_part_of_the_
 
 def test_the_lora_takes_the_colour_away_and_keeps_shape_and_motion(film_lora):
     figures, _ = compare.compare(SMALL, film_lora, samples=6, seed=5)
-    assert figures["colour_lost_with_the_word"] > 0.4
+    assert figures["colour_lost_with_the_word"] > 0.65
     assert figures["colour_kept_without_it"] > 0.7
-    assert figures["right_with_the_word"]["motion"] >= 0.8
+    assert figures["right_with_the_word"]["motion"] >= 0.8 and figures["right_with_the_word"]["shape"] >= 0.6
