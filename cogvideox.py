@@ -33,6 +33,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
+import quantized
 from dataset import Encoder
 
 SCHEDULERS = {"CogVideoXDDIMScheduler": CogVideoXDDIMScheduler, "CogVideoXDPMScheduler": CogVideoXDPMScheduler}
@@ -298,13 +299,19 @@ def image_encoder(checkpoint: Checkpoint, dtype, device, tiling: bool, slicing: 
 
 
 @contextmanager
-def caption_encoder(checkpoint: Checkpoint, dtype, device) -> Iterator[Callable]:
-    """`encode_caption` with a T5 that is in memory for the length of a `with` block."""
+def caption_encoder(checkpoint: Checkpoint, dtype, device, precision: str = "bf16") -> Iterator[Callable]:
+    """`encode_caption` with a T5 that is in memory for the length of a `with` block.
+
+    Args:
+        precision: of its linear layers, of `quantized.PRECISIONS`; they are quantised one after the other on `device`.
+    """
     folder = checkpoint.folder
     tokenizer = load_tokenizer(checkpoint)
     text_encoder = T5EncoderModel.from_pretrained(
         folder, subfolder="text_encoder", dtype=dtype, variant=checkpoint.variant
     )
+    if precision != "bf16":
+        quantized.quantize_linears(text_encoder.encoder, precision, device)
     text_encoder.to(device).eval()
     try:
         yield partial(encode_caption, tokenizer, text_encoder, max_length=checkpoint.transformer["max_text_seq_length"])
@@ -313,13 +320,19 @@ def caption_encoder(checkpoint: Checkpoint, dtype, device) -> Iterator[Callable]
         torch.cuda.empty_cache()
 
 
-def encoders(checkpoint: Checkpoint, dtype, device, tiling: bool, slicing: bool) -> tuple[Encoder, Encoder]:
-    """Of clips and of captions, not loaded yet."""
+def encoders(
+    checkpoint: Checkpoint, dtype, device, tiling: bool, slicing: bool, text_precision: str = "bf16", text_device=None
+) -> tuple[Encoder, Encoder]:
+    """Of clips and of captions, not loaded yet.
+
+    Args:
+        text_device: that of captions (default: `device`).
+    """
     video = partial(video_encoder, checkpoint, dtype, device, tiling, slicing)
-    caption = partial(caption_encoder, checkpoint, dtype, device)
+    caption = partial(caption_encoder, checkpoint, dtype, text_device or device, text_precision)
     return (
         Encoder(vae_fingerprint(checkpoint, dtype, tiling), video),
-        Encoder(text_fingerprint(checkpoint, dtype), caption),
+        Encoder(text_fingerprint(checkpoint, dtype, text_precision), caption),
     )
 
 
@@ -328,10 +341,12 @@ def vae_fingerprint(checkpoint: Checkpoint, dtype: torch.dtype, tiling: bool) ->
     return _fingerprint(checkpoint.folder / "vae", dtype=dtype, tiling=tiling)
 
 
-def text_fingerprint(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
-    """Tells apart text encoders, and uses of one, that encode differently."""
-    folder, max_length = checkpoint.folder, checkpoint.transformer["max_text_seq_length"]
-    return _fingerprint(folder / "tokenizer") + _fingerprint(folder / "text_encoder", dtype=dtype, length=max_length)
+def text_fingerprint(checkpoint: Checkpoint, dtype: torch.dtype, precision: str = "bf16") -> str:
+    """Tells apart text encoders, and uses of one, that encode differently; on another device it is the same."""
+    folder, settings = checkpoint.folder, {"dtype": dtype, "length": checkpoint.transformer["max_text_seq_length"]}
+    if precision != "bf16":  # which has the fingerprint that caches are filled with
+        settings["precision"] = precision
+    return _fingerprint(folder / "tokenizer") + _fingerprint(folder / "text_encoder", **settings)
 
 
 def _fingerprint(folder: Path, **settings) -> str:

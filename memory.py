@@ -48,6 +48,8 @@ class Settings(NamedTuple):
     use_8bit_adam: bool = False
     ema: bool = False
     enable_tiling: bool = False
+    text_encoder_precision: str = "bf16"
+    text_encoder_device: str = "accelerator"
 
     @classmethod
     def of(cls, args: argparse.Namespace, dtype: torch.dtype) -> "Settings":
@@ -464,15 +466,19 @@ def _image_encoder_bytes(checkpoint: Checkpoint, settings: Settings) -> float:
 # ---- T5 --------------------------------------------------------------------------------------------------------------
 
 
-def text_bytes(config: dict, dtype: torch.dtype, num_tokens: int) -> float:
+def text_bytes(config: dict, dtype: torch.dtype, num_tokens: int, precision: str = "bf16") -> float:
     """Weights of T5 with the config of its text_encoder folder, and its largest moment for one caption.
+
+    With `precision` int8 its linear layers have one byte a weight; their scales, one a row, are not counted.
 
     Transformers keeps the feed-forward's outgoing matrices in float32 where the rest is in float16.
     """
     weights = 0
     for name, weight in empty_text_encoder(config).named_parameters():
         outgoing = dtype == torch.float16 and ".wo." in name
-        weights += weight.numel() * (4 if outgoing else dtype.itemsize)
+        linear = weight.ndim == 2 and not name.startswith("shared") and "relative_attention_bias" not in name
+        itemsize = 1 if linear and precision == "int8" else 4 if outgoing else dtype.itemsize
+        weights += weight.numel() * itemsize
     e, scores = dtype.itemsize, config["num_heads"] * num_tokens**2
     attention = scores * (3 * e + 2 * 4)  # position bias, products, their sum; softmax in float32
     feed_forward = scores * e + 3 * num_tokens * config["d_ff"] * e
@@ -494,8 +500,9 @@ def predict(checkpoint: Checkpoint, text_encoder: dict, settings: Settings) -> d
     stays = sum(training[name] for name in ("frozen weights", "trained weights", "optimizer", "moving average"))
     sampling = max(sampling_bytes(checkpoint, settings, weights), decoding_bytes(checkpoint, settings))
     max_length = checkpoint.transformer["max_text_seq_length"]
+    text = text_bytes(text_encoder, settings.dtype, max_length, settings.text_encoder_precision)
     return {
-        "text": gib(text_bytes(text_encoder, settings.dtype, max_length)),
+        "text": 0.0 if settings.text_encoder_device == "cpu" else gib(text),
         "clips": gib(vae + encoding_bytes(checkpoint, settings)),
         "training": training["peak"],
         "validation": stays + gib(vae + sampling),

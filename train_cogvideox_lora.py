@@ -61,6 +61,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     source("--dataset_name", metavar="NAME", help="hub dataset repository to download and read like a folder")
     data("--latents_cache_dir", type=path, metavar="FOLDER", help="default: .cogvideox_cache in the data's folder")
     data("--dataloader_num_workers", type=count, default=0, metavar="N", help="processes that read data; 0: none")
+    data("--text_encoder_precision", choices=["bf16", "int8"], default="bf16", help="int8: T5 in half the memory")
+    data("--text_encoder_device", choices=["accelerator", "cpu"], default="accelerator", help="cpu: T5 slowly there")
     data("--enable_tiling", action="store_true", help="VAE in tiles: less memory, slower, slightly other latents")
     data("--enable_slicing", action="store_true", help="VAE: the images of a batch one by one, as clips always are")
 
@@ -138,6 +140,8 @@ def start(args: argparse.Namespace) -> tuple[Accelerator, dataset.Ranks]:
         raise ValueError("--use_8bit_adam: bitsandbytes cannot work on shards; leave it out, they are small already")
     if accelerator.is_fsdp2 and args.gradient_checkpointing == "auto":
         raise ValueError("--gradient_checkpointing auto: knows nothing of shards; pass none, attention or full")
+    if accelerator.is_fsdp2 and args.base_precision != "bf16":
+        raise ValueError(f"--base_precision {args.base_precision}: FSDP shards no quantised weights; leave one out")
     if args.training_type == "sft":  # of whose checkpoints each rank writes a part
         processes.check_shared(ranks, args.output_dir, "--output_dir")
     return accelerator, ranks
@@ -165,8 +169,9 @@ def prepare_data(args, accelerator, checkpoint, dtype, ranks) -> tuple[dataset.D
         args.video_reshape_mode, args.seed, checkpoint.takes_image, checkpoint.fixed_size is not None,
     )  # fmt: skip
     video_encoder, text_encoder = cogvideox.encoders(
-        checkpoint, dtype, accelerator.device, args.enable_tiling, args.enable_slicing
-    )
+        checkpoint, dtype, accelerator.device, args.enable_tiling, args.enable_slicing,
+        args.text_encoder_precision, "cpu" if args.text_encoder_device == "cpu" else accelerator.device,
+    )  # fmt: skip
     cache = args.latents_cache_dir or root / ".cogvideox_cache"
     data = dataset.encode_dataset(
         root, clips, problems, view, cache=cache,
@@ -204,11 +209,11 @@ def lora_of(args: argparse.Namespace) -> tuple[trainable.Lora, Path | None]:
     return lora, None if args.resume_from_checkpoint else args.lora_path
 
 
-def prepare_transformer(args, checkpoint, dtype, level: str) -> tuple[torch.nn.Module, trainable.Export]:
+def prepare_transformer(args, checkpoint, dtype, device, level) -> tuple[torch.nn.Module, trainable.Export]:
     """The transformer, of which just what is trained requires gradients, and what writes that as a result."""
     set_seed(args.seed)
     if args.training_type == "lora":
-        transformer, export = trainable.with_lora(checkpoint, dtype, *lora_of(args))
+        transformer, export = trainable.with_lora(checkpoint, dtype, *lora_of(args), device)
     else:
         transformer, export = trainable.whole(checkpoint, dtype)
     compute.prepare(transformer, level, args.compile, args.attention_backend)
@@ -380,7 +385,7 @@ def main(args: argparse.Namespace) -> None:
         )  # fmt: skip
 
         # What is trained: weights in float32; what is frozen is in the compute dtype.
-        transformer, export = prepare_transformer(args, checkpoint, dtype, level)
+        transformer, export = prepare_transformer(args, checkpoint, dtype, accelerator.device, level)
         clips_per_step = plan.batches_per_step * args.train_batch_size
         # Nothing else may hold the weights: FSDP2 would keep them whole on every GPU, beside its shards.
         optimizer = make_optimizer(args, trainable.weights_of(transformer), clips_per_step)

@@ -18,10 +18,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
+import quantized
 from cogvideox import Checkpoint, empty_transformer, load_transformer
 from dataset import at_least, expanded_path, publish, publish_folder
 
-OPTIONS = ("rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora", "init_lora_weights")
+OPTIONS = ("rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora", "init_lora_weights", "base_precision")
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TRANSFORMER_FOLDER = "transformer"
@@ -42,6 +43,7 @@ class Lora(NamedTuple):
     use_rslora: bool = False
     lora_dropout: float = 0.0
     init_lora_weights: str = "default"
+    base_precision: str = "bf16"
 
     @property
     def mutates(self) -> bool:
@@ -84,18 +86,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     lora("--use_rslora", action="store_true", help="rsLoRA: strength is lora_alpha / sqrt(rank)")
     inits = ["default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16"]
     lora("--init_lora_weights", choices=inits, default="default", help="first values; pissa_niter_N is a quick pissa")
+    base = {"choices": quantized.PRECISIONS, "default": quantized.PRECISIONS[0]}
+    lora("--base_precision", **base, help="of the blocks' frozen weights; bf16: as computed; fewer bits: less memory")
 
 
 def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
     """Refuses values and combinations that cannot work; `refuse` ends the program with a message."""
     names = (*OPTIONS, "lora_path", "lora_dropout", "ema_decay")
-    given = [name for name in names if getattr(args, name) not in (None, 0, "default")]
+    given = [name for name in names if getattr(args, name) not in (None, 0, "default", "bf16")]
     if args.training_type == "sft" and given:
         refuse(f"--{given[0]}: does nothing with --training_type sft, which trains no LoRA; leave it out")
     if args.lora_path and args.init_lora_weights != "default":
         refuse(f"--init_lora_weights {args.init_lora_weights}: --lora_path gives the first values; pass one of the two")
     if args.init_lora_weights == "orthogonal" and (args.rank or 128) % 2:
         refuse(f"--rank {args.rank}: must be even for --init_lora_weights orthogonal; pass {args.rank + 1}")
+    whole = "--use_dora" if args.use_dora else f"--init_lora_weights {args.init_lora_weights}"
+    if args.base_precision != "bf16" and (args.use_dora or args.init_lora_weights.startswith(MUTATING)):
+        refuse(f"--base_precision {args.base_precision}: {whole} begins with unquantised weights; pass one of the two")
     if not 0 <= args.lora_dropout < 1:
         refuse(f"--lora_dropout {args.lora_dropout}: must be from 0 to below 1")
     if args.ema_decay is not None and not 0 < args.ema_decay < 1:
@@ -154,6 +161,7 @@ def check_lora(checkpoint: Checkpoint, lora: Lora, start: Path | None) -> None:
 
     PEFT skips what is no layer in silence as long as another target fits.
     """
+    quantized.check_packages(lora.base_precision, "--base_precision")
     transformer = empty_transformer(checkpoint.transformer)
     modules = transformer.named_modules()
     linear = {name: module for name, module in modules if isinstance(module, torch.nn.Linear)}
@@ -244,16 +252,23 @@ def lora_file(path: Path) -> Path:
 
 
 def add_lora(
-    transformer: CogVideoXTransformer3DModel, lora: Lora, dtype: torch.dtype, start: Path | None = None
+    transformer: CogVideoXTransformer3DModel,
+    lora: Lora,
+    dtype: torch.dtype,
+    start: Path | None = None,
+    device: torch.device | None = None,
 ) -> None:
-    """Freezes the transformer in `dtype` and adds trainable LoRA weights in float32.
+    """Freezes the transformer in `dtype`, its blocks in `lora.base_precision`, and adds LoRA weights in float32.
 
     add_adapter makes them in the dtype of the base, and in bfloat16 most updates at 1e-5 would round away.
 
     Args:
         start: LoRA to go on from, a file or the folder that holds it.
+        device: where blocks are quantised and stay (default: where they are).
     """
     transformer.requires_grad_(False)
+    if lora.base_precision != "bf16":
+        quantized.quantize_linears(transformer.transformer_blocks, lora.base_precision, device)
     transformer.add_adapter(lora.config())
     cast_training_params(transformer, dtype=torch.float32)
     if not lora.use_dora:  # which wants float32 throughout
@@ -301,12 +316,16 @@ def _measure_magnitudes(transformer) -> None:
 
 
 def with_lora(
-    checkpoint: Checkpoint, dtype: torch.dtype, lora: Lora, start: Path | None
+    checkpoint: Checkpoint, dtype: torch.dtype, lora: Lora, start: Path | None, device: torch.device | None = None
 ) -> tuple[CogVideoXTransformer3DModel, Export]:
-    """The transformer, frozen in `dtype`, with a LoRA in float32; and what writes the LoRA's file."""
+    """The transformer, frozen in `dtype`, with a LoRA in float32; and what writes the LoRA's file.
+
+    Args:
+        device: where blocks are quantised, one layer after the other, so that it never holds more of them.
+    """
     # What is taken out of the weights must be just what the LoRA begins with, so that happens in float32.
     transformer = load_transformer(checkpoint, torch.float32 if lora.mutates else dtype)
-    add_lora(transformer, lora, dtype, start)
+    add_lora(transformer, lora, dtype, start, device)
     first = get_peft_model_state_dict(transformer) if lora.mutates else {}
     first = {name: weight.clone() for name, weight in first.items()}
 

@@ -41,13 +41,14 @@ import compute
 import dataset
 import optimizers
 import processes
+import quantized
 import train_cogvideox_lora as train
 import trainable
 
 # Options of the training script that are passed on to it.
 TRAINING = (
     "training_type", "rank", "height", "width", "max_num_frames", "train_batch_size", "gradient_accumulation_steps",
-    "mixed_precision", "gradient_checkpointing", "attention_backend",
+    "mixed_precision", "gradient_checkpointing", "attention_backend", "base_precision",
 )  # fmt: skip
 
 
@@ -107,6 +108,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     same = parser.add_argument_group("as in train_cogvideox_lora.py").add_argument
     same("--training_type", choices=["lora", "sft"], default="lora", help="a LoRA, or all weights")
     same("--rank", type=int, help="rank of the LoRA matrices (default: 128)")
+    same("--base_precision", choices=quantized.PRECISIONS, default="bf16", help="of the frozen weights of the blocks")
     same("--height", type=int, help="pixels (default: the model's)")
     same("--width", type=int, help="pixels (default: the model's)")
     same("--num_frames", "--max_num_frames", dest="max_num_frames", type=int, help="4k + 1 (default: the model's)")

@@ -236,6 +236,17 @@ def test_auto_keeps_as_much_as_the_free_memory_of_the_gpu_allows(monkeypatch, ti
     assert f"this GPU has {free_gib}.0" in lines[0] and f"auto: {level} needs" in lines[1]
 
 
+def test_t5_in_8_bits_takes_half_the_memory_and_on_the_cpu_none():
+    published = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128}
+    published["feed_forward_proj"] = "gated-gelu"
+    checkpoint, settings = benchmark.random_checkpoint("2b"), memory.Settings(480, 720, 49)
+    whole, half, none = (
+        memory.predict(checkpoint, published, settings._replace(**changes))["text"]
+        for changes in ({}, {"text_encoder_precision": "int8"}, {"text_encoder_device": "cpu"})
+    )
+    assert half == pytest.approx(0.52 * whole, rel=0.03) and none == 0
+
+
 def test_a_run_says_what_memory_it_will_need_and_auto_needs_no_gpu(tiny_checkpoint, tmp_path, train, capsys):
     rows = train(tiny_checkpoint, tmp_path / "auto", max_train_steps=1, gradient_checkpointing="auto")
     assert rows[0]["loss"] == train(tiny_checkpoint, tmp_path / "plain", max_train_steps=1)[0]["loss"]

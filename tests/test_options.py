@@ -26,7 +26,7 @@ REFERENCE = """
 OPTIONS = """
   pretrained_model_name_or_path revision variant cache_dir instance_data_root dataset_name caption_column video_column
   image_column validation_images training_type lora_path lora_dropout use_dora use_rslora init_lora_weights
-  ddp_timeout
+  ddp_timeout base_precision text_encoder_precision text_encoder_device
   id_token height width fps max_num_frames skip_frames_start skip_frames_end video_reshape_mode random_flip
   latents_cache_dir dataloader_num_workers enable_tiling enable_slicing rank lora_alpha lora_target_modules seed
   mixed_precision train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps gradient_checkpointing
@@ -83,6 +83,14 @@ def test_the_options_are_these():
         ("--validation_prompt a:::", ["--validation_prompt 'a:::'", "empty"]),
         ("--validation_prompt a --validation_prompt_separator=", ["--validation_prompt 'a'", "separator is empty"]),
         ("--lora_dropout 1", ["--lora_dropout 1.0", "below 1"]),
+        ("--base_precision int4", ["--base_precision", "int8", "nf4"]),
+        (
+            "--base_precision int8 --use_dora",
+            ["--base_precision int8", "--use_dora", "unquantised weights", "one of the two"],
+        ),
+        ("--base_precision fp8 --init_lora_weights pissa_niter_4", ["--base_precision fp8", "pissa_niter_4", "one of"]),
+        ("--base_precision nf4 --init_lora_weights olora", ["--base_precision nf4", "olora", "one of the two"]),
+        ("--text_encoder_precision fp8", ["--text_encoder_precision", "int8"]),
         ("--init_lora_weights eva", ["--init_lora_weights", "pissa"]),
         ("--init_lora_weights orthogonal --rank 3", ["--rank 3", "even", "pass 4"]),
         ("--init_lora_weights pissa --lora_path x", ["--init_lora_weights pissa", "--lora_path", "one of the two"]),

@@ -115,6 +115,14 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(level):
     check_same_step("--model", "tiny", "--rank", "4", tolerance=1e-6, calls=2, level=level)
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_the_base_can_be_quantised(precision, capsys):
+    argv = ["--model", "tiny", "--rank", "4", "--base_precision", precision]
+    check_steps(*argv)
+    step.main([*argv, "--steps", "1", "--warmup", "0"])
+    assert json.loads(capsys.readouterr().out)["options"]["base_precision"] == precision
+
+
 def test_training_script_in_bf16(monkeypatch, tiny_checkpoint, tmp_path):
     check_training_script(monkeypatch, tiny_checkpoint, tmp_path, mixed_precision="bf16")
 

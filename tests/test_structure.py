@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 # Each may import those before it.
 ORDER = [
     "dataset",
+    "quantized",
     "cogvideox",
     "preview",
     "trainable",
