@@ -3,10 +3,12 @@
 O and I: output and input features of a layer.
 """
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 PRECISIONS = ("bf16", "fp8", "int8", "nf4")  # the first one: not quantised, in the dtype that is computed in
 # Of the formats with a scale per output row: how the weights are kept, and the largest number that is used of it.
@@ -57,8 +59,11 @@ class QuantizedLinear(torch.nn.Linear):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.compute_dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        stored = [getattr(self, name) for name in self.stored]
-        return _FrozenLinear.apply(x.to(dtype), bias, self.precision, (self.out_features, self.in_features), *stored)
+        x, shape, stored = x.to(dtype), (self.out_features, self.in_features), [getattr(self, n) for n in self.stored]
+        if x.requires_grad and torch.is_grad_enabled():
+            return _FrozenLinear.apply(x, bias, self.precision, shape, *stored)
+        # Not by the Function: where nothing needs a gradient, torch.compile of 2.13 miscounts its *arguments.
+        return F.linear(x, dequantize(self.precision, shape, dtype, *stored), bias)
 
     def dequantized(self) -> torch.Tensor:
         """The weight that it computes with, [O, I]."""
@@ -73,19 +78,30 @@ class _FrozenLinear(torch.autograd.Function):
     """x W^T + b for a weight that needs no gradient: the backward pass dequantises it again instead of keeping it."""
 
     @staticmethod
-    def forward(x, bias, precision, shape, *stored):
-        return F.linear(x, dequantize(precision, shape, x.dtype, *stored), bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, _, ctx.precision, ctx.shape, *stored = inputs
+    def forward(ctx, x, bias, precision, shape, *stored):
+        ctx.precision, ctx.shape = precision, shape
         ctx.save_for_backward(*stored)
+        return F.linear(x, dequantize(precision, shape, x.dtype, *stored), bias)
 
     @staticmethod
     def backward(ctx, gradient):
         stored = ctx.saved_tensors  # read once: recomputation gives them out no more often
-        weight = dequantize(ctx.precision, ctx.shape, gradient.dtype, *stored)
-        return gradient @ weight, None, None, None, *(None for _ in stored)
+        x_gradient = _input_gradient(gradient, ctx.precision, ctx.shape, stored)
+        return x_gradient, None, None, None, *(None for _ in stored)
+
+
+@torch.library.custom_op("cogvideox_lora::input_gradient", mutates_args=())
+def _input_gradient(gradient: Tensor, precision: str, shape: Sequence[int], stored: Sequence[Tensor]) -> Tensor:
+    """That of x, from that of the output: an operator that torch.compile does not look into.
+
+    It would find the forward pass's dequantised weight in it, and keep that.
+    """
+    return gradient @ dequantize(precision, shape, gradient.dtype, *stored)
+
+
+@_input_gradient.register_fake
+def _(gradient, precision, shape, stored):
+    return gradient.new_empty(*gradient.shape[:-1], shape[1])
 
 
 # ---- the formats -----------------------------------------------------------------------------------------------------
@@ -97,7 +113,7 @@ def quantize(weight: torch.Tensor, precision: str) -> dict[str, torch.Tensor]:
     return _quantize_nf4(weight) if precision == "nf4" else _quantize_rows(weight, *ROWS[precision])
 
 
-def dequantize(precision: str, shape: tuple[int, int], dtype: torch.dtype, *stored: torch.Tensor) -> torch.Tensor:
+def dequantize(precision: str, shape: Sequence[int], dtype: torch.dtype, *stored: torch.Tensor) -> torch.Tensor:
     """The weight [O, I] = `shape` in `dtype`, from what `quantize` gave; the one tensor of this size that is made."""
     if precision == "nf4":
         return _dequantize_nf4(shape, dtype, *stored)
@@ -120,10 +136,16 @@ def _quantize_rows(weight: torch.Tensor, kept_as: torch.dtype, largest: float) -
 
 
 def _quantize_nf4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Dettmers et al. 2023 (arXiv:2305.14314), by bitsandbytes: 4 bits a weight, and scales in 8 bits."""
+    """Dettmers et al. 2023 (arXiv:2305.14314), by bitsandbytes: 4 bits a weight, and scales in 8 bits.
+
+    It gets a block per row: on a CPU, bitsandbytes 0.50.2 gives rows that are no whole blocks back with three times
+    the error of nf4. Layers of CogVideoX are a multiple of 64 times a multiple of 32 wide.
+    """
     from bitsandbytes.functional import quantize_4bit
 
-    packed, state = quantize_4bit(weight, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4")
+    packed, state = quantize_4bit(
+        weight.reshape(-1, NF4_BLOCK), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
+    )
     scales = {"absmax": state.absmax, "code": state.code, "offset": state.offset}
     return {"weight": packed} | scales | {"nested_absmax": state.state2.absmax, "nested_code": state.state2.code}
 
@@ -132,5 +154,6 @@ def _dequantize_nf4(shape, dtype, packed, absmax, code, offset, nested_absmax, n
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     nested = QuantState(nested_absmax, blocksize=NF4_SCALES_BLOCK, code=nested_code, dtype=torch.float32)
-    state = QuantState(absmax, torch.Size(shape), code, NF4_BLOCK, "nf4", dtype, offset, nested)
-    return dequantize_4bit(packed, state)
+    blocks = torch.Size((shape[0] * shape[1] // NF4_BLOCK, NF4_BLOCK))
+    state = QuantState(absmax, blocks, code, NF4_BLOCK, "nf4", dtype, offset, nested)
+    return dequantize_4bit(packed, state).view(shape)

@@ -1,7 +1,7 @@
 """Frozen weights in fewer bits: what they lose, what they save, and that a LoRA over them trains as over any others."""
 
 import contextlib
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -81,6 +81,15 @@ def test_a_weight_is_off_by_half_a_step_of_its_row_at_most(precision, dtype):
     assert (back - weight).any()
 
 
+@pytest.mark.parametrize("shape", [(64, 128), (640, 160), (192, 32)])
+@pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
+def test_the_error_of_nf4_is_that_of_sixteen_levels(shape):
+    """9.2 % of a normally distributed weight, whether or not its rows are whole blocks of 64."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    back = quantized.dequantize("nf4", shape, torch.float32, *quantized.quantize(weight, "nf4").values())
+    assert (back - weight).norm() / weight.norm() == pytest.approx(0.092, rel=0.05)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
 def test_nf4_is_that_of_bitsandbytes(dtype):
@@ -88,11 +97,11 @@ def test_nf4_is_that_of_bitsandbytes(dtype):
     from bitsandbytes.nn import Linear4bit
 
     torch.manual_seed(0)
-    plain = torch.nn.Linear(96, 64, dtype=dtype)
-    theirs = Linear4bit(96, 64, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
+    plain = torch.nn.Linear(128, 64, dtype=dtype)
+    theirs = Linear4bit(128, 64, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
     theirs.load_state_dict(plain.state_dict())
     theirs.to("cpu")
-    x = torch.randn(8, 96, dtype=dtype, requires_grad=True)
+    x = torch.randn(8, 128, dtype=dtype, requires_grad=True)
     outputs = [layer(x) for layer in (theirs, QuantizedLinear(plain, "nf4"))]
     gradients = [torch.autograd.grad(output.float().square().sum(), x)[0] for output in outputs]
     for first, second in (outputs, gradients):
@@ -190,47 +199,36 @@ def test_no_dequantised_weight_is_kept_for_the_backward_pass(precision, prepare)
     assert found == []
 
 
-def held_out(checkpoint, transformer, dtype):
-    """The loss on eight drawn clips, always with the same noise, at four timesteps."""
-    rng, device = np.random.default_rng(0), torch.device("cpu")
-    scenes = [shapes.random_scene(rng) for _ in range(8)]
-    frames = [torch.from_numpy(shapes.draw_clip(scene, 17, 64, 96, rng)) for scene in scenes]
-    with cogvideox.video_encoder(checkpoint, torch.float32, device, False, False) as encode:
-        parameters = torch.stack([encode(clip) for clip in frames])
-    with cogvideox.caption_encoder(checkpoint, torch.float32, device) as encode:
-        prompt_embeds = torch.stack([encode(scene.caption) for scene in scenes])
-    batch = {"parameters": parameters, "prompt_embeds": prompt_embeds}
-    losses = {}
-    for timestep in (125, 375, 625, 875):
-        generator = cogvideox.generator_for(device, timestep)
-        arguments = checkpoint, transformer, batch, generator, dtype, None, torch.full((8,), timestep)
-        with torch.no_grad():
-            losses[timestep] = cogvideox.training_loss(*arguments).item()
-    return losses
-
-
 @pytest.fixture(scope="module")
 def small_losses():
-    checkpoint = cogvideox.read_checkpoint(str(SMALL))
-    made = {}
+    """Losses of the small trained model on eight drawn clips, always with the same noise, by timestep."""
+    base, rng, device = cogvideox.read_checkpoint(str(SMALL)), np.random.default_rng(0), torch.device("cpu")
+    scenes = [shapes.random_scene(rng) for _ in range(8)]
+    clips = [torch.from_numpy(shapes.draw_clip(scene, 17, 64, 96, rng)) for scene in scenes]
+    with cogvideox.video_encoder(base, torch.float32, device, False, False) as encode:
+        batch = {"parameters": torch.stack([encode(clip) for clip in clips])}
+    with cogvideox.caption_encoder(base, torch.float32, device) as encode:
+        batch["prompt_embeds"] = torch.stack([encode(scene.caption) for scene in scenes])
 
+    @torch.no_grad()
     def losses(precision):
-        if precision not in made:
-            transformer = cogvideox.load_transformer(checkpoint, torch.float32)
-            if precision != "bf16":
-                quantized.quantize_linears(transformer.transformer_blocks, precision)
-            made[precision] = held_out(checkpoint, transformer.eval(), torch.float32)
-        return made[precision]
+        transformer = cogvideox.load_transformer(base, torch.float32).eval()
+        if precision != "bf16":
+            quantized.quantize_linears(transformer.transformer_blocks, precision)
+        found = {}
+        for t in (125, 375, 625, 875):
+            arguments = base, transformer, batch, cogvideox.generator_for(device, t), torch.float32
+            found[t] = cogvideox.training_loss(*arguments, timesteps=torch.full((8,), t)).item()
+        return found
 
-    return losses
+    return cache(losses)
 
 
 @pytest.mark.parametrize(
-    ("precision", "bound"), [("fp8", 0.01), ("int8", 0.005), pytest.param("nf4", 0.1, marks=NF4.marks)]
+    ("precision", "bound"), [("fp8", 0.01), ("int8", 0.002), pytest.param("nf4", 0.1, marks=NF4.marks)]
 )
 def test_the_loss_of_a_trained_model_moves_by_no_more_than_that(small_losses, precision, bound):
     base, found = small_losses("bf16"), small_losses(precision)
-
     assert found != base
     assert all(found[timestep] == pytest.approx(base[timestep], rel=bound) for timestep in base)
 
