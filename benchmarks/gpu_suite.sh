@@ -130,9 +130,8 @@ part_3() {
   else
     run quickstart 180 bash quickstart.sh # begins with removing examples/world
   fi
-  for stage in vae transformer "vae --resume" "transformer --resume"; do
-    # shellcheck disable=SC2086 # a word and an option
-    script "pretrain-${stage// --/-}" 70 examples/pretrain.py $stage --steps "$steps" --output_dir "$small" --results "$small"
+  for stage in vae transformer; do # the second first encodes 2,400 clips
+    script "pretrain-$stage" 200 examples/pretrain.py "$stage" --steps "$steps" --output_dir "$small" --results "$small"
   done
   script pretrain-measure 60 examples/pretrain.py measure --samples "$samples" --output_dir "$small" --results "$small"
 }
