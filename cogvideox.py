@@ -38,6 +38,8 @@ from dataset import Encoder
 
 SCHEDULERS = {"CogVideoXDDIMScheduler": CogVideoXDDIMScheduler, "CogVideoXDPMScheduler": CogVideoXDPMScheduler}
 
+TOKENS_AT_ONCE = 1024  # of captions with their padding, in T5
+
 # The transformer's config fields that tell one checkpoint's weights from another's.
 IDENTITY = (
     "num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size_t",
@@ -281,9 +283,9 @@ def loaded_vae(checkpoint: Checkpoint, dtype, device, tiling: bool, slicing: boo
 
 @contextmanager
 def video_encoder(checkpoint: Checkpoint, dtype, device, tiling: bool, slicing: bool) -> Iterator[Callable]:
-    """`encode_video` with a VAE that is in memory for the length of a `with` block."""
+    """`encode_videos` with a VAE that is in memory for the length of a `with` block."""
     with loaded_vae(checkpoint, dtype, device, tiling, slicing) as vae:
-        yield partial(encode_video, vae)
+        yield partial(encode_videos, vae)
 
 
 @contextmanager
@@ -300,7 +302,7 @@ def image_encoder(checkpoint: Checkpoint, dtype, device, tiling: bool, slicing: 
 
 @contextmanager
 def caption_encoder(checkpoint: Checkpoint, dtype, device, precision: str = "bf16") -> Iterator[Callable]:
-    """`encode_caption` with a T5 that is in memory for the length of a `with` block.
+    """`encode_captions` with a T5 that is in memory for the length of a `with` block.
 
     Args:
         precision: of its linear layers, of `quantized.PRECISIONS`; they are quantised one after the other on `device`.
@@ -314,7 +316,9 @@ def caption_encoder(checkpoint: Checkpoint, dtype, device, precision: str = "bf1
         quantized.quantize_linears(text_encoder.encoder, precision, device)
     text_encoder.to(device).eval()
     try:
-        yield partial(encode_caption, tokenizer, text_encoder, max_length=checkpoint.transformer["max_text_seq_length"])
+        yield partial(
+            encode_captions, tokenizer, text_encoder, max_length=checkpoint.transformer["max_text_seq_length"]
+        )
     finally:
         text_encoder.to("meta")  # frees the memory whoever still refers to it
         torch.cuda.empty_cache()
@@ -330,14 +334,27 @@ def encoders(
     """
     video = partial(video_encoder, checkpoint, dtype, device, tiling, slicing)
     caption = partial(caption_encoder, checkpoint, dtype, text_device or device, text_precision)
+    captions_at_once = max(1, TOKENS_AT_ONCE // checkpoint.transformer["max_text_seq_length"])
     return (
-        Encoder(vae_fingerprint(checkpoint, dtype, tiling), video),
-        Encoder(text_fingerprint(checkpoint, dtype, text_precision), caption),
+        Encoder(vae_fingerprint(checkpoint, dtype, tiling), video, (lambda _: 1) if slicing else clips_at_once),
+        Encoder(text_fingerprint(checkpoint, dtype, text_precision), caption, lambda _: captions_at_once),
     )
 
 
+def clips_at_once(shape: tuple[int, ...]) -> int:
+    """How many clips [F, H, W, C] the VAE encodes together: at most four, in the memory that one of 49x480x720 takes.
+
+    Memory goes with the frames that the VAE has in work at a time: eight, and the first time what is left over of F.
+    More than four would seldom be faster, and the last batch is filled up.
+    """
+    num_frames, height, width, _ = shape
+    in_work = 8 + num_frames % 8 if num_frames >= 8 else num_frames
+    most = min(9 * 480 * 720 // (in_work * height * width), 49 * 480 * 720 // (num_frames * height * width))
+    return max(1, min(4, most))
+
+
 def vae_fingerprint(checkpoint: Checkpoint, dtype: torch.dtype, tiling: bool) -> str:
-    """Tells apart VAEs, and uses of one, that encode differently; slicing does not."""
+    """Tells apart VAEs, and uses of one, that encode differently; slicing does so by rounding alone."""
     return _fingerprint(checkpoint.folder / "vae", dtype=dtype, tiling=tiling)
 
 
@@ -372,11 +389,14 @@ def _fingerprint(folder: Path, **settings) -> str:
 
 
 @torch.no_grad()
-def encode_video(vae: AutoencoderKLCogVideoX, frames: torch.Tensor) -> torch.Tensor:
-    """Parameters of the latents' distribution [2c, f, h, w], mean then log-variance, for uint8 [F, H, W, C]."""
-    video = frames.to(vae.device).permute(3, 0, 1, 2)[None]  # [1, C, F, H, W]
+def encode_videos(vae: AutoencoderKLCogVideoX, frames: torch.Tensor) -> torch.Tensor:
+    """Parameters of the latents' distribution [B, 2c, f, h, w], mean then log-variance, for uint8 [B, F, H, W, C].
+
+    Those of a clip depend on the size of its batch by rounding, and on the other clips in it not at all.
+    """
+    video = frames.to(vae.device).permute(0, 4, 1, 2, 3)  # [B, C, F, H, W]
     video = (video.float() / 127.5 - 1).to(vae.dtype)
-    return vae.encode(video).latent_dist.parameters[0]
+    return vae.encode(video).latent_dist.parameters
 
 
 @torch.no_grad()
@@ -386,21 +406,22 @@ def encode_images(vae: AutoencoderKLCogVideoX, images: torch.Tensor) -> torch.Te
 
 
 @torch.no_grad()
-def encode_caption(tokenizer, text_encoder: T5EncoderModel, caption: str, max_length: int) -> torch.Tensor:
-    """Embeddings [L, D]; the padding is kept and no mask is used, since CogVideoX attends to all L tokens."""
-    length = len(tokenizer(caption, verbose=False).input_ids)
-    if length > max_length:
-        warnings.warn(
-            f"CogVideoX reads {max_length} tokens of a caption; the last {length - max_length} are cut off of: "
-            f"{caption[:60]} ...",
-            stacklevel=2,
-        )
-    tokens = tokenizer(caption, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
-    return text_encoder(tokens.input_ids.to(text_encoder.device))[0][0]
+def encode_captions(tokenizer, text_encoder: T5EncoderModel, captions: list[str], max_length: int) -> torch.Tensor:
+    """Embeddings [B, L, D]; the padding is kept and no mask is used, since CogVideoX attends to all L tokens."""
+    for caption in captions:
+        length = len(tokenizer(caption, verbose=False).input_ids)
+        if length > max_length:
+            warnings.warn(
+                f"CogVideoX reads {max_length} tokens of a caption; the last {length - max_length} are cut off of: "
+                f"{caption[:60]} ...",
+                stacklevel=2,
+            )
+    tokens = tokenizer(captions, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
+    return text_encoder(tokens.input_ids.to(text_encoder.device))[0]
 
 
 def cut_caption(tokenizer, caption: str, max_length: int) -> tuple[int, str]:
-    """How many tokens a caption has, and what of its text `encode_caption` cuts off."""
+    """How many tokens a caption has, and what of its text `encode_captions` cuts off."""
     tokens = tokenizer(caption, verbose=False, return_offsets_mapping=True)
     num_tokens = len(tokens.input_ids)
     if num_tokens <= max_length:

@@ -18,11 +18,12 @@ import runpy
 import secrets
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,8 @@ from safetensors.torch import load_file, save
 decord.logging.set_level(decord.logging.QUIET)
 
 SMALLEST_SIDE = 64  # decord 0.6 cannot give frames narrower than this
+FRAMES_READ_AT_ONCE = 8  # of the file's size, which may be much larger than the model's
+BYTES_DECODED_AHEAD = 2**30  # of all clips that are decoded before the encoder asks for them
 
 
 class Clip(NamedTuple):
@@ -67,6 +70,7 @@ class Encoder(NamedTuple):
 
     fingerprint: str  # tells encoders apart that encode differently
     load: Callable[[], AbstractContextManager[Callable]]  # the function that encodes, for as long as it is needed
+    at_once: Callable[[tuple[int, ...]], int]  # how many, of a clip's [F, H, W, C] or a caption's (), it takes together
 
 
 class Ranks(NamedTuple):
@@ -394,8 +398,11 @@ def read_frames(video: Path, view: View, mirrored: bool) -> torch.Tensor:
     """The frames that the model sees, uint8 [F, H, W, C]."""
     reader = decord.VideoReader(str(video))
     indices = choose_frames(_timestamps(reader), view)
-    frames = torch.from_numpy(reader.get_batch(indices).asnumpy())
-    frames = resize_and_crop(frames, view.height, view.width, _place(video, view))
+    place, parts = _place(video, view), []
+    for i in range(0, len(indices), FRAMES_READ_AT_ONCE):
+        part = torch.from_numpy(reader.get_batch(indices[i : i + FRAMES_READ_AT_ONCE]).asnumpy())
+        parts.append(resize_and_crop(part, view.height, view.width, place))
+    frames = torch.cat(parts)
     return frames.flip(2) if mirrored else frames
 
 
@@ -584,7 +591,6 @@ def encode_dataset(
     random_flip: bool,
     video_encoder: Encoder,
     text_encoder: Encoder,
-    num_workers: int,
     progress: Callable[..., Iterable],
     ranks: Ranks,
     everyone: Ranks,
@@ -614,12 +620,11 @@ def encode_dataset(
     ranks.wait()  # until all know what is missing, nobody writes
     if share := ranks.share(new_captions):
         with text_encoder.load() as encode:
-            for text, path in progress(share, "Encoding captions", "caption"):
-                write_cached(path, {"prompt_embeds": encode(text)})
+            cache_captions(share, encode, text_encoder.at_once(()), progress)
     problems = []
     if share := ranks.share(new_latents):
         with video_encoder.load() as encode:
-            problems = cache_latents(share, view, encode, num_workers, progress)
+            problems = cache_latents(share, view, encode, video_encoder.at_once, progress)
     refuse(problems)  # also keeps every rank here until all have written their share
 
     latents = [found.paths for found in probed]
@@ -635,14 +640,14 @@ def encode_dataset(
 
 
 def _missing(clips: list[Clip], probed: list[Probed]) -> list[tuple[Clip, bool, Path]]:
-    """What `cache_latents` is to make; a video that is listed twice is encoded once."""
+    """What `cache_latents` is to make, clips of one length together; a video that is listed twice is encoded once."""
     new = {
-        path: (clip, bool(mirrored), path)
+        path: (len(found.facts.indices), (clip, bool(mirrored), path))
         for clip, found in zip(clips, probed)
         for mirrored, path in enumerate(found.paths)
         if found.missing[mirrored]
     }
-    return list(new.values())
+    return [work for _, work in sorted(new.values(), key=itemgetter(0))]
 
 
 def _refuse(root: Path, everyone: Ranks, problems: list[str]) -> None:
@@ -698,50 +703,141 @@ def _problem(clip: Clip, what: str, file: Path | None = None) -> str:
     return f"line {clip.line}: {file or clip.video}: {what}"
 
 
-class _FramesToEncode(torch.utils.data.Dataset):
-    def __init__(self, work, view):
-        self.work, self.view = work, view
+def cache_captions(
+    work: list[tuple[str, Path]],
+    encode: Callable[[list[str]], torch.Tensor],
+    at_once: int,
+    progress: Callable[..., Iterable],
+) -> None:
+    """Encodes captions into one file each.
 
-    def __len__(self):
-        return len(self.work)
-
-    def __getitem__(self, i):
-        clip, mirrored, _ = self.work[i]
-        try:
-            frames = decode(clip, self.view, mirrored)
-        except ValueError as error:
-            return i, str(error), {}
-        return i, frames, {"image": first_image(clip, frames, self.view, mirrored)} if self.view.with_image else {}
+    Args:
+        work: (caption, file to write).
+        encode: captions -> embeddings [B, L, D].
+        at_once: how many to encode together.
+    """
+    batch = []
+    with _written_behind([]) as write:
+        for i, item in enumerate(progress(work, "Encoding captions", "caption"), start=1):
+            batch.append(item)
+            if len(batch) == at_once or i == len(work):
+                prompt_embeds_of_batch = encode(_filled_up([text for text, _ in batch], at_once))
+                for (_, path), prompt_embeds in zip(batch, prompt_embeds_of_batch):
+                    write(write_cached, path, {"prompt_embeds": prompt_embeds})
+                batch = []
 
 
 def cache_latents(
     work: list[tuple[Clip, bool, Path]],
     view: View,
     encode: Callable[[torch.Tensor], torch.Tensor],
-    num_workers: int,
+    at_once: Callable[[tuple[int, ...]], int],
     progress: Callable[..., Iterable],
 ) -> list[str]:
     """Encodes clips into one file each, and returns what went wrong; what is done stays done.
 
+    Threads decode the next clips and write the last ones while these are encoded: decord, torch and files leave the
+    interpreter free, so processes would only add a start-up time and a copy of each clip.
+
     Args:
-        work: (clip, mirrored, file to write).
-        encode: uint8 [F, H, W, C] -> parameters of the latents' distribution [2c, f, h, w], mean then log-variance.
+        work: (clip, mirrored, file to write); clips are encoded together where they follow on one another in one shape.
+        encode: uint8 [B, F, H, W, C] -> parameters of the latents' distribution [B, 2c, f, h, w], mean, log-variance.
+        at_once: how many clips of [F, H, W, C] to encode together.
     """
-    problems = []
-    frames_loader = torch.utils.data.DataLoader(
-        _FramesToEncode(work, view), batch_size=None, num_workers=num_workers, generator=torch.Generator()
-    )
-    for i, frames, image in progress(frames_loader, "Encoding clips", "clip"):
-        clip, _, path = work[i]
-        if isinstance(frames, str):
-            problems.append(frames)
-            continue
-        parameters = encode(frames)
-        if not torch.isfinite(parameters).all():
-            problems.append(_problem(clip, "the VAE made NaN or infinity of it; train with --mixed_precision bf16"))
-            continue
-        write_cached(path, {"parameters": parameters} | image)
-    return problems
+    problems, batch = [], []
+    threads = decoding_threads(view)
+    decoded = _ahead(partial(_frames_and_image, view), work, threads)
+    with _written_behind(problems) as write, closing(decoded):
+
+        def encode_batch():
+            frames = [frames for _, frames, _ in batch]
+            parameters = encode(torch.stack(_filled_up(frames, at_once(tuple(frames[0].shape)))))
+            for ((clip, _, path), _, image), of_clip in zip(batch, parameters):
+                write(_write_latents, clip, path, of_clip, image)
+            batch.clear()
+
+        for item, (frames, image) in zip(progress(work, "Encoding clips", "clip"), decoded):
+            if isinstance(frames, str):
+                problems.append((item[0].line, frames))
+                continue
+            if batch and batch[0][1].shape != frames.shape:
+                encode_batch()
+            batch.append((item, frames, image))
+            if len(batch) >= at_once(tuple(frames.shape)):
+                encode_batch()
+        if batch:
+            encode_batch()
+    return [problem for _, problem in sorted(problems)]
+
+
+def _filled_up(batch: list, size: int) -> list:
+    """To the one size that batches have: what is made of a clip or caption then depends on nothing but itself.
+
+    The last bits depend on the size of a batch, which would else differ between one rank and several, and after a stop.
+    """
+    return batch + batch[-1:] * (size - len(batch))
+
+
+def decoding_threads(view: View) -> int:
+    """One per core that this process has to itself, up to eight, as far as the memory for their clips allows."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    clip_bytes = view.max_num_frames * view.height * view.width * 3
+    return max(1, min(8, cores, BYTES_DECODED_AHEAD // clip_bytes))
+
+
+def _frames_and_image(view: View, item: tuple[Clip, bool, Path]) -> tuple[torch.Tensor | str, dict]:
+    """Frames, or what is wrong with them, and what is kept beside the latents."""
+    clip, mirrored, _ = item
+    try:
+        frames = decode(clip, view, mirrored)
+    except ValueError as error:
+        return str(error), {}
+    return frames, {"image": first_image(clip, frames, view, mirrored)} if view.with_image else {}
+
+
+def _write_latents(clip: Clip, path: Path, parameters: torch.Tensor, image: dict) -> tuple[int, str] | None:
+    """Returns the line and what is wrong with it, if something is."""
+    parameters = parameters.cpu()
+    if not torch.isfinite(parameters).all():
+        return clip.line, _problem(clip, "the VAE made NaN or infinity of it; train with --mixed_precision bf16")
+    write_cached(path, {"parameters": parameters} | image)
+    return None
+
+
+def _ahead(call: Callable, items: Iterable, threads: int) -> Iterator:
+    """What `call` makes of each item, in order; as many as there are threads are made before they are asked for."""
+    items, pool = iter(items), ThreadPoolExecutor(threads)
+    try:
+        waiting = deque(pool.submit(call, item) for item in itertools.islice(items, threads))
+        while waiting:
+            made = waiting.popleft().result()
+            waiting.extend(pool.submit(call, item) for item in itertools.islice(items, 1))
+            yield made
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _written_behind(returned: list) -> Iterator[Callable]:
+    """`write(call, *arguments)` in a thread; what fails there is raised by a later `write`, or at the end of the block.
+
+    Args:
+        returned: takes what the calls return, unless it is None.
+    """
+    pending = deque()
+    with ThreadPoolExecutor(1) as thread:
+
+        def finish(most_pending: int) -> None:
+            while len(pending) > most_pending:
+                if (result := pending.popleft().result()) is not None:
+                    returned.append(result)
+
+        def write(call: Callable, *arguments) -> None:
+            finish(16)  # bounds what waits in memory
+            pending.append(thread.submit(call, *arguments))
+
+        yield write
+        finish(0)
 
 
 def publish(path: Path, content: bytes) -> None:

@@ -60,11 +60,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     source("--instance_data_root", type=path, metavar="FOLDER", help="folder with the two list files and the videos")
     source("--dataset_name", metavar="NAME", help="hub dataset repository to download and read like a folder")
     data("--latents_cache_dir", type=path, metavar="FOLDER", help="default: .cogvideox_cache in the data's folder")
-    data("--dataloader_num_workers", type=count, default=0, metavar="N", help="processes that read data; 0: none")
+    data("--dataloader_num_workers", type=count, default=0, metavar="N", help="processes that read the cache; 0: none")
     data("--text_encoder_precision", choices=["bf16", "int8"], default="bf16", help="int8: T5 in half the memory")
     data("--text_encoder_device", choices=["accelerator", "cpu"], default="accelerator", help="cpu: T5 slowly there")
     data("--enable_tiling", action="store_true", help="VAE in tiles: less memory, slower, slightly other latents")
-    data("--enable_slicing", action="store_true", help="VAE: the images of a batch one by one, as clips always are")
+    data("--enable_slicing", action="store_true", help="VAE: small clips one by one, images too: less memory")
 
     trainable.add_options(parser)
     train = parser.add_argument_group("training").add_argument
@@ -177,7 +177,7 @@ def prepare_data(args, accelerator, checkpoint, dtype, ranks) -> tuple[dataset.D
         root, clips, problems, view, cache=cache,
         prompts=[*validation.prompts(args), ""],  # "": what guidance moves away from
         random_flip=args.random_flip, video_encoder=video_encoder, text_encoder=text_encoder,
-        num_workers=args.dataloader_num_workers, progress=partial(bar, accelerator),
+        progress=partial(bar, accelerator),
         ranks=processes.sharing(ranks, cache, "--latents_cache_dir"), everyone=ranks,
     )  # fmt: skip
     return data.split(args.validation_split, args.seed)

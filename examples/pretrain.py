@@ -163,7 +163,8 @@ def deviation_of_latents(vae, seed, count=32):
     rng, latents = np.random.default_rng(seed + 1), []
     with torch.autocast(vae.device.type, torch.bfloat16):  # ten times as fast on a CPU
         for _ in range(count):
-            latents.append(cogvideox.encode_video(vae, drawn(shapes.random_scene(rng), rng, vae.device))[:16])
+            clip = drawn(shapes.random_scene(rng), rng, vae.device)
+            latents.append(cogvideox.encode_videos(vae, clip[None])[0, :16])
     return torch.stack(latents).float().std().item()
 
 
@@ -277,9 +278,11 @@ def make_pipeline(folder, seed):
 def encoded(checkpoint, scenes, rng, device):
     """Of each scene a clip's parameters [2c, f, h, w], of each caption its embedding [L, D], as training reads them."""
     with cogvideox.loaded_vae(checkpoint, torch.bfloat16, device, False, False) as vae:
-        parameters = [cogvideox.encode_video(vae, drawn(scene, rng, device)).float().cpu() for scene in scenes]
+        parameters = [
+            cogvideox.encode_videos(vae, drawn(scene, rng, device)[None])[0].float().cpu() for scene in scenes
+        ]
     with cogvideox.caption_encoder(checkpoint, torch.float32, device) as encode:
-        embeds = {text: encode(text).cpu() for text in {scene.caption for scene in scenes} | {""}}
+        embeds = {text: encode([text])[0].cpu() for text in {scene.caption for scene in scenes} | {""}}
     return parameters, embeds
 
 

@@ -225,15 +225,15 @@ def test_an_interrupted_encoding_pass_goes_on_where_it_was(tmp_path):
                 if len(encoded) == fail_at:
                     raise KeyboardInterrupt
                 encoded.append(frames)
-                return torch.zeros(2, (len(frames) - 1) // 4 + 1, 2, 2)
+                return torch.zeros(1, 2, (frames.shape[1] - 1) // 4 + 1, 2, 2)
 
             return _Context(encode)
 
         return dataset.encode_dataset(
             tmp_path, clips, [], VIEW, cache=tmp_path / "cache", prompts=[""], random_flip=False,
-            video_encoder=dataset.Encoder("v", load),
-            text_encoder=dataset.Encoder("t", lambda: _Context(lambda text: torch.zeros(3, 2))),
-            num_workers=0, progress=lambda items, *_: items, ranks=dataset.Ranks(), everyone=dataset.Ranks(),
+            video_encoder=dataset.Encoder("v", load, lambda shape: 1),
+            text_encoder=dataset.Encoder("t", lambda: _Context(lambda texts: torch.zeros(1, 3, 2)), lambda shape: 1),
+            progress=lambda items, *_: items, ranks=dataset.Ranks(), everyone=dataset.Ranks(),
         )  # fmt: skip
 
     with pytest.raises(KeyboardInterrupt):

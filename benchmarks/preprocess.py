@@ -1,0 +1,335 @@
+"""Clips per minute of preprocessing, and the seconds of its parts, as JSON.
+
+    python benchmarks/preprocess.py --model 2b --mixed_precision bf16 --output benchmarks/results/preprocess-2b.json
+    python benchmarks/preprocess.py --model tiny --clips 8 --num_frames 49 --height 480 --width 720
+    python benchmarks/preprocess.py --model tiny --reference path/to/diffusers/examples/cogvideo/train_cogvideox_lora.py
+
+Needs no checkpoint and no clips: VAE and T5 have random weights, and clips are drawn, three times as many frames as the
+model sees, at 24 frames per second and 1.5 times its size. Loading models is not counted; probing files is.
+
+With --reference the same clips and models go through the data part of diffusers' script, unmodified: its VideoDataset
+decodes all clips, its compute_prompt_embeddings encodes captions. Its encode_video lies within its main(), so that the
+two calls that it makes are made here: the clip to the device and dtype as [1, C, F, H, W], and `vae.encode`. Each clip
+and caption is encoded once; the script itself encodes captions again in each step. Ours is A, the reference B: they
+run in the order A B B A as often as asked for, after one run of each to warm up, and then A A, for the noise. The
+ratio is that of the medians.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import decord
+import torch
+from diffusers import AutoencoderKLCogVideoX
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import make_example
+import reference
+
+import checkpoints
+import cogvideox
+import dataset
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
+VAES = {
+    "2b": {"latent_channels": 16, "layers_per_block": 3, "block_out_channels": (128, 256, 256, 512)},
+    "tiny": {
+        "latent_channels": 4,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 8, 8, 8),
+        "norm_num_groups": 4,
+    },
+}
+T5S = {
+    "2b": {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128},
+    "tiny": {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_heads": 2, "num_layers": 2, "vocab_size": 512},
+}
+MAX_LENGTH = 226  # tokens of a caption
+SIZES = {"2b": (49, 480, 720), "tiny": (9, 64, 96)}  # frames, height, width
+# What is timed on its own: where it is found, and what it is called in the result.
+STAGES = (
+    (dataset, "probe_clips", "probe"),
+    (dataset, "read_frames", "decode"),  # with the resizing, which is taken off it
+    (dataset, "resize_and_crop", "resize"),
+    (dataset, "write_cached", "write"),
+)
+
+
+class Models(NamedTuple):
+    """In memory, with random weights."""
+
+    vae: AutoencoderKLCogVideoX
+    tokenizer: object
+    text_encoder: T5EncoderModel
+
+
+class Work(NamedTuple):
+    """What both ways are given."""
+
+    folder: Path
+    view: dataset.View
+    models: Models
+
+    @property
+    def num_clips(self) -> int:
+        return len((self.folder / "videos.txt").read_text().split("\n")) - 1
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    positive, path = dataset.at_least(1), dataset.expanded_path
+    add = parser.add_argument
+    add("--model", choices=list(VAES), default="2b", help="VAE and T5: those of all CogVideoX, or tiny ones for a CPU")
+    add("--t5_layers", type=positive, metavar="N", help="layers of T5 (default: the model's); all have 9.5 GB in bf16")
+    add("--data", type=path, metavar="FOLDER", help="with prompts.txt and videos.txt (default: clips are drawn)")
+    add("--clips", type=positive, default=8, metavar="N", help="to draw")
+    add("--height", type=positive, help="pixels (default: the model's)")
+    add("--width", type=positive, help="pixels (default: the model's)")
+    add("--num_frames", type=positive, help="4k + 1 (default: the model's)")
+    add("--mixed_precision", choices=list(DTYPES), default="bf16", help="no is float32")
+    add("--channels_last", action="store_true", help="lay out the VAE's weights so, too")
+    add("--repeats", type=positive, default=1, metavar="N", help="runs, or turns of A B B A")
+    add("--reference", type=path, metavar="FILE", help="diffusers' train_cogvideox_lora.py, to compare with")
+    add("--output", type=path, metavar="FILE", help="also write the JSON there")
+    options = parser.parse_args(argv)
+    names = "num_frames", "height", "width"
+    for name, default in zip(names, SIZES[options.model]):
+        setattr(options, name, getattr(options, name) or default)
+    for problem in dataset.size_problems(options.height, options.width, options.num_frames):
+        parser.error(problem.replace("--max_num_frames", "--num_frames"))
+    if options.reference and not options.reference.is_file():
+        parser.error(f"--reference {options.reference}: no such file; give examples/cogvideo/train_cogvideox_lora.py")
+    return options
+
+
+# ---- what is worked on -----------------------------------------------------------------------------------------------
+
+
+def random_models(options: argparse.Namespace, device: torch.device, folder: Path) -> Models:
+    """VAE and T5, made on the device in their final dtype, and a tokenizer of few words."""
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[options.mixed_precision])
+    layers = {"num_layers": options.t5_layers} if options.t5_layers else {}
+    config = T5Config(feed_forward_proj="gated-gelu", dropout_rate=0.0, **T5S[options.model] | layers)
+    try:
+        with torch.device(device):
+            vae, text_encoder = AutoencoderKLCogVideoX(**VAES[options.model]), T5EncoderModel(config)
+    finally:
+        torch.set_default_dtype(default)
+    make_example.make_tokenizer(folder, MAX_LENGTH)
+    for model in (vae, text_encoder):
+        model.eval().requires_grad_(False)
+    return Models(
+        channels_last(vae) if options.channels_last else vae, AutoTokenizer.from_pretrained(folder), text_encoder
+    )
+
+
+def channels_last(vae: AutoencoderKLCogVideoX) -> AutoencoderKLCogVideoX:
+    """The VAE with its convolutions' weights laid out as the frames of `encode_videos` are, channels innermost."""
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)
+        elif isinstance(module, torch.nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+    return vae
+
+
+def prepare(options: argparse.Namespace, folder: Path) -> Work:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clips = options.data or make_example.make_clips(
+        folder / "clips", options.clips, 3 * options.num_frames, 24, 3 * options.height // 2, 3 * options.width // 2
+    )
+    view = dataset.View(options.height, options.width, 8, options.num_frames, 0, 0, "center", 0)
+    return Work(clips, view, random_models(options, device, folder / "tokenizer"))
+
+
+# ---- ours ------------------------------------------------------------------------------------------------------------
+
+
+def preprocess(work: Work, cache: Path, encode_videos: Callable, encode_captions: Callable) -> None:
+    """As train_cogvideox_lora.py does it, into a cache of its own, but for the loading of models."""
+    clips, problems = dataset.read_clips(work.folder, "prompts.txt", "videos.txt", None, None)
+    captions_at_once = cogvideox.TOKENS_AT_ONCE // MAX_LENGTH
+    dataset.encode_dataset(
+        work.folder, clips, problems, work.view, cache=cache, prompts=[], random_flip=False,
+        video_encoder=dataset.Encoder("vae", lambda: contextlib.nullcontext(encode_videos), cogvideox.clips_at_once),
+        text_encoder=dataset.Encoder("t5", lambda: contextlib.nullcontext(encode_captions), lambda _: captions_at_once),
+        progress=lambda items, *_: items, ranks=dataset.Ranks(), everyone=dataset.Ranks(),
+    )  # fmt: skip
+
+
+def run_ours(work: Work, stages: dict | None = None) -> float:
+    """Seconds; `stages` takes those of its parts, which other parts may run beside."""
+    vae, tokenizer, text_encoder = work.models
+    encode_videos = functools.partial(cogvideox.encode_videos, vae)
+    encode_captions = functools.partial(cogvideox.encode_captions, tokenizer, text_encoder, max_length=MAX_LENGTH)
+    with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
+        if stages is not None:
+            encode_videos, encode_captions = timed(encode_videos, "vae", stages), timed(encode_captions, "t5", stages)
+            for module, name, stage in STAGES:
+                stack.enter_context(replaced(module, name, timed(getattr(module, name), stage, stages)))
+        start = time.perf_counter()
+        preprocess(work, Path(cache), encode_videos, encode_captions)
+        synchronize()
+        seconds = time.perf_counter() - start
+    if stages is not None:
+        stages["decode"] -= stages["resize"]
+    return seconds
+
+
+def timed(call: Callable, stage: str, stages: dict) -> Callable:
+    lock = threading.Lock()
+
+    @functools.wraps(call)
+    def timed_call(*arguments, **options):
+        start = time.perf_counter()
+        result = call(*arguments, **options)
+        synchronize()
+        with lock:
+            stages[stage] = stages.get(stage, 0) + time.perf_counter() - start
+        return result
+
+    return timed_call
+
+
+@contextlib.contextmanager
+def replaced(module, name: str, value) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# ---- the reference ---------------------------------------------------------------------------------------------------
+
+
+def run_reference(script, work: Work, stages: dict | None = None) -> float:
+    """Seconds that the data part of diffusers' script takes; `stages` takes those of its parts."""
+    (vae, tokenizer, text_encoder), view, stages = work.models, work.view, {} if stages is None else stages
+    start = time.perf_counter()
+    try:
+        videos = script.VideoDataset(
+            instance_data_root=work.folder, caption_column="prompts.txt", video_column="videos.txt",
+            height=view.height, width=view.width, fps=view.fps, max_num_frames=view.max_num_frames,
+        )  # fmt: skip
+    finally:
+        decord.bridge.reset_bridge()  # which it sets to torch, for the whole process
+    decoded = time.perf_counter()
+    for i, video in enumerate(videos.instance_videos):
+        video = video.to(vae.device, dtype=vae.dtype)[None].permute(0, 2, 1, 3, 4)  # [1, C, F, H, W]
+        videos.instance_videos[i] = vae.encode(video).latent_dist
+    synchronize()
+    encoded = time.perf_counter()
+    for prompt in videos.instance_prompts:
+        script.compute_prompt_embeddings(
+            tokenizer, text_encoder, [prompt], MAX_LENGTH, vae.device, vae.dtype, requires_grad=False
+        )
+    synchronize()
+    end = time.perf_counter()
+    stages |= {"decode and resize": decoded - start, "vae": encoded - decoded, "t5": end - encoded}
+    return end - start
+
+
+def compare(work: Work, path: Path, repeats: int) -> tuple[list[float], dict]:
+    """Seconds of each run of ours, and what is known of the reference beside them."""
+    stand_in = reference.stand_in_for_torchvision()
+    script = reference.load_reference(path)
+    stages, seconds = {}, {"A": [], "B": []}
+    runs = {"A": functools.partial(run_ours, work), "B": functools.partial(run_reference, script, work)}
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        runs["B"](stages)
+        for name in "ABBA" * repeats:
+            seconds[name].append(runs[name]())
+    first, second = runs["A"](), runs["A"]()
+    ours, theirs = statistics.median(seconds["A"]), statistics.median(seconds["B"])
+    return seconds["A"], {
+        "sha256": reference.sha256(path),
+        "torchvision": "stand-in" if stand_in else version("torchvision"),
+        "order": "ABBA" * repeats + ", then A A",
+        "seconds": rounded(seconds["B"]),
+        "clips_per_minute": round(60 * work.num_clips / theirs, 2),
+        "seconds_per_clip_of_stages": per_clip(stages, work),
+        "ratio_of_medians": round(theirs / ours, 3),
+        "ratios_of_neighbours": rounded([b / a for a, b in zip(seconds["A"], seconds["B"])]),
+        "ratio_of_ours_to_ours": round(second / first, 3),
+    }
+
+
+# ---- the result ------------------------------------------------------------------------------------------------------
+
+
+def rounded(values: list[float]) -> list[float]:
+    return [round(value, 3) for value in values]
+
+
+def per_clip(stages: dict, work: Work) -> dict:
+    return {stage: round(seconds / work.num_clips, 4) for stage, seconds in stages.items()}
+
+
+def report(options: argparse.Namespace, work: Work) -> dict:
+    stages = {}
+    run_ours(work, stages)
+    if options.reference:
+        seconds, compared = compare(work, options.reference, options.repeats)
+    else:
+        seconds, compared = [run_ours(work) for _ in range(options.repeats)], None
+    device = work.models.vae.device
+    cores = len(os.sched_getaffinity(0))
+    packages = ("torch", "diffusers", "transformers", "decord", "safetensors")
+    names = ("model", "t5_layers", "num_frames", "height", "width", "mixed_precision", "channels_last", "repeats")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
+        "cores": cores,
+        "torch_threads": torch.get_num_threads(),
+        "decoding_threads": dataset.decoding_threads(work.view),
+        "clips_at_once": cogvideox.clips_at_once((options.num_frames, options.height, options.width, 3)),
+        "versions": {package: version(package) for package in packages},
+        "options": {name: getattr(options, name) for name in names},
+        "clips": work.num_clips,
+        "drawn": options.data is None,
+        "seconds": rounded(seconds),
+        "clips_per_minute": round(60 * work.num_clips / statistics.median(seconds), 2),
+        "seconds_per_clip_of_stages": per_clip(stages, work),
+        "reference": compared,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse_args(argv)
+    warnings.filterwarnings("ignore", message="CogVideoX reads")  # the tokenizer's words are letters
+    with tempfile.TemporaryDirectory() as folder:
+        result = report(options, prepare(options, Path(folder)))
+    print(json.dumps(result, indent=2))
+    if options.output:
+        checkpoints.write_json(options.output, result)
+
+
+if __name__ == "__main__":
+    main()
