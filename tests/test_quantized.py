@@ -225,7 +225,7 @@ def small_losses():
 
 
 @pytest.mark.parametrize(
-    ("precision", "bound"), [("fp8", 0.02), ("int8", 0.002), pytest.param("nf4", 0.1, marks=NF4.marks)]
+    ("precision", "bound"), [("fp8", 0.02), ("int8", 0.002), pytest.param("nf4", 0.2, marks=NF4.marks)]
 )
 def test_the_loss_of_a_trained_model_moves_by_no_more_than_that(small_losses, precision, bound):
     base, found = small_losses("bf16"), small_losses(precision)
