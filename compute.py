@@ -57,11 +57,7 @@ def check_options(args: argparse.Namespace, refuse) -> None:
 
 
 def prepare(transformer: CogVideoXTransformer3DModel, level: str, compiled: bool, backend: str) -> None:
-    """Sets how the blocks compute; `level` is one of LEVELS, the others are those of the options.
-
-    Raises:
-        ValueError: the package of a backend is missing.
-    """
+    """Sets how the blocks compute; `level` is one of LEVELS, the others are those of the options."""
     # diffusers 0.42.1 makes the sin-cos table of any size but the checkpoint's own in every forward pass.
     embed = transformer.patch_embed
     embed._get_positional_embeddings = lru_cache(maxsize=32)(embed._get_positional_embeddings)
@@ -90,8 +86,10 @@ def check_attention(backend: str, device: torch.device, dtype: torch.dtype, head
     """Tries the kernel.
 
     Raises:
-        ValueError: the hardware has none for `dtype` and heads of `head_size`.
+        ValueError: the hardware has none for `dtype` and heads of `head_size`, or its package is missing.
     """
+    if backend == "flash3":
+        flash3()
     query = torch.zeros(1, 1, 16, head_size, device=device, dtype=dtype, requires_grad=True)
     try:
         with attention_kernel(backend):
@@ -103,18 +101,27 @@ def check_attention(backend: str, device: torch.device, dtype: torch.dtype, head
         ) from error
 
 
+def flash3():
+    """The kernel of FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), for [B, S, heads, head size].
+
+    Raises:
+        ValueError: its package is missing.
+    """
+    try:
+        return importlib.import_module("flash_attn_interface").flash_attn_func
+    except ImportError as error:
+        raise ValueError(
+            "--attention_backend flash3: needs flash_attn_3, which cannot be imported; pip install flash_attn_3 "
+            "(Hopper GPUs), or pass auto"
+        ) from error
+
+
 class Flash3Processor(CogVideoXAttnProcessor2_0):
-    """diffusers' attention of CogVideoX around FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608)."""
+    """diffusers' attention of CogVideoX around FlashAttention-3."""
 
     def __init__(self):
         super().__init__()
-        try:
-            self.attention = importlib.import_module("flash_attn_interface").flash_attn_func
-        except ImportError as error:
-            raise ValueError(
-                "--attention_backend flash3: needs flash_attn_3, which cannot be imported; pip install flash_attn_3 "
-                "(Hopper GPUs), or pass auto"
-            ) from error
+        self.attention = flash3()
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         """Attended video tokens and text tokens, each as it came in."""
