@@ -39,6 +39,7 @@ from dataset import Encoder
 SCHEDULERS = {"CogVideoXDDIMScheduler": CogVideoXDDIMScheduler, "CogVideoXDPMScheduler": CogVideoXDPMScheduler}
 
 TOKENS_AT_ONCE = 1024  # of captions with their padding, in T5
+PIXELS_AT_ONCE = 2**20  # of small clips, all their frames, in the VAE
 
 # The transformer's config fields that tell one checkpoint's weights from another's.
 IDENTITY = (
@@ -342,15 +343,13 @@ def encoders(
 
 
 def clips_at_once(shape: tuple[int, ...]) -> int:
-    """How many clips [F, H, W, C] the VAE encodes together: at most four, in the memory that one of 49x480x720 takes.
+    """How many clips [F, H, W, C] the VAE encodes together: up to four small ones, of larger ones one.
 
-    Memory goes with the frames that the VAE has in work at a time: eight, and the first time what is left over of F.
-    More than four would seldom be faster, and the last batch is filled up.
+    Together they need a third of the memory of one clip of 49x480x720 at most. The last batch is filled up, which costs
+    more than calling the VAE less often saves once a clip keeps the processor busy by itself.
     """
     num_frames, height, width, _ = shape
-    in_work = 8 + num_frames % 8 if num_frames >= 8 else num_frames
-    most = min(9 * 480 * 720 // (in_work * height * width), 49 * 480 * 720 // (num_frames * height * width))
-    return max(1, min(4, most))
+    return max(1, min(4, PIXELS_AT_ONCE // (num_frames * height * width)))
 
 
 def vae_fingerprint(checkpoint: Checkpoint, dtype: torch.dtype, tiling: bool) -> str:
