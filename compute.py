@@ -6,6 +6,7 @@ None of it changes what is computed beyond rounding; tests hold every choice to 
 import argparse
 import contextlib
 import importlib
+from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
@@ -24,8 +25,8 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# What attention is once PyTorch has chosen its kernel. Their outputs are 1/9 of what a block keeps without
-# recomputation, and most of its time.
+# What attention is once PyTorch has chosen its kernel. Their outputs are a fourteenth of what a block
+# keeps without recomputation, and most of its time.
 ATTENTION = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -44,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("--attention_backend", choices=["auto", *BACKENDS, "flash3"], default="auto", help=BACKEND_HELP)
 
 
-def check_options(args: argparse.Namespace, refuse) -> None:
+def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
     """Refuses combinations that cannot work; `refuse` ends the program with a message."""
     level, backend = args.gradient_checkpointing, args.attention_backend
     if level == "attention" and backend in ("math", "flash3"):

@@ -19,15 +19,10 @@ import step
 import checkpoints
 import dataset
 import memory
+import quantized
 import train_cogvideox_lora as train
 import trainable
 
-# google/t5-v1_1-xxl, as the published checkpoints' text_encoder/config.json has it.
-T5 = {
-    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers": 24,
-    "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
-PRECISIONS = ["bf16", *memory.BYTES_OF_BASE]
 CARDS = (12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB, as sold
 
 
@@ -56,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     same("--gradient_accumulation_steps", type=positive, default=1, metavar="N", help="micro-batches per update")
     same("--gradient_checkpointing", nargs="?", choices=memory.LEVELS, const="full", default="none", help="recompute")
     same("--mixed_precision", choices=list(train.DTYPES), default="bf16", help="no: float32")
-    same("--base_precision", choices=PRECISIONS, default="bf16", help="of the blocks' frozen linear layers")
+    same("--base_precision", choices=quantized.PRECISIONS, default="bf16", help="of the blocks' frozen linear layers")
     same("--optimizer", choices=list(memory.STATE_BYTES), default="adamw", help="and its state")
     same("--use_8bit_adam", action="store_true", help="8-bit state")
     same("--ema_decay", type=float, metavar="D", help="a moving average of the LoRA")
@@ -76,7 +71,7 @@ def one_run(options: argparse.Namespace) -> dict:
     """Prints the phases of a run, and the parts of training; the same as a result."""
     checkpoint = step.random_checkpoint(options.model)
     settings = memory.Settings.of(options, train.DTYPES[options.mixed_precision])
-    phases = memory.predict(checkpoint, T5, settings)
+    phases = memory.predict(checkpoint, step.T5S["published"], settings)
     parts = memory.training_parts(checkpoint, settings)
     for phase, gib in phases.items():
         print(f"{phase:<24}{gib:8.2f} GiB")
@@ -125,11 +120,13 @@ def table(options: argparse.Namespace) -> list[dict]:
             continue
         checkpoint = step.random_checkpoint(name)
         size = {"height": model.height, "width": model.width, "max_num_frames": model.max_num_frames}
-        for precision in PRECISIONS:
+        for precision in quantized.PRECISIONS:
             settings = memory.Settings.of(options, train.DTYPES[options.mixed_precision])
             settings = settings._replace(**size, base_precision=precision, training_type="lora")
-            phases = memory.predict(checkpoint, T5, settings._replace(enable_tiling=False))
-            tiled = memory.predict(checkpoint, T5, settings._replace(enable_tiling=True))
+            phases, tiled = (
+                memory.predict(checkpoint, step.T5S["published"], settings._replace(enable_tiling=tiling))
+                for tiling in (False, True)
+            )
             levels = {
                 level: memory.training_parts(checkpoint, settings._replace(gradient_checkpointing=level))["peak"]
                 for level in memory.LEVELS

@@ -44,25 +44,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import make_example
 import reference
+from step import T5S, VAES
 
 import checkpoints
 import cogvideox
 import dataset
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
-VAES = {
-    "2b": {"latent_channels": 16, "layers_per_block": 3, "block_out_channels": (128, 256, 256, 512)},
-    "tiny": {
-        "latent_channels": 4,
-        "layers_per_block": 1,
-        "block_out_channels": (8, 8, 8, 8),
-        "norm_num_groups": 4,
-    },
-}
-T5S = {
-    "2b": {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128},
-    "tiny": {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_heads": 2, "num_layers": 2, "vocab_size": 512},
-}
 MAX_LENGTH = 226  # tokens of a caption
 SIZES = {"2b": (49, 480, 720), "tiny": (9, 64, 96)}  # frames, height, width
 # What is timed on its own: where it is found, and what it is called in the result.
@@ -98,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     positive, path = dataset.at_least(1), dataset.expanded_path
     add = parser.add_argument
-    add("--model", choices=list(VAES), default="2b", help="VAE and T5: those of all CogVideoX, or tiny ones for a CPU")
+    add("--model", choices=list(SIZES), default="2b", help="VAE and T5: those of all CogVideoX, or tiny ones for a CPU")
     add("--t5_layers", type=positive, metavar="N", help="layers of T5 (default: the model's); all have 9.5 GB in bf16")
     add("--data", type=path, metavar="FOLDER", help="with prompts.txt and videos.txt (default: clips are drawn)")
     add("--clips", type=positive, default=8, metavar="N", help="to draw")
@@ -129,11 +117,12 @@ def random_models(options: argparse.Namespace, device: torch.device, folder: Pat
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[options.mixed_precision])
+    kind = "tiny" if options.model == "tiny" else "published"
     layers = {"num_layers": options.t5_layers} if options.t5_layers else {}
-    config = T5Config(feed_forward_proj="gated-gelu", dropout_rate=0.0, **T5S[options.model] | layers)
+    config = T5Config(dropout_rate=0.0, **T5S[kind] | layers)
     try:
         with torch.device(device):
-            vae, text_encoder = AutoencoderKLCogVideoX(**VAES[options.model]), T5EncoderModel(config)
+            vae, text_encoder = AutoencoderKLCogVideoX(**VAES[kind]), T5EncoderModel(config)
     finally:
         torch.set_default_dtype(default)
     make_example.make_tokenizer(folder, MAX_LENGTH)

@@ -93,6 +93,21 @@ MODELS = {
     "tiny": Model(TINY, TWO, DDIM, 3.0, 64, 96, 9),
     "tiny-I2V": Model(TINY_I2V, FIVE, DPM, 1.0, 64, 96, 9),
 }
+# Of the published checkpoints, all of which have the same, and of tiny ones.
+VAES = {
+    "published": {"latent_channels": 16, "layers_per_block": 3, "block_out_channels": (128, 256, 256, 512)},
+    "tiny": {"latent_channels": 4, "layers_per_block": 1, "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4},
+}
+T5S = {
+    "published": {  # google/t5-v1_1-xxl
+        "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers": 24,
+        "feed_forward_proj": "gated-gelu",
+    },
+    "tiny": {
+        "vocab_size": 512, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_heads": 2, "num_layers": 2,
+        "feed_forward_proj": "gated-gelu",
+    },
+}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -162,10 +177,7 @@ def random_checkpoint(name: str, num_layers: int | None = None) -> cogvideox.Che
 
 def write_random_vae(checkpoint: cogvideox.Checkpoint, folder: Path) -> cogvideox.Checkpoint:
     """The checkpoint with a folder, in which lies a VAE as published, 0.4 GB; of a few channels for a tiny one."""
-    channels = checkpoint.transformer["out_channels"]
-    published = {"layers_per_block": 3, "block_out_channels": checkpoint.vae["block_out_channels"]}
-    tiny = {"layers_per_block": 1, "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4}
-    vae = AutoencoderKLCogVideoX(latent_channels=channels, **(published if channels == 16 else tiny))
+    vae = AutoencoderKLCogVideoX(**VAES["tiny" if checkpoint.transformer["out_channels"] == 4 else "published"])
     vae.to(torch.bfloat16).save_pretrained(folder / "vae")
     return checkpoint._replace(folder=folder)
 

@@ -236,11 +236,9 @@ def test_auto_keeps_as_much_as_the_free_memory_of_the_gpu_allows(monkeypatch, ti
 
 
 def test_t5_in_8_bits_takes_half_the_memory_and_on_the_cpu_none():
-    published = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128}
-    published["feed_forward_proj"] = "gated-gelu"
     checkpoint, settings = benchmark.random_checkpoint("2b"), memory.Settings(480, 720, 49)
     whole, half, none = (
-        memory.predict(checkpoint, published, settings._replace(**changes))["text"]
+        memory.predict(checkpoint, benchmark.T5S["published"], settings._replace(**changes))["text"]
         for changes in ({}, {"text_encoder_precision": "int8"}, {"text_encoder_device": "cpu"})
     )
     assert half == pytest.approx(0.52 * whole, rel=0.03) and none == 0

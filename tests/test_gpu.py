@@ -28,6 +28,12 @@ def test_what_is_trained_stays_float32_and_all_of_it_moves(tmp_path, model, prec
     check_steps(*TWO_LAYERS[model], *options, folder=tmp_path)
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+@pytest.mark.parametrize("model", ["2b", "5b"])
+def test_a_lora_is_trained_over_a_quantised_base(model, precision):
+    check_steps(*TWO_LAYERS[model], "--mixed_precision", "bf16", "--base_precision", precision)
+
+
 @pytest.mark.parametrize("model", ["2b", "5b", "1.5"])
 @pytest.mark.parametrize("training_type", ["lora", "sft"])
 def test_full_size_takes_three_steps(model, training_type):
