@@ -17,6 +17,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import swapping
+from dataset import at_least
 from memory import LEVELS
 
 BACKEND_HELP = "kernel of attention while training; auto: PyTorch chooses; flash3 needs flash_attn_3"
@@ -43,6 +45,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     option("--compile", action="store_true", help="compile the blocks: some minutes at the start, then quicker steps")
     option("--attention_backend", choices=["auto", *BACKENDS, "flash3"], default="auto", help=BACKEND_HELP)
+    swapped = "blocks whose frozen weights stay in main memory and come to the GPU when needed; 0: none"
+    option("--blocks_to_swap", type=at_least(0), default=0, metavar="N", help=swapped)
 
 
 def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
@@ -55,10 +59,35 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
         )
     if args.compile and backend == "flash3":
         refuse("--compile: cannot see into --attention_backend flash3; leave one of the two out")
+    if args.blocks_to_swap and args.training_type == "sft":
+        refuse("--blocks_to_swap: swaps frozen weights, of which --training_type sft has none; leave it out")
+    if args.blocks_to_swap and level == "none":
+        refuse(
+            f"--blocks_to_swap {args.blocks_to_swap}: without recomputation the backward pass would need all weights "
+            "at once; pass --gradient_checkpointing full, attention or auto, too"
+        )
 
 
-def prepare(transformer: CogVideoXTransformer3DModel, level: str, compiled: bool, backend: str) -> None:
-    """Sets how the blocks compute; `level` is one of LEVELS, the others are those of the options."""
+def check_swapping(blocks_to_swap: int, num_layers: int) -> None:
+    """Refuses more than there are."""
+    if blocks_to_swap > num_layers:
+        raise ValueError(f"--blocks_to_swap {blocks_to_swap}: the transformer has {num_layers}; pass at most that")
+
+
+def prepare(
+    transformer: CogVideoXTransformer3DModel,
+    level: str,
+    compiled: bool = False,
+    backend: str = "auto",
+    blocks_to_swap: int = 0,
+    device: torch.device | None = None,
+) -> None:
+    """Sets how the blocks compute.
+
+    Args:
+        level: one of LEVELS; the others are those of the options.
+        device: that the blocks compute on, for those that are swapped.
+    """
     # diffusers 0.42.1 makes the sin-cos table of any size but the checkpoint's own in every forward pass.
     embed = transformer.patch_embed
     embed._get_positional_embeddings = lru_cache(maxsize=32)(embed._get_positional_embeddings)
@@ -75,7 +104,9 @@ def prepare(transformer: CogVideoXTransformer3DModel, level: str, compiled: bool
         # and 8 is all that PyTorch allows by itself.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in transformer.transformer_blocks:
-            block.compile(dynamic=False)
+            block.forward = torch.compile(block.forward, dynamic=False)  # without hooks, which swap and shard weights
+    if blocks_to_swap:
+        swapping.swap(transformer.transformer_blocks, blocks_to_swap, device)
 
 
 def attention_kernel(backend: str) -> contextlib.AbstractContextManager:

@@ -12,7 +12,7 @@ accelerate launch --quiet --config_file "$here/accelerate_config_machine_multi.y
   --pretrained_model_name_or_path "${MODEL_PATH:-THUDM/CogVideoX-2b}" \
   --instance_data_root "${DATASET_PATH:-$HOME/disney}" --caption_column prompts.txt --video_column videos.txt \
   ${CACHE_PATH:+--cache_dir "$CACHE_PATH"} --output_dir "${OUTPUT_PATH:-cogvideox-lora-multi-gpus}" \
-  --height 480 --width 720 --fps 8 --max_num_frames 49 --enable_tiling --gradient_checkpointing \
+  --height 480 --width 720 --fps 8 --max_num_frames 49 --enable_tiling auto --gradient_checkpointing \
   --mixed_precision bf16 --train_batch_size 1 --num_train_epochs 10 --checkpointing_steps 100 \
   --optimizer AdamW --adam_beta1 0.9 --adam_beta2 0.95 --max_grad_norm 1.0 --seed 3407 \
   "$@"

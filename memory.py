@@ -47,7 +47,9 @@ class Settings(NamedTuple):
     optimizer: str = "adamw"
     use_8bit_adam: bool = False
     ema: bool = False
-    enable_tiling: bool = False
+    tile_encoding: bool = False  # of --enable_tiling; `plan` decides where that is auto
+    tile_decoding: bool = False
+    blocks_to_swap: int = 0
     text_encoder_precision: str = "bf16"
     text_encoder_device: str = "accelerator"
 
@@ -56,7 +58,8 @@ class Settings(NamedTuple):
         """Those of the training script's options; `dtype` that of --mixed_precision."""
         given = {name: value for name, value in vars(args).items() if name in cls._fields}
         given["lora_target_modules"] = tuple(args.lora_target_modules)
-        return cls(**given, dtype=dtype, ema=args.ema_decay is not None)
+        tiled = args.enable_tiling == "always"
+        return cls(**given, dtype=dtype, ema=args.ema_decay is not None, tile_encoding=tiled, tile_decoding=tiled)
 
     @property
     def sft(self) -> bool:
@@ -77,6 +80,7 @@ class Weights(NamedTuple):
 
     blocks_linear: int  # in the linear layers of all blocks, without their biases
     frozen: int  # everything that is not a LoRA, with the buffers
+    frozen_per_block: int
     trained: int
     cast_per_block: int  # those that are float32 and are cast in the products of a block
     scales: int  # rows of the blocks' linear layers: each has a scale where it is quantized
@@ -110,6 +114,7 @@ def count_weights(config: dict, settings: Settings) -> Weights:
     return Weights(
         blocks_linear=layers * sum(layer.weight.numel() for layer in linear.values()),
         frozen=one + (layers - 1) * (two - one),
+        frozen_per_block=two - one,
         trained=trained_one + (layers - 1) * (trained_two - trained_one),
         cast_per_block=sum(weight.numel() for weight in cast) if settings.dtype != torch.float32 else 0,
         scales=layers * sum(layer.out_features for layer in linear.values()),
@@ -148,6 +153,16 @@ def base_bytes(weights: Weights, settings: Settings) -> float:
         return weights.frozen * e
     quantized = weights.blocks_linear * BYTES_OF_BASE[settings.base_precision] + 4 * weights.scales
     return (weights.frozen - weights.blocks_linear) * e + quantized
+
+
+def swapped_out_bytes(config: dict, weights: Weights, settings: Settings) -> float:
+    """Of the frozen weights those in main memory: all of the swapped blocks but the two that have a place on the GPU.
+
+    What the blocks hold is what the transformer has less its ends.
+    """
+    ends = weights.frozen - config["num_layers"] * weights.frozen_per_block
+    per_block = (base_bytes(weights, settings) - ends * settings.dtype.itemsize) / config["num_layers"]
+    return per_block * max(settings.blocks_to_swap - 2, 0)
 
 
 # ---- the transformer -------------------------------------------------------------------------------------------------
@@ -268,7 +283,9 @@ def training_parts(checkpoint: Checkpoint, settings: Settings, weights: Weights 
     transient = _backward_of_block(config, settings, tokens) + _dequantized(config, settings)
     gradients = 4 * weights.trained
     resident = {
-        "frozen weights": base_bytes(weights, settings) + _image_encoder_bytes(checkpoint, settings),
+        "frozen weights": base_bytes(weights, settings)
+        - swapped_out_bytes(config, weights, settings)
+        + _image_encoder_bytes(checkpoint, settings),
         "trained weights": 4 * weights.trained,
         "optimizer": weights.trained
         * (STATE_BYTES_8BIT if settings.use_8bit_adam else STATE_BYTES[settings.optimizer]),
@@ -426,7 +443,7 @@ def encoding_bytes(checkpoint: Checkpoint, settings: Settings, num_frames: int |
     config, e = vae_config(checkpoint), settings.dtype.itemsize
     frames, height, width = num_frames or settings.max_num_frames, settings.height, settings.width
     clip = 3 * frames * height * width * (1 + e)
-    if settings.enable_tiling:
+    if settings.tile_encoding:
         height, width = min(height, TILE[0]), min(width, TILE[1])
     return clip + encoder_peak(config, frames, height, width) * e
 
@@ -436,7 +453,7 @@ def decoding_bytes(checkpoint: Checkpoint, settings: Settings) -> float:
     config, e, factor = vae_config(checkpoint), settings.dtype.itemsize, checkpoint.spatial_factor
     height, width = settings.height, settings.width
     video = 3 * settings.max_num_frames * height * width * e
-    if settings.enable_tiling:
+    if settings.tile_decoding:
         # All tiles are kept until they are blended; a sixth and a fifth of each lies over its neighbours.
         video *= math.prod(
             sum(min(tile, side - start) for start in range(0, side, int(tile * (1 - overlap)))) / side
@@ -520,43 +537,77 @@ def summary(phases: dict[str, float], free_gib: float | None) -> str:
     return line + (f", too little for {' and '.join(too_large)}" if too_large else "")
 
 
-def plan(checkpoint: Checkpoint, settings: Settings, device: torch.device) -> tuple[str, list[str]]:
-    """The level of --gradient_checkpointing, chosen here where it is "auto", and what to tell of memory."""
-    level, lines, free_gib = settings.gradient_checkpointing, [], None
-    if device.type == "cuda":
-        free_gib = gib(torch.cuda.mem_get_info(device)[0])
-    if level == "auto" and free_gib is None:
-        level, lines = "none", ["--gradient_checkpointing auto: none, since there is no GPU whose memory could run out"]
-    elif level == "auto":
+class Plan(NamedTuple):
+    """What is done where an option is "auto", and otherwise what the options say."""
+
+    gradient_checkpointing: str  # of LEVELS
+    tile_encoding: bool
+    tile_decoding: bool
+    lines: list[str]  # what to tell of it
+
+
+def plan(checkpoint: Checkpoint, settings: Settings, tiling: str, free_gib: float | None) -> Plan:
+    """The fastest way that the memory of the GPU allows; the slowest, where none does.
+
+    Args:
+        tiling: --enable_tiling, of which "auto" tiles what would not fit otherwise.
+        free_gib: of the GPU, before anything is loaded; None where there is none that could be full.
+    """
+    level, lines = settings.gradient_checkpointing, []
+    if level == "auto":
         level, reason = choose_checkpointing(free_gib, checkpoint, settings)
         lines = [reason]
-    phases = predict(checkpoint, read_text_encoder_config(checkpoint), settings._replace(gradient_checkpointing=level))
-    return level, [summary(phases, free_gib), *lines]
+    settings = settings._replace(gradient_checkpointing=level)
+    text_encoder = read_text_encoder_config(checkpoint)
+    phases = predict(checkpoint, text_encoder, settings)
+    if tiling == "auto" and free_gib is not None:
+        tiled = {phase for phase in ("clips", "validation") if needed_gib(phases[phase]) > free_gib}
+        settings = settings._replace(tile_encoding="clips" in tiled, tile_decoding="validation" in tiled)
+        phases = predict(checkpoint, text_encoder, settings)
+        lines.append(f"--enable_tiling auto: tiles for {' and '.join(sorted(tiled)) or 'nothing, there is room'}")
+    return Plan(level, settings.tile_encoding, settings.tile_decoding, [summary(phases, free_gib), *lines])
+
+
+def free_gpu_gib(device: torch.device) -> float | None:
+    """None for a CPU."""
+    return gib(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
 
 
 def needed_gib(peak_gib: float) -> float:
     return peak_gib * (1 + SAFETY_SHARE) + SAFETY_GIB
 
 
-def choose_checkpointing(free_gib: float, checkpoint: Checkpoint, settings: Settings) -> tuple[str, str]:
+def choose_checkpointing(free_gib: float | None, checkpoint: Checkpoint, settings: Settings) -> tuple[str, str]:
     """The fastest of `LEVELS` whose training fits into `free_gib`, and a sentence why.
 
     It fits if 10 % more than predicted and 1 GiB are free. Where even "full" does not, it is "full", and the sentence
-    says so: a prediction is no reason to refuse.
-
-    Args:
-        free_gib: of the GPU, before anything is loaded.
+    says so: a prediction is no reason to refuse. Blocks that are swapped must be recomputed.
     """
+    levels = LEVELS[1:] if settings.blocks_to_swap else LEVELS
+    if free_gib is None:
+        return levels[
+            0
+        ], f"--gradient_checkpointing auto: {levels[0]}, since there is no GPU whose memory could run out"
     weights = count_weights(checkpoint.transformer, settings)
     peaks = {
         level: training_parts(checkpoint, settings._replace(gradient_checkpointing=level), weights)["peak"]
-        for level in LEVELS
+        for level in levels
     }
     fits = [level for level, peak in peaks.items() if needed_gib(peak) <= free_gib]
     level = fits[0] if fits else "full"
     rule = f"needs {needed_gib(peaks[level]):.1f} of {free_gib:.1f} GiB (predicted {peaks[level]:.1f}, 10 % and 1 GiB)"
     reason = f"--gradient_checkpointing auto: {level} {rule}"
     if not fits:
-        return level, f"{reason}, which may not do: lower --max_num_frames, --height and --width"
-    smaller = LEVELS[: LEVELS.index(level)]
+        return level, f"{reason}, which may not do: {_way_out(checkpoint, settings, weights)}"
+    smaller = levels[: levels.index(level)]
     return level, reason + "".join(f"; {other} would need {needed_gib(peaks[other]):.1f}" for other in smaller)
+
+
+def _way_out(checkpoint: Checkpoint, settings: Settings, weights: Weights) -> str:
+    smaller = "lower --max_num_frames, --height and --width"
+    layers = checkpoint.transformer["num_layers"]
+    if settings.sft or settings.blocks_to_swap == layers:
+        return smaller
+    swapped = settings._replace(gradient_checkpointing="full", blocks_to_swap=layers)
+    needed = needed_gib(training_parts(checkpoint, swapped, weights)["peak"])
+    return f"with --blocks_to_swap {layers} it would need {needed:.1f}; or {smaller}"

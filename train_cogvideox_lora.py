@@ -63,7 +63,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     data("--dataloader_num_workers", type=count, default=0, metavar="N", help="processes that read the cache; 0: none")
     data("--text_encoder_precision", choices=["bf16", "int8"], default="bf16", help="int8: T5 in half the memory")
     data("--text_encoder_device", choices=["accelerator", "cpu"], default="accelerator", help="cpu: T5 slowly there")
-    data("--enable_tiling", action="store_true", help="VAE in tiles: less memory, slower, slightly other latents")
+    tiling = "VAE in tiles: less memory, slower, slightly other latents; auto: where memory asks for it"
+    tilings = ["never", "auto", "always"]
+    data("--enable_tiling", nargs="?", const="always", default="never", choices=tilings, help=tiling)
     data("--enable_slicing", action="store_true", help="VAE: small clips one by one, images too: less memory")
 
     trainable.add_options(parser)
@@ -140,6 +142,8 @@ def start(args: argparse.Namespace) -> tuple[Accelerator, dataset.Ranks]:
         raise ValueError("--use_8bit_adam: bitsandbytes cannot work on shards; leave it out, they are small already")
     if accelerator.is_fsdp2 and args.gradient_checkpointing == "auto":
         raise ValueError("--gradient_checkpointing auto: knows nothing of shards; pass none, attention or full")
+    if accelerator.is_fsdp2 and args.blocks_to_swap:
+        raise ValueError("--blocks_to_swap: FSDP spreads the weights over the GPUs already; leave it out")
     if accelerator.is_fsdp2 and args.base_precision != "bf16":
         raise ValueError(f"--base_precision {args.base_precision}: FSDP shards no quantised weights; leave one out")
     if args.training_type == "sft":  # of whose checkpoints each rank writes a part
@@ -147,18 +151,21 @@ def start(args: argparse.Namespace) -> tuple[Accelerator, dataset.Ranks]:
     return accelerator, ranks
 
 
-def plan_memory(args, accelerator: Accelerator, checkpoint: cogvideox.Checkpoint, dtype: torch.dtype) -> str:
-    """Says what each phase will need; returns the level of --gradient_checkpointing, chosen here where it is auto."""
-    level, lines = memory.plan(checkpoint, memory.Settings.of(args, dtype), accelerator.device)
+def plan_memory(args, accelerator: Accelerator, ranks, checkpoint: cogvideox.Checkpoint, dtype) -> memory.Plan:
+    """Says what each phase will need, and decides what is "auto" among the options: for all ranks the same."""
+    free_gib = memory.free_gpu_gib(accelerator.device)
+    if free_gib is not None:
+        free_gib = min(ranks.gather([free_gib]))
+    plan = memory.plan(checkpoint, memory.Settings.of(args, dtype), args.enable_tiling, free_gib)
     if not accelerator.is_fsdp2:  # whose GPUs share the weights
-        accelerator.print(*lines, sep="\n")
-    return level
+        accelerator.print(*plan.lines, sep="\n")
+    return plan
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def prepare_data(args, accelerator, checkpoint, dtype, ranks) -> tuple[dataset.Data, dataset.Data]:
+def prepare_data(args, accelerator, checkpoint, dtype, ranks, tiling: bool) -> tuple[dataset.Data, dataset.Data]:
     """Reads, checks and encodes what is trained on and what is held out; T5 and VAE are gone from memory afterwards."""
     root = args.instance_data_root or dataset.download(args.dataset_name, args.cache_dir)
     clips, problems = dataset.read_clips(root, args.caption_column, args.video_column, args.image_column, args.id_token)
@@ -169,7 +176,7 @@ def prepare_data(args, accelerator, checkpoint, dtype, ranks) -> tuple[dataset.D
         args.video_reshape_mode, args.seed, checkpoint.takes_image, checkpoint.fixed_size is not None,
     )  # fmt: skip
     video_encoder, text_encoder = cogvideox.encoders(
-        checkpoint, dtype, accelerator.device, args.enable_tiling, args.enable_slicing,
+        checkpoint, dtype, accelerator.device, tiling, args.enable_slicing,
         args.text_encoder_precision, "cpu" if args.text_encoder_device == "cpu" else accelerator.device,
     )  # fmt: skip
     cache = args.latents_cache_dir or root / ".cogvideox_cache"
@@ -198,6 +205,7 @@ def read_checkpoint(args: argparse.Namespace, dtype: torch.dtype, device: torch.
     image_options = [f"--{name}" for name in ("image_column", "validation_images") if getattr(args, name)]
     cogvideox.check_training(checkpoint, dtype, args.max_num_frames, args.height, args.width, image_options)
     compute.check_attention(args.attention_backend, device, dtype, checkpoint.transformer["attention_head_dim"])
+    compute.check_swapping(args.blocks_to_swap, checkpoint.transformer["num_layers"])
     if args.training_type == "lora":
         trainable.check_lora(checkpoint, *lora_of(args))
     return checkpoint
@@ -209,14 +217,15 @@ def lora_of(args: argparse.Namespace) -> tuple[trainable.Lora, Path | None]:
     return lora, None if args.resume_from_checkpoint else args.lora_path
 
 
-def prepare_transformer(args, checkpoint, dtype, device, level) -> tuple[torch.nn.Module, trainable.Export]:
+def prepare_transformer(args, checkpoint, dtype, device, memory_plan) -> tuple[torch.nn.Module, trainable.Export]:
     """The transformer, of which just what is trained requires gradients, and what writes that as a result."""
     set_seed(args.seed)
     if args.training_type == "lora":
         transformer, export = trainable.with_lora(checkpoint, dtype, *lora_of(args), device)
     else:
         transformer, export = trainable.whole(checkpoint, dtype)
-    compute.prepare(transformer, level, args.compile, args.attention_backend)
+    level = memory_plan.gradient_checkpointing
+    compute.prepare(transformer, level, args.compile, args.attention_backend, args.blocks_to_swap, device)
     return transformer.train(), export
 
 
@@ -237,6 +246,7 @@ class Run(NamedTuple):
     ranks: dataset.Ranks
     checkpoint: cogvideox.Checkpoint
     dtype: torch.dtype
+    memory_plan: memory.Plan
     data: dataset.Data
     held_out: dataset.Data
     plan: dataset.Plan
@@ -244,7 +254,7 @@ class Run(NamedTuple):
     export: trainable.Export
 
     def image_encoder(self):
-        vae_options = self.accelerator.device, self.args.enable_tiling, self.args.enable_slicing
+        vae_options = self.accelerator.device, self.memory_plan.tile_encoding, self.args.enable_slicing
         return cogvideox.image_encoder(self.checkpoint, self.dtype, *vae_options)
 
 
@@ -335,7 +345,7 @@ def held_out_losses(run: Run, step: int) -> dict:
 
 def sample_videos(run: Run, step: int) -> None:
     args, device = run.args, run.accelerator.device
-    vae = cogvideox.loaded_vae(run.checkpoint, run.dtype, device, args.enable_tiling, args.enable_slicing)
+    vae = cogvideox.loaded_vae(run.checkpoint, run.dtype, device, run.memory_plan.tile_decoding, args.enable_slicing)
     cases = validation.cases(run.data, validation.prompts(args), validation.images(args), args.height, args.width)
     validation.validate(
         run.accelerator, run.ranks, run.checkpoint, run.state.transformer, vae, cases, run.data.prompts,
@@ -377,15 +387,15 @@ def main(args: argparse.Namespace) -> None:
             accelerator, hub.create_hub_repo, args.hub_model_id, args.hub_token
         )
         checkpoint = cogvideox.download(checkpoint)
-        level = plan_memory(args, accelerator, checkpoint, dtype)
-        data, held_out = prepare_data(args, accelerator, checkpoint, dtype, ranks)
+        memory_plan = plan_memory(args, accelerator, ranks, checkpoint, dtype)
+        data, held_out = prepare_data(args, accelerator, checkpoint, dtype, ranks, memory_plan.tile_encoding)
         plan = dataset.make_plan(
             data.batches_per_epoch(args.train_batch_size), ranks.count * args.gradient_accumulation_steps,
             args.num_train_epochs, args.max_train_steps, **position,
         )  # fmt: skip
 
         # What is trained: weights in float32; what is frozen is in the compute dtype.
-        transformer, export = prepare_transformer(args, checkpoint, dtype, accelerator.device, level)
+        transformer, export = prepare_transformer(args, checkpoint, dtype, accelerator.device, memory_plan)
         clips_per_step = plan.batches_per_step * args.train_batch_size
         # Nothing else may hold the weights: FSDP2 would keep them whole on every GPU, beside its shards.
         optimizer = make_optimizer(args, trainable.weights_of(transformer), clips_per_step)
@@ -399,7 +409,7 @@ def main(args: argparse.Namespace) -> None:
     state = checkpoints.State(transformer, optimizer, lr_scheduler, average)
     if resume_from:
         checkpoints.load_checkpoint(accelerator, state, resume_from)
-    run = Run(args, accelerator, ranks, checkpoint, dtype, data, held_out, plan, state, export)
+    run = Run(args, accelerator, ranks, checkpoint, dtype, memory_plan, data, held_out, plan, state, export)
     smoothed = start_records(run)
 
     # Train: one turn is one update.

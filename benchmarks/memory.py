@@ -55,13 +55,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     same("--optimizer", choices=list(memory.STATE_BYTES), default="adamw", help="and its state")
     same("--use_8bit_adam", action="store_true", help="8-bit state")
     same("--ema_decay", type=float, metavar="D", help="a moving average of the LoRA")
-    same("--enable_tiling", action="store_true", help="VAE in tiles")
+    tilings = {"nargs": "?", "const": "always", "default": "never", "choices": ["never", "always"]}
+    same("--enable_tiling", **tilings, help="VAE in tiles")
+    swapped = "blocks whose frozen weights stay in main memory"
+    same("--blocks_to_swap", type=dataset.at_least(0), default=0, metavar="N", help=swapped)
     options = parser.parse_args(argv)
     model = step.MODELS[options.model]
     for name in ("height", "width", "max_num_frames"):
         setattr(options, name, getattr(options, name) or getattr(model, name))
     for problem in dataset.size_problems(options.height, options.width, options.max_num_frames):
         parser.error(problem)
+    if options.blocks_to_swap and (options.training_type == "sft" or options.gradient_checkpointing == "none"):
+        parser.error(
+            f"--blocks_to_swap {options.blocks_to_swap}: of a LoRA with --gradient_checkpointing; leave it out"
+        )
     if options.training_type == "sft" and options.base_precision != "bf16":
         parser.error(f"--base_precision {options.base_precision}: sft trains the base; leave it out")
     return options
@@ -124,7 +131,9 @@ def table(options: argparse.Namespace) -> list[dict]:
             settings = memory.Settings.of(options, train.DTYPES[options.mixed_precision])
             settings = settings._replace(**size, base_precision=precision, training_type="lora")
             phases, tiled = (
-                memory.predict(checkpoint, step.T5S["published"], settings._replace(enable_tiling=tiling))
+                memory.predict(
+                    checkpoint, step.T5S["published"], settings._replace(tile_encoding=tiling, tile_decoding=tiling)
+                )
                 for tiling in (False, True)
             )
             levels = {

@@ -39,6 +39,7 @@ import checkpoints
 import cogvideox
 import compute
 import dataset
+import memory
 import optimizers
 import processes
 import quantized
@@ -49,6 +50,7 @@ import trainable
 TRAINING = (
     "training_type", "rank", "height", "width", "max_num_frames", "train_batch_size", "gradient_accumulation_steps",
     "mixed_precision", "gradient_checkpointing", "attention_backend", "base_precision",
+    "blocks_to_swap",
 )  # fmt: skip
 
 
@@ -242,15 +244,16 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> train.Ru
     transformer = random_transformer(checkpoint.transformer, dtype if is_lora else torch.float32, accelerator.device)
     if is_lora:
         trainable.add_lora(transformer, train.lora_of(args)[0], dtype)
-    compute.prepare(transformer, args.gradient_checkpointing, args.compile, args.attention_backend)
+    level = args.gradient_checkpointing
+    compute.prepare(transformer, level, args.compile, args.attention_backend, args.blocks_to_swap, accelerator.device)
     clips_per_step = plan.batches_per_step * args.train_batch_size
     optimizer = train.make_optimizer(args, trainable.weights_of(transformer), clips_per_step)
     lr_scheduler = optimizers.make_lr_scheduler(optimizer, "constant", 0, plan.total_steps, 1, 1.0)
     transformer, optimizer = accelerator.prepare(transformer.train(), optimizer)
     average = trainable.Average(trainable.weights_of(transformer), None)
     state = checkpoints.State(transformer, optimizer, lr_scheduler, average)
-    held_out = data._replace(shapes=[])
-    return train.Run(args, accelerator, ranks, checkpoint, dtype, data, held_out, plan, state, export=None)
+    held_out, memory_plan = data._replace(shapes=[]), memory.Plan(level, False, False, [])
+    return train.Run(args, accelerator, ranks, checkpoint, dtype, memory_plan, data, held_out, plan, state, export=None)
 
 
 def measure(run: train.Run, warmup: int, steps: int) -> tuple[list[float], list[float]]:

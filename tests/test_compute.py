@@ -2,7 +2,7 @@
 
 import sys
 import types
-from functools import partialmethod
+from functools import partial
 
 import pytest
 import step as benchmark
@@ -30,14 +30,15 @@ def with_lora(checkpoint, dtype=torch.float32, **changes):
     return transformer.train()
 
 
+def in_dtype(inputs, dtype):
+    floats = ("hidden_states", "encoder_hidden_states", "ofs")
+    return {name: value.to(dtype) if name in floats and value is not None else value for name, value in inputs.items()}
+
+
 def step(transformer, inputs, dtype=torch.float32, autocast=False):
     """Output and gradients of what is trained, for a loss like that of training."""
-    floats = ("hidden_states", "encoder_hidden_states", "ofs")
-    inputs = {
-        name: value.to(dtype) if name in floats and value is not None else value for name, value in inputs.items()
-    }
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output = transformer(**inputs)[0]
+        output = transformer(**in_dtype(inputs, dtype))[0]
     generator = torch.Generator().manual_seed(1)
     F.mse_loss(output.float(), torch.randn(output.shape, generator=generator)).backward()
     gradients = {name: weight.grad for name, weight in transformer.named_parameters() if weight.requires_grad}
@@ -171,7 +172,7 @@ def test_flash3_without_its_package_is_refused_with_the_line_to_install_it():
 def compiled_without_a_compiler(monkeypatch):
     """All of torch.compile but its last stage, which needs a C++ compiler and half a minute."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     yield
     torch._dynamo.reset()
 
@@ -225,14 +226,42 @@ def test_the_table_of_positions_is_made_once_for_each_shape(checkpoint_of, monke
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("free_gib", "level"), [(40, "none"), (20, "attention"), (10, "full")])
-def test_auto_keeps_as_much_as_the_free_memory_of_the_gpu_allows(monkeypatch, tiny_checkpoint, free_gib, level):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gib * memory.GIB, 80 * memory.GIB))
+@pytest.mark.parametrize(("free_gib", "level", "tiled"), [
+    (40, "none", ()), (20, "attention", ("decoding",)), (10, "full", ("decoding",)),
+    (6, "full", ("decoding", "encoding")),
+])  # fmt: skip
+def test_auto_keeps_as_much_as_the_free_memory_of_the_gpu_allows(tiny_checkpoint, free_gib, level, tiled):
     checkpoint = benchmark.random_checkpoint("2b")._replace(folder=tiny_checkpoint)  # where T5's config is read
     settings = memory.Settings(480, 720, 49, gradient_checkpointing="auto")
-    chosen, lines = memory.plan(checkpoint, settings, torch.device("cuda"))
-    assert chosen == level
-    assert f"this GPU has {free_gib}.0" in lines[0] and f"auto: {level} needs" in lines[1]
+    plan = memory.plan(checkpoint, settings, "auto", free_gib)
+    assert plan.gradient_checkpointing == level
+    assert (plan.tile_encoding, plan.tile_decoding) == ("encoding" in tiled, "decoding" in tiled)
+    assert f"this GPU has {free_gib}.0" in plan.lines[0] and f"auto: {level} needs" in plan.lines[1]
+
+
+@pytest.mark.parametrize("tiling", ["never", "always"])
+def test_tiles_that_were_asked_for_or_not_are_not_for_the_plan_to_decide(tiny_checkpoint, tiling):
+    checkpoint, tiled = benchmark.random_checkpoint("2b")._replace(folder=tiny_checkpoint), tiling == "always"
+    settings = memory.Settings(480, 720, 49, tile_encoding=tiled, tile_decoding=tiled)
+    plan = memory.plan(checkpoint, settings, tiling, 1.0)
+    assert plan.tile_encoding == plan.tile_decoding == tiled
+
+
+def test_swapped_blocks_are_recomputed_and_two_of_them_are_on_the_gpu():
+    checkpoint, settings = (
+        benchmark.random_checkpoint("5b"),
+        memory.Settings(480, 720, 49, gradient_checkpointing="full"),
+    )
+    weights = memory.count_weights(checkpoint.transformer, settings)
+    whole, swapped = (
+        memory.training_parts(checkpoint, settings._replace(blocks_to_swap=count), weights)["frozen weights"]
+        for count in (0, 42)
+    )
+    transformer = cogvideox.empty_transformer(checkpoint.transformer)
+    block = sum(weight.numel() for weight in transformer.transformer_blocks[0].parameters()) * 2 / memory.GIB
+    assert whole - swapped == pytest.approx(40 * block, rel=1e-3)
+    assert memory.choose_checkpointing(80, checkpoint, settings._replace(blocks_to_swap=1))[0] == "attention"
+    assert memory.choose_checkpointing(None, checkpoint, settings._replace(blocks_to_swap=1))[0] == "attention"
 
 
 def test_t5_in_8_bits_takes_half_the_memory_and_on_the_cpu_none():

@@ -212,7 +212,7 @@ def test_the_vae_peaks_where_predicted(config, size, way):
 @pytest.mark.parametrize("way", ["encode", "decode"])
 def test_tiles_peak_where_predicted(way):
     made = step.random_checkpoint("2b")._replace(vae=SMALL | {"block_out_channels": (8, 8, 8, 8)})
-    settings = Settings(256, 384, 9, dtype=torch.float32, enable_tiling=True)
+    settings = Settings(256, 384, 9, dtype=torch.float32, tile_encoding=True, tile_decoding=True)
     vae = cogvideox.empty_vae(made.vae).eval()
     vae.enable_tiling(*memory.TILE)
     shape = (1, 3, 9, 256, 384) if way == "encode" else (1, 4, 3, 32, 48)
@@ -266,7 +266,8 @@ def test_sampling_peaks_where_predicted(monkeypatch):
     (80, "attention", "attention needs 26.0 of 80.0 GiB (predicted 22.7, 10 % and 1 GiB); none would need 82.7"),
     (90, "none", "none needs 82.7 of 90.0 GiB (predicted 74.2, 10 % and 1 GiB)"),
     (24, "full", "full needs 21.3 of 24.0 GiB"),
-    (16, "full", "which may not do: lower --max_num_frames, --height and --width"),
+    (16, "full", "which may not do: with --blocks_to_swap 42 it would need 10.4; or lower --max_num_frames"),
+    (None, "none", "no GPU"),
 ])  # fmt: skip
 def test_auto_takes_the_fastest_level_that_fits(free_gib, level, reason):
     chosen, why = memory.choose_checkpointing(free_gib, step.random_checkpoint("5b"), settings_of("5b"))

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "dataset",
     "quantized",
+    "swapping",
     "cogvideox",
     "preview",
     "trainable",

@@ -1,0 +1,158 @@
+"""Blocks that come from main memory when they are needed compute what blocks on the device compute, bit for bit."""
+
+import pytest
+import torch
+from conftest import make_checkpoint, transformer_inputs
+from safetensors.torch import load_file
+from test_compute import compiled_without_a_compiler, in_dtype, step, with_lora  # noqa: F401 - a fixture
+
+import cogvideox
+import compute
+import swapping
+import trainable
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def aligned_weights(monkeypatch):
+    """Weights lie in files as they come, and a CPU's products round otherwise where memory begins in odd places."""
+
+    def load_transformer(*args):
+        transformer = cogvideox.load_transformer(*args)
+        for weight in transformer.parameters():
+            weight.data = weight.data.clone()
+        return transformer
+
+    monkeypatch.setattr(trainable, "load_transformer", load_transformer)
+
+
+@pytest.fixture(scope="module", params=["2b", "1.5-5B-I2V"])
+def deep_checkpoint(request, tmp_path_factory):
+    """Of five blocks, so that there are those in the middle and some that stay."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("deep"), request.param)
+    transformer = cogvideox.CogVideoXTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+    deeper = cogvideox.CogVideoXTransformer3DModel.from_config(transformer.config | {"num_layers": 5})
+    deeper.save_pretrained(folder / "transformer")
+    return folder
+
+
+class CopiedLate(swapping.Swapper):
+    """As a slow bus would do it: what is copied is not there before it is waited for."""
+
+    def __init__(self, *args):
+        self.late = [None, None]
+        super().__init__(*args)
+
+    def _copy(self, place, index):
+        self.places[place].fill_(255)  # NaN, to every dtype
+        self.late[place] = index
+
+    def _wait(self, place):
+        if self.late[place] is not None:
+            super()._copy(place, self.late[place])
+            self.late[place] = None
+
+
+def three_steps(folder, count, level, dtype=torch.float32, compiled=False, **changes):
+    """Outputs and gradients of three training steps with a sampling step between them, and the swapped transformer."""
+    checkpoint = cogvideox.download(cogvideox.read_checkpoint(str(folder)))
+    transformer = with_lora(checkpoint, dtype, **changes)
+    compute.prepare(transformer, level, compiled, blocks_to_swap=count, device=CPU)
+    torch.manual_seed(4)
+    results = []
+    for _ in range(3):
+        inputs = transformer_inputs(folder)
+        results.append(step(transformer, inputs, dtype))
+        with torch.no_grad():
+            results.append((transformer(**in_dtype(inputs, dtype))[0], {}))
+    return results, transformer
+
+
+def check_equal(found, expected):
+    for (output, gradients), (expected_output, expected_gradients) in zip(found, expected, strict=True):
+        assert torch.equal(output, expected_output)
+        assert gradients.keys() == expected_gradients.keys()
+        assert all(torch.equal(gradients[name], gradient) for name, gradient in expected_gradients.items())
+
+
+@pytest.mark.parametrize("swapper", [swapping.Swapper, CopiedLate])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("level", ["attention", "full"])
+def test_swapped_blocks_change_nothing_however_fast_they_are_copied(
+    deep_checkpoint, monkeypatch, swapper, count, level
+):
+    expected, _ = three_steps(deep_checkpoint, 0, level)
+    monkeypatch.setattr(swapping, "Swapper", swapper)
+    found, _ = three_steps(deep_checkpoint, count, level)
+    check_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"base_precision": "int8"}, {"base_precision": "fp8"}, {"use_dora": True}, {"lora_target_modules": ["ff.net.2"]}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_kind_of_frozen_block_can_be_swapped(deep_checkpoint, changes):
+    dtype = torch.float32 if "use_dora" in changes else torch.bfloat16
+    expected, _ = three_steps(deep_checkpoint, 0, "full", dtype, **changes)
+    found, _ = three_steps(deep_checkpoint, 5, "full", dtype, **changes)
+    check_equal(found, expected)
+
+
+def test_compiled_blocks_can_be_swapped(deep_checkpoint, compiled_without_a_compiler):  # noqa: F811
+    expected, _ = three_steps(deep_checkpoint, 0, "full", compiled=True)
+    found, _ = three_steps(deep_checkpoint, 3, "full", compiled=True)
+    check_equal(found, expected)
+
+
+def test_no_more_than_two_swapped_blocks_are_on_the_device(deep_checkpoint):
+    def frozen_bytes(transformer):
+        tensors = [weight for block in transformer.transformer_blocks for weight in block.parameters()]
+        storages = {
+            weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes()
+            for weight in tensors
+            if not weight.requires_grad
+        }
+        return sum(storages.values())
+
+    _, plain = three_steps(deep_checkpoint, 0, "full")
+    _, swapped = three_steps(deep_checkpoint, 5, "full")
+    block = frozen_bytes(plain) / 5
+    assert 2 * block <= frozen_bytes(swapped) < 2.1 * block  # their places; the rest is what aligns them
+
+
+def test_a_block_is_on_its_way_while_the_one_before_it_computes(deep_checkpoint, monkeypatch):
+    """All but the first: the last of the way there is the first of the way back."""
+    late = []
+
+    class Watched(swapping.Swapper):
+        def bring(self, index):
+            late.append(index not in self.held)
+            super().bring(index)
+
+    monkeypatch.setattr(swapping, "Swapper", Watched)
+    checkpoint = cogvideox.download(cogvideox.read_checkpoint(str(deep_checkpoint)))
+    transformer = with_lora(checkpoint)
+    compute.prepare(transformer, "full", blocks_to_swap=5, device=CPU)
+    for _ in range(3):
+        step(transformer, transformer_inputs(deep_checkpoint))
+    assert late == [True] + [False] * (3 * 10 - 1)
+
+
+@pytest.mark.parametrize(("num_blocks", "count", "expected"), [
+    (5, 0, []), (5, 1, [4]), (5, 2, [2, 4]), (6, 3, [1, 3, 5]), (5, 5, [0, 1, 2, 3, 4]),
+])  # fmt: skip
+def test_swapped_blocks_are_spread_evenly(num_blocks, count, expected):
+    assert swapping.chosen(num_blocks, count) == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": "attention", "base_precision": "int8"}])
+def test_a_run_with_swapped_blocks_trains_saves_and_resumes_as_one_without(tiny_checkpoint, tmp_path, train, options):
+    options = {"gradient_checkpointing": "full", "max_train_steps": 4, "checkpointing_steps": 2} | options
+    plain = train(tiny_checkpoint, tmp_path / "plain", **options)
+    swapped = train(tiny_checkpoint, tmp_path / "swapped", blocks_to_swap=2, **options | {"max_train_steps": 2})
+    swapped = train(tiny_checkpoint, tmp_path / "swapped", blocks_to_swap=1, resume_from_checkpoint="latest", **options)
+    assert [row["loss"] for row in swapped] == [row["loss"] for row in plain]
+    weights = [load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("plain", "swapped")]
+    assert all(torch.equal(weights[1][name], weight) for name, weight in weights[0].items())
