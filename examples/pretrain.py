@@ -4,6 +4,7 @@
     python examples/pretrain.py transformer                   # the transformer, on the latents of 2,400 clips
     python examples/pretrain.py vae --resume --seed 1         # both go on, on other clips
     python examples/pretrain.py transformer --resume --seed 1
+    python examples/pretrain.py decoder                       # that of the VAE alone, on clips of which most are grey
     python examples/pretrain.py measure                       # do 100 samples show what their prompts ask for?
 
 The classes are CogVideoX's own, and so are noise schedule and objective; only the sizes are small: 17 frames of
@@ -47,7 +48,11 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=ROOT / "examples" / "small-cogvideox")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder for figures")
     parser.add_argument("--resume", action="store_true", help="train what --output_dir holds further")
-    parser.add_argument("--steps", type=int, help="updates (default: 6,000 and 5,000; resumed 8,000 and 9,000)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="updates (default: VAE 6,000, transformer 5,000; resumed 8,000 and 9,000; decoder 3,000)",
+    )
     parser.add_argument("--samples", type=int, default=100, help="videos to measure")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -89,6 +94,16 @@ def train_vae(args, device):
     return {"steps": steps, "weights": count(vae), "psnr": measure_vae(vae.float(), args.seed), "curve": curve}
 
 
+def train_decoder(args, device):
+    """The encoder stays as it is, since the transformer has learned its latents. Greys lose their tint."""
+    vae = AutoencoderKLCogVideoX.from_pretrained(args.output_dir, subfolder="vae", dtype=torch.float32).to(device)
+    vae.encoder.requires_grad_(False)
+    steps = args.steps or 3000
+    curve = fit_vae(vae, steps, 1e-3, images_until=0, other_looks=0.8, seed=args.seed, grey=0.8)
+    publish(vae, args.output_dir / "vae")
+    return {"steps": steps, "weights": count(vae.decoder), "psnr": measure_vae(vae.float(), args.seed), "curve": curve}
+
+
 def publish(model, folder):
     """Saves in half precision, and without the path that it came from, which means nothing elsewhere."""
     model.half().save_pretrained(folder)
@@ -97,16 +112,17 @@ def publish(model, folder):
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def fit_vae(vae, steps, learning_rate, images_until, other_looks, seed):
-    """Trains the VAE to rebuild clips; returns the curve."""
+def fit_vae(vae, steps, learning_rate, images_until, other_looks, seed, grey=0.5):
+    """Trains the VAE to rebuild clips, `grey` being the share of those in other looks; returns the curve."""
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # a fifth less time on a CPU
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
+    trained = [weight for weight in vae.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, steps)
     rng, curve, squares = np.random.default_rng(seed), [], []
     for step in range(1, steps + 1):
-        clips = vae_clips(rng, step <= images_until, other_looks).to(vae.device)
+        clips = vae_clips(rng, step <= images_until, other_looks, grey).to(vae.device)
         with torch.autocast(vae.device.type, torch.bfloat16):
             posterior = vae.encode(clips).latent_dist
             rebuilt = vae.decode(posterior.sample()).sample
@@ -114,7 +130,7 @@ def fit_vae(vae, steps, learning_rate, images_until, other_looks, seed):
         kl = posterior.kl().sum() / posterior.mean.numel()
         loss = error.abs().mean() + error.square().mean() + 1e-4 * kl
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -126,7 +142,7 @@ def fit_vae(vae, steps, learning_rate, images_until, other_looks, seed):
     return curve
 
 
-def vae_clips(rng, images, other_looks):
+def vae_clips(rng, images, other_looks, grey):
     """A batch for the VAE, float32 [B, 3, F, H, W], -1 to 1; so many have other looks than the transformer sees."""
     if images:
         batch_size, num_frames, drawn_frames = 4, 1, 3
@@ -138,17 +154,20 @@ def vae_clips(rng, images, other_looks):
         start = rng.integers(drawn_frames - num_frames + 1)
         frames = frames[start : start + num_frames].astype(np.float32)
         if rng.random() < other_looks:
-            frames = other_look(frames, rng)
+            frames = other_look(frames, rng, grey)
         batch.append(torch.from_numpy(frames / 127.5 - 1).permute(3, 0, 1, 2))
     return torch.stack(batch).contiguous(memory_format=torch.channels_last_3d)
 
 
-def other_look(frames, rng):
-    """Other colours or none, stripes, darker corners, grain: [F, H, W, 3], 0 to 255."""
+def other_look(frames, rng, grey):
+    """Other colours or, in `grey` of the clips, none, stripes, darker corners, grain: [F, H, W, 3], 0 to 255.
+
+    The less of them are grey, the more have a tint.
+    """
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
-    if rng.random() < 0.5:
+    if rng.random() < grey:
         frames = frames.mean(-1, keepdims=True).repeat(3, -1)
-    frames = 128 + (frames - 128) * rng.uniform(-1, 1.2) + rng.uniform(-40, 40, 3) * (rng.random() < 0.5)
+    frames = 128 + (frames - 128) * rng.uniform(-1, 1.2) + rng.uniform(-40, 40, 3) * (rng.random() < 1 - grey)
     angle, period = rng.uniform(0, np.pi), rng.uniform(5, 16)
     stripes = np.cos(2 * np.pi * (np.cos(angle) * x + np.sin(angle) * y) / period)
     where = frames.mean(-1, keepdims=True) < rng.uniform(60, 255)
@@ -325,7 +344,7 @@ def count(model):
     return sum(weight.numel() for weight in model.parameters())
 
 
-STAGES = {"vae": train_vae, "transformer": train_transformer, "measure": measure}
+STAGES = {"vae": train_vae, "transformer": train_transformer, "decoder": train_decoder, "measure": measure}
 
 if __name__ == "__main__":
     main()
