@@ -144,6 +144,8 @@ def _config(model_class, name: str, subfolder: str, hub: dict) -> dict:
 
 def empty_transformer(config: dict) -> CogVideoXTransformer3DModel:
     """The transformer without memory for its weights: its module names and its config with all defaults."""
+    # diffusers 0.42.1 lists there which values were defaults, and takes the default whatever the config says now.
+    config = {name: value for name, value in config.items() if name != "_use_default_values"}
     with torch.device("meta"):
         return CogVideoXTransformer3DModel.from_config(config)
 

@@ -12,6 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import diffusers
 import imageio.v3 as iio
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import shapes
 from make_example import TOKEN
-from pretrain import right, sample_all
+from pretrain import machine, right, sample_all
 
 
 def main():
@@ -31,10 +32,14 @@ def main():
     parser.add_argument("--guidance_scale", type=float, default=1.5)
     parser.add_argument("--samples", type=int, default=24, help="prompts to measure")
     parser.add_argument("--output", type=Path, help="picture to draw (png)")
+    parser.add_argument("--results", type=Path, help="file for the figures (json), with versions")
     parser.add_argument("--seed", type=int, default=5)
     args = parser.parse_args()
     figures, videos = compare(args.model_path, args.lora_path, args.samples, args.seed, args.guidance_scale)
     print(json.dumps(figures, indent=1))
+    if args.results:
+        about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "device": machine(torch.device("cpu"))}
+        args.results.write_text(json.dumps(figures | about, indent=1) + "\n")
     if args.output:
         iio.imwrite(args.output, picture(videos))
 
