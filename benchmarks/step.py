@@ -300,7 +300,7 @@ def report(run: train.Run, options: argparse.Namespace, seconds: list[float], lo
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}"
     tokens, median = tokens_per_clip(run.checkpoint, run.data.shapes[0]), statistics.median(measured)
     clips = run.plan.batches_per_step * run.args.train_batch_size
-    own = {name: getattr(options, name) for name in ("steps", "warmup", "compile")}
+    own = {name: getattr(options, name) for name in ("num_layers", "steps", "warmup", "compile")}
     packages = ("torch", "diffusers", "peft", "accelerate", "transformers")
     return {
         "model": options.model,
