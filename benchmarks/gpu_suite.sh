@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# What a GPU must prove (benchmarks/GPU_TODO.md), in three parts of at most 10 minutes:
+# What a GPU must prove (benchmarks/GPU_TODO.md), in five parts of at most 10 minutes:
 #
-#     bash benchmarks/gpu_suite.sh 1|2|3|all [--dry] [--tiny]
+#     bash benchmarks/gpu_suite.sh 1|2|3|4|5|all [--dry] [--tiny]
 #
-# 1: pytest -m gpu, and short steps of every model; 2: seconds and memory of 2b and 5b; 3: preprocessing, a comparison
-# (with VERSUS_REFERENCE=path), the small model and the examples. --dry prints the commands; --tiny, or
-# GPU_SUITE_MODEL=tiny, takes stand-ins that any CPU can do. Results go to GPU_SUITE_RESULTS (default: benchmarks/results,
-# tiny: examples/world/gpu-suite). What fails is written to failures.txt there and does not stop the rest.
+# 1: pytest -m gpu, and short steps of every model; 2: seconds and memory of 2b and 5b; 3: against diffusers' example, as
+# they are (needs VERSUS_REFERENCE=path); 4: against it, ours compiled, and preprocessing; 5: the small model and the
+# examples. --dry prints the commands; --tiny, or GPU_SUITE_MODEL=tiny, takes stand-ins that any CPU can do. Results go to
+# GPU_SUITE_RESULTS (default: benchmarks/results, tiny: examples/world/gpu-suite). What fails is written to failures.txt
+# there and does not stop the rest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,7 +19,7 @@ for word in "${@:2}"; do
     *) part="" ;;
   esac
 done
-[[ $part =~ ^(1|2|3|all)$ ]] || { echo "usage: bash benchmarks/gpu_suite.sh 1|2|3|all [--dry] [--tiny]" >&2; exit 2; }
+[[ $part =~ ^([1-5]|all)$ ]] || { echo "usage: bash benchmarks/gpu_suite.sh 1|2|3|4|5|all [--dry] [--tiny]" >&2; exit 2; }
 case ${GPU_SUITE_MODEL:-} in
   "") ;;
   tiny) tiny=1 ;;
@@ -83,6 +84,17 @@ step() {
   script "$name" "$limit" benchmarks/step.py --model "$model" --output "$results/$name-$gpu.json" "$@"
 }
 
+# versus NAME SECONDS OPTIONS...
+versus() {
+  local name=$1 limit=$2
+  shift 2
+  if [[ ! ${VERSUS_REFERENCE:-} ]]; then
+    echo "skipped $name: VERSUS_REFERENCE names no reference"
+    return
+  fi
+  script "$name" "$limit" benchmarks/versus.py --reference "$VERSUS_REFERENCE" --output "$results/$name-$gpu.json" "$@"
+}
+
 part_1() {
   local short=(--steps 2 --warmup 1 --gradient_checkpointing full)
   run tests 330 "$python" -m pytest -m gpu -q
@@ -93,7 +105,7 @@ part_1() {
 }
 
 part_2() {
-  local level precision backend timing=(--steps 10 --warmup 3)
+  local level precision backend timing=(--steps 8 --warmup 2)
   [[ $tiny ]] && timing=(--steps 2 --warmup 1)
   for level in none full attention; do
     step "2b-$level" 60 2b "${timing[@]}" --gradient_checkpointing "$level"
@@ -101,7 +113,9 @@ part_2() {
   for level in full attention none; do # none is predicted not to fit on 80 GB
     step "5b-$level" 90 5b "${timing[@]}" --gradient_checkpointing "$level"
   done
-  step 2b-none-compile 120 2b "${timing[@]}" --gradient_checkpointing none --compile
+  for level in none full attention; do
+    step "2b-$level-compile" 120 2b "${timing[@]}" --gradient_checkpointing "$level" --compile
+  done
   for backend in flash cudnn; do
     step "2b-none-$backend" 60 2b "${timing[@]}" --gradient_checkpointing none --attention_backend "$backend"
   done
@@ -117,14 +131,22 @@ part_2() {
 }
 
 part_3() {
-  local model=2b steps=3000 samples=50 small=examples/world/pretrained stage
-  [[ $tiny ]] && model=tiny steps=2 samples=1
+  local large=(--size 2b --steps 6 --warmup 3) small=(--size overhead)
+  [[ $tiny ]] && small+=(--steps 2 --warmup 1) large=("${small[@]}")
+  versus versus-2b-recompute 450 "${large[@]}" --mixed_precision bf16 --gradient_checkpointing
+  versus versus 150 "${small[@]}"
+}
+
+part_4() {
+  local model=2b large=(--size 2b --steps 6 --warmup 3)
+  [[ $tiny ]] && model=tiny large=(--size overhead --steps 2 --warmup 1)
+  versus versus-2b-compile 450 "${large[@]}" --mixed_precision bf16 --ours_options --compile
   script preprocess 150 benchmarks/preprocess.py --model "$model" --output "$results/preprocess-$gpu.json"
-  if [[ ${VERSUS_REFERENCE:-} ]]; then
-    script versus 150 benchmarks/versus.py --reference "$VERSUS_REFERENCE" --output "$results/versus-$gpu.json"
-  else
-    echo "skipped versus: VERSUS_REFERENCE names no reference"
-  fi
+}
+
+part_5() {
+  local steps=3000 samples=50 small=examples/world/pretrained stage
+  [[ $tiny ]] && steps=2 samples=1
   if [[ $tiny ]]; then
     script example 60 examples/make_example.py --output_dir examples/world
   else
@@ -137,7 +159,7 @@ part_3() {
 }
 
 [[ $dry ]] || mkdir -p "$results"
-for number in 1 2 3; do
+for number in 1 2 3 4 5; do
   [[ $part == "$number" || $part == all ]] || continue
   echo "---- part $number, on $gpu"
   if [[ ! $dry && -f $failures ]]; then # those of an earlier run

@@ -1,4 +1,4 @@
-"""Seconds, tokens per second and peak memory of training steps, as JSON.
+"""Seconds, tokens per second, MFU and peak memory of training steps, as JSON.
 
     python benchmarks/step.py --model 2b --gradient_checkpointing --output benchmarks/results/2b-recompute.json
     python benchmarks/step.py --model 2b --training_type sft --gradient_checkpointing
@@ -8,8 +8,10 @@ Needs no checkpoint and no clips: the transformer has the full size and random w
 the images of image-to-video, and the cache holds random latents and embeddings. All else is what
 train_cogvideox_lora.py runs: its accelerator, optimizer, batches, loss and update.
 
-Peak memory is counted after the warm-up: what PyTorch allocated on the GPU, or all that the process ever had on a CPU.
-Of several processes (accelerate launch) the first one reports its own times and memory; tokens are those of all.
+"mfu" is the share of its GPU's peak at which a process gets through forward and backward pass of the transformer, "hfu"
+counts what is recomputed, too (benchmarks/flops.py). Peak memory is counted after the warm-up: what PyTorch allocated
+on the GPU, or all that the process ever had on a CPU. Of several processes (accelerate launch) the first one reports
+its own times, FLOP and memory; tokens are those of all.
 """
 
 import argparse
@@ -34,6 +36,8 @@ from diffusers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import flops
 
 import checkpoints
 import cogvideox
@@ -195,10 +199,16 @@ def random_transformer(config: dict, dtype: torch.dtype, device: torch.device) -
         torch.set_default_dtype(default)
 
 
+def parameters_shape(checkpoint: cogvideox.Checkpoint, args: argparse.Namespace) -> tuple[int, ...]:
+    """(2c, f, h, w) of a cached clip."""
+    channels, factor = checkpoint.transformer["out_channels"], checkpoint.spatial_factor
+    return 2 * channels, (args.max_num_frames - 1) // 4 + 1, args.height // factor, args.width // factor
+
+
 def random_data(checkpoint: cogvideox.Checkpoint, args: argparse.Namespace, dtype: torch.dtype) -> dataset.Data:
     """One batch of clips, such as the cache would hold them."""
-    config, factor = checkpoint.transformer, checkpoint.spatial_factor
-    shape = (config["out_channels"], (args.max_num_frames - 1) // 4 + 1, args.height // factor, args.width // factor)
+    config, shape = checkpoint.transformer, parameters_shape(checkpoint, args)
+    shape = (shape[0] // 2, *shape[1:])  # of the mean, and of the log-variance
     clips = {}
     for i in range(args.train_batch_size):
         mean, log_variance = torch.randn(shape, dtype=dtype), torch.full(shape, -10.0, dtype=dtype)
@@ -274,16 +284,31 @@ def measure(run: train.Run, warmup: int, steps: int) -> tuple[list[float], list[
     return seconds, losses
 
 
+def utilization(run: train.Run, device_name: str, seconds: float) -> dict:
+    """FLOP of one update in one process, and which share of its GPU's peak they are in `seconds`.
+
+    None where the peak is not known, and in float32, which tensor cores compute at other peaks or not at all.
+    """
+    args, tokens = run.args, tokens_per_clip(run.checkpoint, run.data.shapes[0])
+    clip = flops.step_flops(run.checkpoint.transformer, tokens, flops.Trained.of(args))
+    clips = args.train_batch_size * args.gradient_accumulation_steps
+    model, hardware = clips * clip.model, clips * clip.hardware(args.gradient_checkpointing)
+    peak = None if run.dtype == torch.float32 else flops.peak_tflops(device_name)
+    mfu, hfu = (round(count / seconds / peak / 1e12, 4) if peak else None for count in (model, hardware))
+    return {"model_flops": model, "hardware_flops": hardware, "peak_tflops": peak, "mfu": mfu, "hfu": hfu}
+
+
 def report(run: train.Run, options: argparse.Namespace, seconds: list[float], losses: list[float]) -> dict:
     device, measured = run.accelerator.device, seconds[options.warmup :]
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}"
     tokens, median = tokens_per_clip(run.checkpoint, run.data.shapes[0]), statistics.median(measured)
     clips = run.plan.batches_per_step * run.args.train_batch_size
-    own = {name: getattr(options, name) for name in ("steps", "warmup", "compile")}
+    own = {name: getattr(options, name) for name in ("num_layers", "steps", "warmup", "compile")}
     packages = ("torch", "diffusers", "peft", "accelerate", "transformers")
     return {
         "model": options.model,
         "checkpoint": run.checkpoint.describe(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
+        "device": device_name,
         "processes": run.ranks.count,
         "versions": {package: version(package) for package in packages},
         "options": {name: getattr(run.args, name) for name in TRAINING} | own,
@@ -295,6 +320,7 @@ def report(run: train.Run, options: argparse.Namespace, seconds: list[float], lo
         "seconds_of_each_step": [round(value, 4) for value in measured],
         "first_step_seconds": round(seconds[0], 4),
         "tokens_per_second": round(tokens * clips / median, 1),
+        **utilization(run, device_name, median),
         "peak_memory_gib": round(checkpoints.peak_memory_gib(device), 3),
         "losses": losses[options.warmup :],
     }

@@ -4,7 +4,10 @@
 
 Both run as they are, each time in a process of its own, on one checkpoint of random weights and one set of clips, in
 the order ours, theirs, theirs, ours; ours twice more says how far two runs of the same differ. First a gate: given the
-same draws and the same LoRA, both come to the same loss and gradients, or nothing is timed.
+same draws and the same LoRA, both come to the same loss and gradients, or nothing is timed. Options that ours alone has
+stand at the end, and the gate runs with them, too:
+
+    python benchmarks/versus.py --reference ... --size 2b --mixed_precision bf16 --ours_options --compile
 
 Equal on both sides: what PARITY and `shared_options` say. Clips are written in the size, length and frame rate that is
 asked for, so that both see all of their pixels. T5 and VAE are small, since only what comes after them is compared:
@@ -20,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +40,7 @@ from reference import sha256
 from step import TINY
 
 import checkpoints
+import train_cogvideox_lora as train
 
 OURS = Path(__file__).resolve().parents[1] / "train_cogvideox_lora.py"
 TRIAL = Path(__file__).with_name("trial.py")
@@ -89,7 +94,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--rounds", type=int, default=1, metavar="N", help="of ours, theirs, theirs, ours")
     option("--work_dir", type=Path, metavar="FOLDER", help="for checkpoint, clips and logs (default: a temporary one)")
     option("--output", type=Path, metavar="FILE", help="also write all that was measured there, as JSON")
+    option(
+        "--ours_options", nargs=argparse.REMAINDER, default=[], metavar="OPTION",
+        help="all that follows is for our script alone, such as: --ours_options --compile",
+    )  # fmt: skip
     args = parser.parse_args(argv)
+    args.ours_options = " ".join(args.ours_options).split()  # in quotes they are one word
 
     if not args.reference.is_file():
         parser.error(f"--reference {args.reference}: no such file; give the path of train_cogvideox_lora.py")
@@ -99,7 +109,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, getattr(SIZES[args.size], name))
         elif value < lowest:
             parser.error(f"--{name} {value}: must be at least {lowest}")
+    check_ours_options(args, parser.error)
     return args
+
+
+def check_ours_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
+    """Refuses what would make the work another one; our script refuses by itself what it does not know.
+
+    --gradient_checkpointing may be another one: it changes what is kept, not what is computed.
+    """
+    shared = {word for word in shared_options(args, updates=1) if word.startswith("--")} - {"--gradient_checkpointing"}
+    for word in args.ours_options:
+        name = word.split("=")[0]
+        if name in shared | {"--output_dir", "--latents_cache_dir"}:
+            refuse(f"--ours_options {name}: set for both scripts alike; leave it out, or pass it to versus.py itself")
+    train.parse_args([*shared_options(args, updates=1), *args.ours_options])
 
 
 # ---- the world that both train in ------------------------------------------------------------------------------------
@@ -203,12 +227,13 @@ def gate(args: argparse.Namespace, folder: Path) -> dict:
     options = shared_options(args, GATE_UPDATES)
     run_trial(folder, "gate-theirs", ["capture", "theirs.pt"], args.reference, options)
     theirs = torch.load(folder / "theirs.pt", weights_only=True)
-    ours = replay(folder, "gate-ours", options)
+    ours = replay(folder, "gate-ours", [*options, *args.ours_options])
     result = {"timesteps": [update["timesteps"].tolist() for update in theirs], "shifts": compare_updates(ours, theirs)}
     if args.mixed_precision == "no":
         check_gate(result["shifts"])
         return result | {"tolerance": TOLERANCE}
-    # The last of two values counts; recomputation changes the memory alone, of which float32 needs twice as much.
+    # The last of two values counts; recomputation changes the memory alone, of which float32 needs twice as much. Plain
+    # in all else: no kernel but the math one may know float32.
     exact = replay(folder, "gate-float32", [*options, "--mixed_precision", "no", "--gradient_checkpointing"])
     return result | {"from_float32": {"ours": compare_updates(ours, exact), "theirs": compare_updates(theirs, exact)}}
 
@@ -237,7 +262,8 @@ def time_trial(args: argparse.Namespace, folder: Path, number: int, who: str) ->
     name = f"{number}-{who}"
     script, options = args.reference, shared_options(args, args.warmup + args.steps)
     if who == "ours":
-        script, options = OURS, [*options, "--latents_cache_dir", f"{name}-cache"]  # empty at each start
+        cache = ["--latents_cache_dir", f"{name}-cache"]  # empty at each start
+        script, options = OURS, [*options, *args.ours_options, *cache]
     began = time.time()
     run_trial(folder, name, ["times", f"{name}.json"], script, options)
     return summarize(who, json.loads((folder / f"{name}.json").read_text()), began, args.warmup)
@@ -313,9 +339,10 @@ def about(args: argparse.Namespace) -> dict:
         "cores": os.cpu_count(),
         "versions": {package: version(package) for package in packages} | {"python": platform.python_version()},
         "reference_sha256": sha256(args.reference),
+        "ours_options": args.ours_options,
         "command_lines": {
             "theirs": " ".join([args.reference.name, *line, "--output_dir RUN"]),
-            "ours": " ".join([OURS.name, *line, "--latents_cache_dir RUN-cache", "--output_dir RUN"]),
+            "ours": " ".join([OURS.name, *line, *args.ours_options, "--latents_cache_dir RUN-cache --output_dir RUN"]),
         },
         "updates": {"measured": args.steps, "warmup": args.warmup},
         "parity": PARITY,

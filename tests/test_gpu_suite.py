@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import versus
 from conftest import ROOT
+
+import memory
 
 PYTHON = """#!/usr/bin/env bash
 [[ $1 == -c ]] && { echo test-gpu; exit; }
@@ -49,10 +52,37 @@ def test_what_does_not_fit_into_a_part_is_recorded(suite, tmp_path):
     assert "2b-none (test-gpu): not run: the 4 seconds of the part are over" in result.stdout
 
 
+def test_compiled_steps_are_timed_at_every_level(suite):
+    _, commands = suite("2")
+    compiled = [command for command in commands if command.endswith("--compile")]
+    levels = [command.split("--gradient_checkpointing ")[1].split()[0] for command in compiled]
+    assert sorted(levels) == sorted(memory.LEVELS)
+
+
+@pytest.mark.parametrize("words", [[], ["--tiny"]])
+def test_comparisons_take_their_options_and_fit_into_their_parts(words, suite):
+    result, _ = suite("all", "--dry", *words, VERSUS_REFERENCE=__file__)
+    part_3, part_4 = (part.splitlines() for part in result.stdout.split("---- part ")[3:5])
+    for _, *commands in (part_3, part_4):
+        assert sum(int(command.split()[1]) for command in commands) <= 600
+    lines = [command.split("benchmarks/versus.py ")[1].split() for command in part_3 + part_4 if "versus.py" in command]
+    recomputed, plain, compiled = (versus.parse_args(line) for line in lines)
+    assert (recomputed.size, compiled.size) == (("overhead", "overhead") if words else ("2b", "2b"))
+    assert recomputed.mixed_precision == compiled.mixed_precision == "bf16" and recomputed.gradient_checkpointing
+    assert compiled.ours_options == ["--compile"] and recomputed.ours_options == plain.ours_options == []
+    assert len({args.output for args in (recomputed, plain, compiled)}) == 3
+
+
+def test_without_a_reference_comparisons_are_skipped_and_said(suite):
+    result, commands = suite("3", VERSUS_REFERENCE="")
+    assert result.returncode == 0 and commands == []
+    assert result.stdout.count("VERSUS_REFERENCE names no reference") == 2
+
+
 def test_dry_runs_nothing(suite):
     result, commands = suite("all", "--dry")
     assert result.returncode == 0 and commands == []
-    assert result.stdout.count("---- part") == 3
+    assert result.stdout.count("---- part") == 5
     assert "benchmarks/step.py --model 1.5-I2V" in result.stdout and "-m pytest -m gpu -q" in result.stdout
 
 
@@ -64,7 +94,7 @@ def test_tiny_takes_no_real_model(way, suite):
     assert result.returncode == 0 and models == {"tiny", "tiny-I2V"}
 
 
-@pytest.mark.parametrize("words", [[], ["4"], ["1", "--fast"]])
+@pytest.mark.parametrize("words", [[], ["6"], ["1", "--fast"]])
 def test_other_words_are_refused(words, suite):
     result, commands = suite(*words)
     assert result.returncode == 2 and commands == []

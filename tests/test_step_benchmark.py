@@ -3,6 +3,7 @@
 import json
 import math
 
+import flops
 import pytest
 import step
 import torch
@@ -136,6 +137,7 @@ def test_prints_json_and_writes_the_same(switch, tmp_path, capsys):
     assert len(result["losses"]) == len(result["seconds_of_each_step"]) == 2
     assert all(map(math.isfinite, result["losses"]))
     assert result["seconds_per_step"] > 0 and result["peak_memory_gib"] > 0
+    assert result["model_flops"] > 0 and result["mfu"] is None  # the peak of a CPU is not known
     assert result["options"]["gradient_checkpointing"] == ("full" if switch else "none")
     assert result["trainable_weights"] == 2 * 4 * 2 * 4 * 64  # layers, targets, A and B, rank, width
 
@@ -146,6 +148,27 @@ def test_an_update_counts_all_its_tokens(capsys):
     result = json.loads(capsys.readouterr().out)
     tokens = result["tokens_per_second"] * result["seconds_per_step"]
     assert tokens == pytest.approx(6 * result["tokens"], rel=0.01)
+
+
+@pytest.mark.parametrize("precision, name, known", [
+    ("bf16", "NVIDIA L4", True), ("no", "NVIDIA L4", False), ("bf16", "CPU, x86_64", False),
+])  # fmt: skip
+def test_mfu_is_the_share_of_the_peak_of_one_gpu(precision, name, known):
+    line = ["--model", "tiny", "--rank", "4", "--gradient_checkpointing", "--train_batch_size", "2"]
+    line += ["--gradient_accumulation_steps", "3", "--mixed_precision", precision]
+    run = step.prepare(step.parse_args(line))
+    found = step.utilization(run._replace(ranks=dataset.Ranks(0, 8)), name, seconds=1e-4)
+    clip = flops.step_flops(
+        run.checkpoint.transformer, 298, flops.Trained("lora", 4, ("to_q", "to_k", "to_v", "to_out.0"))
+    )
+    assert (found["model_flops"], found["hardware_flops"]) == (6 * clip.model, 6 * clip.hardware("full"))
+    assert found["hardware_flops"] > found["model_flops"]
+    if known:
+        assert found["peak_tflops"] == 121
+        assert found["mfu"] == pytest.approx(6 * clip.model / 121e12 / 1e-4, abs=1e-4)
+        assert found["hfu"] == pytest.approx(6 * clip.hardware("full") / 121e12 / 1e-4, abs=1e-4)
+    else:
+        assert found["peak_tflops"] is found["mfu"] is found["hfu"] is None
 
 
 @pytest.mark.parametrize("model, tokens", {"2b": 17776, "5b-I2V": 17776, "1.5-I2V": 45106, "tiny": 298}.items())

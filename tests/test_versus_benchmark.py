@@ -7,6 +7,8 @@ train_cogvideox_lora.py runs the comparison itself, too.
 import json
 import os
 import sys
+import time
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,8 @@ def parse(*words):
         (["--reference", __file__, "--steps", "1"], "--steps 1: must be at least 2"),
         (["--reference", __file__, "--warmup", "0"], "--warmup 0: must be at least 1"),
         (["--reference", __file__, "--rounds", "0"], "--rounds 0: must be at least 1"),
+        (["--reference", __file__, "--ours_options", "--rank=4"], "--ours_options --rank: set for both scripts alike"),
+        (["--reference", __file__, "--ours_options", "--compiled"], "unrecognized arguments: --compiled"),
     ],
 )
 def test_refuses_what_cannot_work(argv, message, capsys):
@@ -49,6 +53,16 @@ def test_refuses_what_cannot_work(argv, message, capsys):
 def test_what_is_not_given_comes_from_the_size():
     args = parse("--size", "compute", "--steps", "7")
     assert (args.rank, args.steps, args.warmup) == (32, 7, 4)
+
+
+@pytest.mark.parametrize("words", [
+    ["--ours_options", "--compile", "--attention_backend", "math"],
+    ["--ours_options", "--compile --attention_backend math"],
+    ["--ours_options=--compile --attention_backend math", "--rounds", "1"],
+])  # fmt: skip
+def test_options_for_ours_alone_can_be_given_with_and_without_quotes(words):
+    args = parse("--steps", "7", *words)
+    assert (args.ours_options, args.steps) == (["--compile", "--attention_backend", "math"], 7)
 
 
 @pytest.mark.parametrize("size", versus.SIZES)
@@ -88,11 +102,11 @@ def captured(checkpoint_of, train, tmp_path):
     return records, rows
 
 
-def replay(theirs, checkpoint, folder, train):
+def replay(theirs, checkpoint, folder, train, **options):
     """The same updates in a run that would draw all of it otherwise."""
     records = []
     with trial.replayed_draws(records, theirs, ROOT), trial.update_values(records):
-        train(checkpoint, folder, max_train_steps=len(theirs), seed=1)
+        train(checkpoint, folder, max_train_steps=len(theirs), seed=1, **options)
     return versus.compare_updates(records, theirs)
 
 
@@ -111,6 +125,23 @@ def test_a_replayed_run_computes_what_was_captured(captured, checkpoint_of, trai
     shifts = replay(records, checkpoint_of("5b"), tmp_path / "replayed", train)
     versus.check_gate(shifts)
     assert max(update["gradients"] for update in shifts) < 1e-6
+
+
+def test_a_compiled_run_can_be_replayed(captured, checkpoint_of, train, tmp_path, monkeypatch):
+    """By all of torch.compile but its last stage, which needs a C++ compiler and half a minute."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    records, _ = captured
+    shifts = replay(records, checkpoint_of("5b"), tmp_path / "replayed", train, compile=True)
+    torch.compiler.reset()
+    versus.check_gate(shifts)
+    assert compiled
 
 
 @pytest.mark.parametrize("what", ["noise", "before", "timesteps", "encoder_hidden_states", "latents"])
@@ -249,16 +280,52 @@ def test_the_table_has_a_row_per_run_and_the_two_ratios():
     assert lines[7].split()[:4] == ["ours", "/", "theirs", "0.500"] and lines[8].split()[:3] == ["last", "two", "1.000"]
 
 
+@pytest.fixture
+def lines(monkeypatch):
+    """Command lines of all runs by their names; none is run, each leaves what it would have left."""
+    one, lines = torch.ones(1), {}
+    record = dict.fromkeys(("hidden_states", "encoder_hidden_states", "timesteps"), one) | {"loss": 1.0}
+    record |= {"before": {"weight": 0 * one}, "after": {"weight": one}, "gradients": {"weight": one}}
+
+    def run_trial(folder, name, use, script, options):
+        lines[name] = [script.name, *options]
+        if use[0] == "times":
+            updates = [{"at": time.time() + i, "cpu": 1.0 * i, "peak_gib": 1.0} for i in range(1, 400)]
+            (folder / use[1]).write_text(json.dumps({"updates": updates}))
+        else:
+            torch.save([record], folder / use[-1])
+
+    monkeypatch.setattr(versus, "run_trial", run_trial)
+    return lines
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_options_for_ours_alone_reach_its_runs_and_no_other(precision, lines, tmp_path):
+    options = ["--compile", "--attention_backend", "math"]
+    result = versus.compare(parse("--mixed_precision", precision, "--ours_options", *options), tmp_path)
+    ours = {name for name, line in lines.items() if line[0] == versus.OURS.name}
+    assert ours == {"1-ours", "4-ours", "5-ours", "6-ours", "gate-ours"} | (
+        {"gate-float32"} if precision == "bf16" else set()
+    )
+    for name, line in lines.items():
+        given = [word for word in line if word in options]
+        assert given == (options if name in ours - {"gate-float32"} else []), name  # which is the plain computation
+    for name in ours:
+        assert train_cogvideox_lora.parse_args(lines[name][1:]).compile == (name != "gate-float32")
+    assert result["ours_options"] == options
+    assert "--compile" in result["command_lines"]["ours"] and "--compile" not in result["command_lines"]["theirs"]
+
+
 # ---- the comparison itself -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif("COGVIDEOX_REFERENCE" not in os.environ, reason="COGVIDEOX_REFERENCE names no script to compare")
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_both_scripts_run_and_agree(precision, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("precision, further", [("no", []), ("bf16", []), ("no", ["--ours_options", "--compile"])])
+def test_both_scripts_run_and_agree(precision, further, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     file = tmp_path / "result.json"
     line = ["--reference", os.environ["COGVIDEOX_REFERENCE"], "--steps", "2", "--warmup", "1", "--output", str(file)]
-    versus.main([*line, "--mixed_precision", precision])
+    versus.main([*line, "--mixed_precision", precision, *further])
     result = json.loads(file.read_text())
     assert [trial["who"] for trial in result["trials"]] == [*versus.ROUND, "ours", "ours"]
     assert all(len(trial["seconds_of_each_update"]) == 2 for trial in result["trials"])
