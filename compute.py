@@ -91,8 +91,7 @@ def prepare(
     # diffusers 0.42.1 makes the sin-cos table of any size but the checkpoint's own in every forward pass.
     embed = transformer.patch_embed
     embed._get_positional_embeddings = lru_cache(maxsize=32)(embed._get_positional_embeddings)
-    if backend == "flash3":
-        transformer.set_attn_processor(Flash3Processor())
+    transformer.set_attn_processor(AttentionByTokens(flash3() if backend == "flash3" else scaled_dot_product))
     if level == "attention":
         kept = partial(create_selective_checkpoint_contexts, list(ATTENTION))
         transformer.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=kept))
@@ -148,12 +147,21 @@ def flash3():
         ) from error
 
 
-class Flash3Processor(CogVideoXAttnProcessor2_0):
-    """diffusers' attention of CogVideoX around FlashAttention-3."""
+def scaled_dot_product(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """PyTorch's attention, for [B, S, heads, head size]; its kernels take any strides, and give those of the query."""
+    return F.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in (query, key, value))).transpose(1, 2)
 
-    def __init__(self):
+
+class AttentionByTokens(CogVideoXAttnProcessor2_0):
+    """diffusers' attention of CogVideoX, with the numbers of a token side by side from projection to projection.
+
+    diffusers 0.42.1 puts heads before tokens first. LayerNorm, there and back, then copies queries, keys and their
+    gradients, and what comes out of attention is copied once more, and kept twice where the last projection has a LoRA.
+    """
+
+    def __init__(self, attention: Callable = scaled_dot_product):
         super().__init__()
-        self.attention = flash3()
+        self.attention = attention
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         """Attended video tokens and text tokens, each as it came in."""
@@ -161,12 +169,12 @@ class Flash3Processor(CogVideoXAttnProcessor2_0):
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # [B, S, D]
         query, key, value = (
             projection(tokens).unflatten(2, (attn.heads, -1)) for projection in (attn.to_q, attn.to_k, attn.to_v)
-        )  # [B, S, heads, head size], as the kernel wants them
+        )  # [B, S, heads, head size]
         query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
             query, key = (self._rotated(tensor, num_text, image_rotary_emb) for tensor in (query, key))
         attended = self.attention(query, key, value)
-        if isinstance(attended, tuple):  # older versions give the logarithms of the sums, too
+        if isinstance(attended, tuple):  # older versions of FlashAttention-3 give the logarithms of the sums, too
             attended = attended[0]
         tokens = attn.to_out[1](attn.to_out[0](attended.flatten(2)))
         return tokens[:, num_text:], tokens[:, :num_text]

@@ -199,7 +199,7 @@ def saved_by_block(config: dict, weights: Weights, settings: Settings, tokens: T
         to_q, to_k, to_v [W e]                  their input, once; under autocast cast for each, [3 W e]
         norm_q, norm_k   2 W n + 2 x 2 x 4 h    their inputs, mean and reciprocal deviation per head
         attention        4 W e + 4 h            queries, keys, values, output; float32 logsumexp
-        to_out           [W e]                  its input: the output, copied from head-major to token-major
+        to_out                                  its input is attention's output
         gates            [W e] for each         what it multiplies, if its modulation is trained
         ff.net.0.proj    [W e]                  its input
         GELU             M e                    its input
@@ -209,8 +209,8 @@ def saved_by_block(config: dict, weights: Weights, settings: Settings, tokens: T
     plus the copies of float32 weights in the compute dtype, e each: LoRA matrices, or under autocast those of the
     linear layers. RoPE keeps two tables for all blocks together, and modulation a few rows per clip.
 
-    Read in diffusers 0.42.1 (CogVideoXBlock, CogVideoXLayerNormZero, CogVideoXAttnProcessor2_0, FeedForward) and PEFT
-    0.21.2 (lora.Linear, its input not cast to float32), and counted in tests/test_memory_formula.py.
+    Read in diffusers 0.42.1 (CogVideoXBlock, CogVideoXLayerNormZero, FeedForward), compute.AttentionByTokens and
+    trainable.FusedLora, and counted in tests/test_memory_formula.py.
     """
     e, n = settings.dtype.itemsize, settings.norm_bytes
     heads = config["num_attention_heads"]
@@ -222,7 +222,7 @@ def saved_by_block(config: dict, weights: Weights, settings: Settings, tokens: T
     per_token += width * e * (len(projections) if settings.autocast else bool(projections))
     per_token += 2 * width * n + 16 * heads
     per_token += 4 * width * e + 4 * heads
-    per_token += width * e * (("attn1.to_out.0" in kept) + ("ff.net.0.proj" in kept))
+    per_token += width * e * ("ff.net.0.proj" in kept)
     per_token += inner * e * (1 + ("ff.net.2" in kept))
     per_token += settings.rank * e * sum(not name.startswith("norm") for name in weights.lora_layers)
     return settings.train_batch_size * tokens.all * per_token + weights.cast_per_block * e

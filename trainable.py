@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.training_utils import EMAModel, cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -159,30 +160,43 @@ class Average:
 def check_lora(checkpoint: Checkpoint, lora: Lora, start: Path | None) -> None:
     """Refuses, from configs and headers alone, a target that is no linear layer and a file to start from that differs.
 
-    PEFT skips what is no layer in silence as long as another target fits.
+    Raises:
+        ValueError: with what to pass instead.
     """
     quantized.check_packages(lora.base_precision, "--base_precision")
     transformer = empty_transformer(checkpoint.transformer)
-    modules = transformer.named_modules()
-    linear = {name: module for name, module in modules if isinstance(module, torch.nn.Linear)}
     for target in lora.lora_target_modules:
-        layers = [module for name, module in linear.items() if name == target or name.endswith(f".{target}")]
-        most = min((min(layer.in_features, layer.out_features) for layer in layers), default=lora.rank)
-        if lora.mutates and lora.rank > most:
-            raise ValueError(
-                f"--rank {lora.rank}: {target} has no more than {most} directions for --init_lora_weights "
-                f"{lora.init_lora_weights} to begin with; pass at most that, or leave {target} out of the targets"
-            )
-        if not layers:
-            known = sorted({name.split(".", 2)[-1] for name in linear if name.startswith("transformer_blocks.")})
-            raise ValueError(
-                f"--lora_target_modules {target}: the transformer has no such linear layer; in its blocks are "
-                f"{', '.join(known)}"
-            )
+        _check_target(transformer, lora, target)
     if start:
         with torch.device("meta"):
             transformer.add_adapter(lora._replace(init_lora_weights="default").config())
         _check_start(checkpoint, lora, start, get_peft_model_state_dict(transformer))
+
+
+def _check_target(transformer: torch.nn.Module, lora: Lora, target: str) -> None:
+    """PEFT takes what ends in the words of a target, and skips what ends in none as long as another target fits."""
+    modules = dict(transformer.named_modules())
+    short = {name.split(".", 2)[-1] if name.startswith("transformer_blocks.") else name: module
+             for name, module in modules.items()}  # fmt: skip
+    meant = {name: module for name, module in short.items() if name == target or name.endswith(f".{target}")}
+    layers = {name: module for name, module in meant.items() if isinstance(module, torch.nn.Linear)}
+    if not layers:
+        known = sorted(name for name, module in short.items() if isinstance(module, torch.nn.Linear))
+        raise ValueError(
+            f"--lora_target_modules {target}: the transformer has no such linear layer, but {', '.join(known)}"
+        )
+    if others := meant.keys() - layers.keys():
+        other = min(others)
+        raise ValueError(
+            f"--lora_target_modules {target}: is also {other}, a {type(meant[other]).__name__} and no linear layer; "
+            f"write more of the name: {' '.join(layers)}"
+        )
+    most = min(min(layer.in_features, layer.out_features) for layer in layers.values())
+    if lora.mutates and lora.rank > most:
+        raise ValueError(
+            f"--rank {lora.rank}: {target} has no more than {most} directions for --init_lora_weights "
+            f"{lora.init_lora_weights} to begin with; pass at most that, or leave {target} out of the targets"
+        )
 
 
 def _check_start(checkpoint: Checkpoint, lora: Lora, start: Path, expected: dict) -> None:
@@ -292,12 +306,31 @@ class CastLinear(torch.nn.Linear):
         return F.linear(input, self.weight.to(input.dtype))
 
 
-def _compute_as_the_base_does(layer: LoraLayer) -> None:
+class FusedLora(LoraLinear):
+    """x W^T + b + s (x A^T) B^T, where the last product is scaled and added by the kernel that computes it.
+
+    PEFT goes over the whole output three times more: to scale it, to add it, and to scale its gradient. Where nothing
+    is trained its own way is taken, so that samples are to the last bit those of whoever loads the LoRA.
+    """
+
+    def forward(self, x: torch.Tensor, *args, **options) -> torch.Tensor:
+        if not torch.is_grad_enabled() or self.disable_adapters or self.merged:
+            return super().forward(x, *args, **options)
+        rows = x.flatten(0, -2)
+        down = self.lora_A["default"](self.lora_dropout["default"](rows))
+        up = self.lora_B["default"].weight.to(down.dtype)
+        # In place: nothing needs what the base gave. As rows from the start, for autograd copies what is a view.
+        result = self.base_layer(rows).addmm_(down, up.t(), alpha=self.scaling["default"])
+        return result.unflatten(0, x.shape[:-1])
+
+
+def _compute_as_the_base_does(layer: LoraLinear) -> None:
     """Without autocast, PEFT would cast the input to the LoRA's float32 and multiply in that, eight times as slow.
 
     Under autocast, on the other hand, LayerNorms run and are stored in float32.
     """
     layer.cast_input_dtype_enabled = False
+    layer.__class__ = FusedLora
     for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
         matrix.__class__ = CastLinear
 

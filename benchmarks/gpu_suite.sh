@@ -105,7 +105,7 @@ part_1() {
 }
 
 part_2() {
-  local level precision backend timing=(--steps 8 --warmup 2)
+  local level model blocks precision backend timing=(--steps 8 --warmup 2)
   [[ $tiny ]] && timing=(--steps 2 --warmup 1)
   for level in none full attention; do
     step "2b-$level" 60 2b "${timing[@]}" --gradient_checkpointing "$level"
@@ -118,6 +118,13 @@ part_2() {
   done
   for backend in flash cudnn; do
     step "2b-none-$backend" 60 2b "${timing[@]}" --gradient_checkpointing none --attention_backend "$backend"
+  done
+  for model in 2b 5b; do
+    blocks=30
+    [[ $model == 5b ]] && blocks=42
+    [[ $tiny ]] && blocks=2
+    step "$model-full-swapped" 90 "$model" "${timing[@]}" --gradient_checkpointing full \
+      --blocks_to_swap "$blocks"
   done
   for precision in int8 fp8 nf4; do
     step "5b-full-$precision" 90 5b "${timing[@]}" --gradient_checkpointing full --base_precision "$precision"

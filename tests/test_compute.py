@@ -9,6 +9,7 @@ import step as benchmark
 import torch
 import torch.nn.functional as F
 from conftest import transformer_inputs
+from peft.tuners.lora import Linear as LoraLinear
 from test_step_benchmark import check_same_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -163,6 +164,84 @@ def test_flash3_attends_as_diffusers_does(checkpoint_of, monkeypatch, variant, g
 def test_flash3_without_its_package_is_refused_with_the_line_to_install_it():
     with pytest.raises(ValueError, match="pip install flash_attn_3"):
         compute.check_attention("flash3", torch.device("cpu"), torch.bfloat16, 64)
+
+
+@pytest.mark.parametrize("variant", ["2b", "5b", "1.5-5B"])
+def test_attention_by_tokens_is_that_of_diffusers_bit_for_bit(checkpoint_of, variant):
+    checkpoint = cogvideox.download(cogvideox.read_checkpoint(checkpoint_of(variant)))
+    inputs = transformer_inputs(checkpoint_of(variant))
+    expected, expected_gradients = step(with_lora(checkpoint), inputs)
+    transformer = with_lora(checkpoint)
+    compute.prepare(transformer, "none")
+    output, gradients = step(transformer, inputs)
+    assert torch.equal(output, expected)
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected_gradients.items())
+
+
+def test_attention_by_tokens_copies_nothing_between_the_projections(tiny_checkpoint):
+    """But the two streams of tokens into one, and apart again."""
+    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    copies = []
+    for by_tokens in (False, True):
+        transformer = with_lora(checkpoint)
+        if by_tokens:
+            compute.prepare(transformer, "none")
+        with Recorded() as ran:
+            step(transformer, transformer_inputs(tiny_checkpoint))
+        copies.append(ran.count("aten.clone") + ran.count("aten.copy_"))
+    # Of each of two blocks: what comes out of attention, and its gradient; LayerNorm's own do not show here.
+    assert copies[0] - copies[1] >= 4
+
+
+# ---- the LoRA's products ---------------------------------------------------------------------------------------------
+
+
+def as_peft_computes(transformer):
+    for layer in transformer.modules():
+        if isinstance(layer, trainable.FusedLora):
+            layer.__class__ = LoraLinear
+    return transformer
+
+
+KINDS = [{"lora_alpha": 2}, {"use_rslora": True}, {"lora_dropout": 0.5}, {"lora_target_modules": ["ff.net.2", "to_k"]}]
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=lambda changes: next(iter(changes)))
+def test_a_fused_lora_is_that_of_peft_up_to_rounding(tiny_checkpoint, changes):
+    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    torch.manual_seed(2)
+    inputs, results = transformer_inputs(tiny_checkpoint), []
+    for change in (as_peft_computes, lambda transformer: transformer):
+        transformer = change(with_lora(checkpoint, **changes))
+        torch.manual_seed(3)  # of dropout
+        results.append(step(transformer, inputs))
+    (expected, expected_gradients), (output, gradients) = results
+    assert torch.allclose(output, expected, atol=1e-5)
+    assert error(gradients, expected_gradients) < 1e-5
+
+
+def test_a_fused_lora_rounds_less_in_bf16_and_passes_over_the_outputs_fewer_times(tiny_checkpoint):
+    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    torch.manual_seed(2)
+    inputs = transformer_inputs(tiny_checkpoint)
+    _, exact = step(with_lora(checkpoint), inputs)
+    errors, passes = [], []
+    for change in (as_peft_computes, lambda transformer: transformer):
+        with Recorded() as ran:
+            _, gradients = step(change(with_lora(checkpoint, torch.bfloat16)), inputs, torch.bfloat16)
+        errors.append(error(gradients, exact))
+        passes.append(sum(name in ("aten.mul", "aten.add") for name, _ in ran.calls))
+    assert errors[1] < 1.1 * errors[0]
+    layers = 2 * len(LORA.lora_target_modules)
+    assert passes[0] - passes[1] == 3 * layers  # scaling, adding, and scaling on the way back
+
+
+def test_samples_are_those_of_peft_bit_for_bit(tiny_checkpoint):
+    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    inputs = transformer_inputs(tiny_checkpoint)
+    with torch.no_grad():
+        expected = as_peft_computes(with_lora(checkpoint))(**inputs)[0]
+        assert torch.equal(with_lora(checkpoint)(**inputs)[0], expected)
 
 
 # ---- compiled --------------------------------------------------------------------------------------------------------

@@ -45,6 +45,14 @@ def test_a_target_that_is_no_linear_layer_is_named(tiny_checkpoint, targets):
         trainable.check_lora(checkpoint, Lora(4, 4, targets), None)
 
 
+def test_a_target_that_is_also_a_convolution_is_refused_with_the_name_of_the_layer(checkpoint_of):
+    """CogVideoX 1.5 has a linear layer there."""
+    checkpoint = cogvideox.read_checkpoint(str(checkpoint_of("2b")))
+    with pytest.raises(ValueError, match="proj: is also patch_embed.proj, a Conv2d.*: ff.net.0.proj$"):
+        trainable.check_lora(checkpoint, Lora(4, 4, ["to_q", "proj"]), None)
+    trainable.check_lora(cogvideox.read_checkpoint(str(checkpoint_of("1.5-5B"))), Lora(4, 4, ["to_q", "proj"]), None)
+
+
 # ---- kinds of LoRA
 
 KINDS = {
