@@ -1,6 +1,7 @@
 """benchmarks/flops.py against torch's FlopCounterMode, on forward and backward passes of the real transformer.
 
-torch 2.13 counts attention's kernels of a GPU, not the one of a CPU: `counter` gives that the formulas of those.
+torch 2.13 counts attention's kernels of a GPU, not the one of a CPU: `counter` gives that the formulas of those, and knows
+addmm in place, too.
 """
 
 import flops
@@ -36,6 +37,7 @@ def counter() -> FlopCounterMode:
     known = {
         ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
         BACKWARD: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
+        torch.ops.aten.addmm_: lambda _, first, second, **__: 2 * first[0] * first[1] * second[1],
     }
     return FlopCounterMode(display=False, custom_mapping=known)
 

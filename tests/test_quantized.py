@@ -1,7 +1,7 @@
 """Frozen weights in fewer bits: what they lose, what they save, and that a LoRA over them trains as over any others."""
 
 import contextlib
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -14,10 +14,10 @@ import torch
 from conftest import training_options, transformer_inputs
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import checkpoints
 import cogvideox
+import compute
 import processes
 import quantized
 import train_cogvideox_lora as script
@@ -140,14 +140,8 @@ def recomputed(transformer):
     transformer.enable_gradient_checkpointing()
 
 
-def recomputed_but_products(transformer):
-    kept = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
-
-    def policy(ctx, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    contexts = partial(create_selective_checkpoint_contexts, policy)
-    transformer.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=contexts))
+def recomputed_but_attention(transformer):
+    compute.prepare(transformer, "attention")
 
 
 def compiled(transformer):
@@ -155,7 +149,7 @@ def compiled(transformer):
         block.compile(backend="aot_eager", fullgraph=True)
 
 
-@pytest.mark.parametrize("prepare", [plainly, recomputed, recomputed_but_products, compiled])
+@pytest.mark.parametrize("prepare", [plainly, recomputed, recomputed_but_attention, compiled])
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_outputs_and_gradients_are_those_over_dequantised_weights(tiny_checkpoint, precision, autocast, prepare):

@@ -89,7 +89,7 @@ def cached(args, checkpoint):
     class Here:
         device, is_main_process = torch.device("cpu"), False
 
-    return train_cogvideox_lora.prepare_data(args, Here, checkpoint, torch.float32, dataset.Ranks())
+    return train_cogvideox_lora.prepare_data(args, Here, checkpoint, torch.float32, dataset.Ranks(), False)
 
 
 def test_every_kind_of_checkpoint_has_the_four_parts_of_its_schedule():

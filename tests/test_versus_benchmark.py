@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from functools import partialmethod
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -136,7 +136,7 @@ def test_a_compiled_run_can_be_replayed(captured, checkpoint_of, train, tmp_path
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     torch.compiler.reset()
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     records, _ = captured
     shifts = replay(records, checkpoint_of("5b"), tmp_path / "replayed", train, compile=True)
     torch.compiler.reset()
