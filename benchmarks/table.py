@@ -22,8 +22,9 @@ BEGIN, END = "<!-- results -->", "<!-- /results -->"
 STEP = ("step", "device", "seconds", "tokens per second", "MFU", "peak GiB", "versions")
 VERSUS = ("against diffusers' example", "device", "seconds, ours", "theirs", "ours / theirs", "to the first update",
           "peak memory", "versions")  # fmt: skip
-ABOUT = """By `benchmarks/table.py`, from what `step.py` and `versus.py` wrote to `benchmarks/results`. MFU counts no
-recomputation. In brackets: the ratio of two runs of ours, which differs from 1 by chance alone."""
+ABOUT = "By `benchmarks/table.py`, from what `step.py` and `versus.py` wrote to `benchmarks/results`."
+ABOUT_STEP = "MFU counts no recomputation."
+ABOUT_VERSUS = "In brackets: the ratio of two runs of ours, which differs from 1 by chance alone."
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -115,8 +116,9 @@ def tables(files: list[Path]) -> str:
     versus = [versus_row(result) for result in results if "trials" in result]
     if not step + versus:
         raise ValueError(f"{len(files)} files: none is a result of step.py or versus.py; pass some with --results")
-    parts = [markdown(*part) for part in ((STEP, step), (VERSUS, versus)) if part[1]]
-    return "\n\n".join([*parts, ABOUT])
+    kinds = [kind for kind in ((STEP, step, ABOUT_STEP), (VERSUS, versus, ABOUT_VERSUS)) if kind[1]]
+    about = " ".join([ABOUT, *(note for _, _, note in kinds)])
+    return "\n\n".join([*(markdown(columns, rows) for columns, rows, _ in kinds), about])
 
 
 def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

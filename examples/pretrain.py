@@ -4,7 +4,7 @@
     python examples/pretrain.py transformer                   # the transformer, on the latents of 2,400 clips
     python examples/pretrain.py vae --resume --seed 1         # both go on, on other clips
     python examples/pretrain.py transformer --resume --seed 1
-    python examples/pretrain.py decoder                       # that of the VAE alone, on clips of which most are grey
+    python examples/pretrain.py decoder                       # that of the VAE alone, on clips of which half are grey
     python examples/pretrain.py measure                       # do 100 samples show what their prompts ask for?
 
 The classes are CogVideoX's own, and so are noise schedule and objective; only the sizes are small: 17 frames of

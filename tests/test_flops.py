@@ -1,7 +1,6 @@
 """benchmarks/flops.py against torch's FlopCounterMode, on forward and backward passes of the real transformer.
 
-torch 2.13 counts attention's kernels of a GPU, not the one of a CPU: `counter` gives that the formulas of those, and knows
-addmm in place, too.
+torch 2.13 counts attention's kernels of a GPU, not the one of a CPU, and no addmm in place: `counter` does.
 """
 
 import flops
