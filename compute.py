@@ -12,7 +12,6 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from diffusers import CogVideoXTransformer3DModel
-from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -45,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     option("--compile", action="store_true", help="compile the blocks: some minutes at the start, then quicker steps")
     option("--attention_backend", choices=["auto", *BACKENDS, "flash3"], default="auto", help=BACKEND_HELP)
-    swapped = "blocks whose frozen weights stay in main memory and come to the GPU when needed; 0: none"
+    swapped = "blocks whose frozen weights lie in main memory, all but two at a time; 0: none"
     option("--blocks_to_swap", type=at_least(0), default=0, metavar="N", help=swapped)
 
 
@@ -88,6 +87,7 @@ def prepare(
         level: one of LEVELS; the others are those of the options.
         device: that the blocks compute on, for those that are swapped.
     """
+    assert level != "none" or not blocks_to_swap, "a place holds another block by the time of the backward pass"
     # diffusers 0.42.1 makes the sin-cos table of any size but the checkpoint's own in every forward pass.
     embed = transformer.patch_embed
     embed._get_positional_embeddings = lru_cache(maxsize=32)(embed._get_positional_embeddings)
@@ -98,9 +98,9 @@ def prepare(
     elif level == "full":
         transformer.enable_gradient_checkpointing()
     if compiled:
-        # Two compilations serve all blocks, which differ in their weights alone: one is for the first, whose input
-        # needs no gradient. They are repeated for every shape of a batch, whereas shapes left open would cost speed,
-        # and 8 is all that PyTorch allows by itself.
+        # Two compilations serve all blocks while training, which differ in their weights alone: one is for the first,
+        # whose input needs no gradient. They are repeated for every shape of a batch, whereas shapes left open would
+        # cost speed, and 8 is all that PyTorch allows by itself.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in transformer.transformer_blocks:
             block.forward = torch.compile(block.forward, dynamic=False)  # without hooks, which swap and shard weights
@@ -152,7 +152,7 @@ def scaled_dot_product(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     return F.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in (query, key, value))).transpose(1, 2)
 
 
-class AttentionByTokens(CogVideoXAttnProcessor2_0):
+class AttentionByTokens:
     """diffusers' attention of CogVideoX, with the numbers of a token side by side from projection to projection.
 
     diffusers 0.42.1 puts heads before tokens first. LayerNorm, there and back, then copies queries, keys and their
@@ -160,7 +160,6 @@ class AttentionByTokens(CogVideoXAttnProcessor2_0):
     """
 
     def __init__(self, attention: Callable = scaled_dot_product):
-        super().__init__()
         self.attention = attention
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):

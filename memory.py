@@ -565,6 +565,9 @@ def plan(checkpoint: Checkpoint, settings: Settings, tiling: str, free_gib: floa
         settings = settings._replace(tile_encoding="clips" in tiled, tile_decoding="validation" in tiled)
         phases = predict(checkpoint, text_encoder, settings)
         lines.append(f"--enable_tiling auto: tiles for {' and '.join(sorted(tiled)) or 'nothing, there is room'}")
+    if free_gib is not None and phases["training"] > free_gib and not any("may not do" in line for line in lines):
+        weights = count_weights(checkpoint.transformer, settings)
+        lines.append(f"training may not fit: {_way_out(checkpoint, settings, weights)}")
     return Plan(level, settings.tile_encoding, settings.tile_decoding, [summary(phases, free_gib), *lines])
 
 
@@ -585,9 +588,8 @@ def choose_checkpointing(free_gib: float | None, checkpoint: Checkpoint, setting
     """
     levels = LEVELS[1:] if settings.blocks_to_swap else LEVELS
     if free_gib is None:
-        return levels[
-            0
-        ], f"--gradient_checkpointing auto: {levels[0]}, since there is no GPU whose memory could run out"
+        fastest = levels[0]
+        return fastest, f"--gradient_checkpointing auto: {fastest}, since there is no GPU whose memory could run out"
     weights = count_weights(checkpoint.transformer, settings)
     peaks = {
         level: training_parts(checkpoint, settings._replace(gradient_checkpointing=level), weights)["peak"]

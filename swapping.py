@@ -2,7 +2,8 @@
 
 Two places on the GPU hold one block each: while the block in one of them computes, the next one is copied into the
 other, on a stream of its own. A forward pass asks for the blocks in ascending order; the backward pass recomputes them
-in descending order. So what is asked for after block i is i + 1 where i came after a lower one, and i - 1 elsewhere.
+in descending order. So what is asked for after block i is i + 1 where i came after a lower one, and i - 1 elsewhere;
+where nothing is trained it is always i + 1, and after the last one the first.
 
 No weight may be needed after its block was left: blocks have to be recomputed on the way back.
 """
@@ -50,7 +51,7 @@ class Swapper:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.parts, self.main_memory = zip(*(self._moved_out(module) for module in modules))
         size = max(memory.numel() for memory in self.main_memory)
-        self.places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        self.places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(2, len(modules)))]
         self.held: list[int | None] = [None, None]  # the block in each place
         self.copied: list[torch.cuda.Event | None] = [None, None]  # when it is there
         self.last = -1
@@ -61,11 +62,21 @@ class Swapper:
         for tensor in frozen:
             parts.append(Part(tensor, size, tensor.dtype, tensor.shape))
             size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-        memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)  # copied without waiting
+        memory = self._main_memory(size)
         for part in parts:
             part.of(memory).copy_(part.tensor.data)
             self._empty(part)
         return parts, memory
+
+    def _main_memory(self, size: int) -> torch.Tensor:
+        """So many bytes that a GPU can copy from while it computes."""
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)
+        except RuntimeError as error:
+            raise ValueError(
+                f"--blocks_to_swap {len(self.modules)}: no main memory to pin for all of these blocks "
+                f"({str(error).splitlines()[0]}); pass fewer, raise `ulimit -l`, or take a machine with more"
+            ) from error
 
     def _empty(self, part: Part) -> None:
         """On the device all the same, which accelerate and DDP look at."""
@@ -73,7 +84,9 @@ class Swapper:
 
     def bring(self, index: int) -> None:
         """Block `index` is about to compute: it is there when this returns, and the one after it on its way."""
-        following = index + 1 if index > self.last else index - 1
+        following = index + 1 if index > self.last or index == 0 else index - 1
+        if not torch.is_grad_enabled():
+            following = (index + 1) % len(self.modules)
         self._fetch(index, spared=self.last)
         self._wait(self.held.index(index))
         self.last = index

@@ -157,8 +157,8 @@ def plan_memory(args, accelerator: Accelerator, ranks, checkpoint: cogvideox.Che
     if free_gib is not None:
         free_gib = min(ranks.gather([free_gib]))
     plan = memory.plan(checkpoint, memory.Settings.of(args, dtype), args.enable_tiling, free_gib)
-    if not accelerator.is_fsdp2:  # whose GPUs share the weights
-        accelerator.print(*plan.lines, sep="\n")
+    # Under FSDP2 GPUs share the weights, and need less for all phases but the clips: tiles on the safe side.
+    accelerator.print(*plan.lines[accelerator.is_fsdp2 :], sep="\n")
     return plan
 
 
@@ -363,6 +363,7 @@ def start_records(run: Run) -> float | None:
     lines = [checkpoint.describe(), *data, what, plan.summary(args.train_batch_size)]
     run.accelerator.print(*lines, *checkpoint.remarks(args.max_num_frames, args.fps), sep="\n")
     about = {"checkpoint": lines[0], "clips": len(run.data.shapes), "processes": run.ranks.count, "data": data}
+    about |= {"memory_plan": run.memory_plan._asdict()}
     checkpoints.start_records(run.accelerator, args.output_dir, args.tracker_name, about, vars(args), plan.first_step)
     return checkpoints.smoothed_loss(args.output_dir)
 

@@ -183,7 +183,8 @@ def _check_target(transformer: torch.nn.Module, lora: Lora, target: str) -> None
     if not layers:
         known = sorted(name for name, module in short.items() if isinstance(module, torch.nn.Linear))
         raise ValueError(
-            f"--lora_target_modules {target}: the transformer has no such linear layer, but {', '.join(known)}"
+            f"--lora_target_modules {target}: the transformer has no such linear layer in all blocks, but "
+            f"{', '.join(known)}"
         )
     if others := meant.keys() - layers.keys():
         other = min(others)
@@ -316,6 +317,7 @@ class FusedLora(LoraLinear):
     def forward(self, x: torch.Tensor, *args, **options) -> torch.Tensor:
         if not torch.is_grad_enabled() or self.disable_adapters or self.merged:
             return super().forward(x, *args, **options)
+        assert not args and not options, "what CogVideoX gives a linear layer is its input alone"
         rows = x.flatten(0, -2)
         down = self.lora_A["default"](self.lora_dropout["default"](rows))
         up = self.lora_B["default"].weight.to(down.dtype)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What a GPU must prove (benchmarks/GPU_TODO.md), in five parts of at most 10 minutes:
+# What a GPU must prove (benchmarks/GPU_TODO.md), in six parts of at most 10 minutes, the first three first:
 #
-#     bash benchmarks/gpu_suite.sh 1|2|3|4|5|all [--dry] [--tiny]
+#     bash benchmarks/gpu_suite.sh 1|2|3|4|5|6|all [--dry] [--tiny]
 #
 # 1: pytest -m gpu, and short steps of every model; 2: seconds and memory of 2b and 5b; 3: against diffusers' example, as
 # they are (needs VERSUS_REFERENCE=path); 4: against it, ours compiled, and preprocessing; 5: the small model and the
-# examples. --dry prints the commands; --tiny, or GPU_SUITE_MODEL=tiny, takes stand-ins that any CPU can do. Results go to
+# examples; 6: swapped blocks and quantised ones, and errors of the predicted memory. --dry prints the commands; --tiny, or GPU_SUITE_MODEL=tiny, takes stand-ins that any CPU can do. Results go to
 # GPU_SUITE_RESULTS (default: benchmarks/results, tiny: examples/world/gpu-suite). What fails is written to failures.txt
 # there and does not stop the rest.
 set -uo pipefail
@@ -19,7 +19,7 @@ for word in "${@:2}"; do
     *) part="" ;;
   esac
 done
-[[ $part =~ ^([1-5]|all)$ ]] || { echo "usage: bash benchmarks/gpu_suite.sh 1|2|3|4|5|all [--dry] [--tiny]" >&2; exit 2; }
+[[ $part =~ ^([1-6]|all)$ ]] || { echo "usage: bash benchmarks/gpu_suite.sh 1|2|3|4|5|6|all [--dry] [--tiny]" >&2; exit 2; }
 case ${GPU_SUITE_MODEL:-} in
   "") ;;
   tiny) tiny=1 ;;
@@ -105,7 +105,7 @@ part_1() {
 }
 
 part_2() {
-  local level model blocks precision backend timing=(--steps 8 --warmup 2)
+  local level backend timing=(--steps 8 --warmup 2)
   [[ $tiny ]] && timing=(--steps 2 --warmup 1)
   for level in none full attention; do
     step "2b-$level" 60 2b "${timing[@]}" --gradient_checkpointing "$level"
@@ -119,22 +119,6 @@ part_2() {
   for backend in flash cudnn; do
     step "2b-none-$backend" 60 2b "${timing[@]}" --gradient_checkpointing none --attention_backend "$backend"
   done
-  for model in 2b 5b; do
-    blocks=30
-    [[ $model == 5b ]] && blocks=42
-    [[ $tiny ]] && blocks=2
-    step "$model-full-swapped" 90 "$model" "${timing[@]}" --gradient_checkpointing full \
-      --blocks_to_swap "$blocks"
-  done
-  for precision in int8 fp8 nf4; do
-    step "5b-full-$precision" 90 5b "${timing[@]}" --gradient_checkpointing full --base_precision "$precision"
-  done
-  shopt -s nullglob
-  local measured=("$results"/*-"$gpu".json)
-  shopt -u nullglob
-  if ((${#measured[@]})); then
-    script memory-errors 60 benchmarks/memory.py --measured "${measured[@]}"
-  fi
 }
 
 part_3() {
@@ -165,8 +149,29 @@ part_5() {
   script pretrain-measure 60 examples/pretrain.py measure --samples "$samples" --output_dir "$small" --results "$small"
 }
 
+part_6() {
+  local model blocks precision timing=(--steps 8 --warmup 2)
+  [[ $tiny ]] && timing=(--steps 2 --warmup 1)
+  for model in 2b 5b; do
+    blocks=30
+    [[ $model == 5b ]] && blocks=42
+    [[ $tiny ]] && blocks=2
+    step "$model-full-swapped" 90 "$model" "${timing[@]}" --gradient_checkpointing full \
+      --blocks_to_swap "$blocks"
+  done
+  for precision in int8 fp8 nf4; do
+    step "5b-full-$precision" 90 5b "${timing[@]}" --gradient_checkpointing full --base_precision "$precision"
+  done
+  shopt -s nullglob
+  local measured=("$results"/*-"$gpu".json)
+  shopt -u nullglob
+  if ((${#measured[@]})); then
+    script memory-errors 60 benchmarks/memory.py --measured "${measured[@]}"
+  fi
+}
+
 [[ $dry ]] || mkdir -p "$results"
-for number in 1 2 3 4 5; do
+for number in 1 2 3 4 5 6; do
   [[ $part == "$number" || $part == all ]] || continue
   echo "---- part $number, on $gpu"
   if [[ ! $dry && -f $failures ]]; then # those of an earlier run

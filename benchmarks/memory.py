@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this fold
 import step
 
 import checkpoints
+import cogvideox
 import dataset
 import memory
 import quantized
@@ -63,6 +64,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model = step.MODELS[options.model]
     for name in ("height", "width", "max_num_frames"):
         setattr(options, name, getattr(options, name) or getattr(model, name))
+    layers = cogvideox.empty_transformer(model.transformer).config.num_layers
+    if options.blocks_to_swap > layers or options.blocks_to_swap and options.table:
+        parser.error(f"--blocks_to_swap {options.blocks_to_swap}: {options.model} has {layers}, and --table swaps none")
     for problem in dataset.size_problems(options.height, options.width, options.max_num_frames):
         parser.error(problem)
     if options.blocks_to_swap and (options.training_type == "sft" or options.gradient_checkpointing == "none"):

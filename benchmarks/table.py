@@ -57,6 +57,7 @@ def describe_step(result: dict) -> str:
     words = [result["model"], size, trained, precision(options["mixed_precision"])]
     plain = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "gradient_checkpointing": "none"}
     plain |= {"attention_backend": "auto", "base_precision": "bf16", "compile": False, "num_layers": None}
+    plain |= {"blocks_to_swap": 0}
     words += [switch(name, options[name]) for name, default in plain.items() if options.get(name, default) != default]
     words += [f"{result['processes']} processes"] if result["processes"] > 1 else []
     return ", ".join(words)

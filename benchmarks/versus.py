@@ -114,7 +114,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_ours_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
-    """Refuses what would make the work another one; our script refuses by itself what it does not know.
+    """Refuses what both scripts share; our script refuses by itself what it does not know.
+
+    What makes the work another one (--use_dora, say) is for the gate to find, which is held to float32 alone.
 
     --gradient_checkpointing may be another one: it changes what is kept, not what is computed.
     """

@@ -4,7 +4,7 @@
     python examples/pretrain.py transformer                   # the transformer, on the latents of 2,400 clips
     python examples/pretrain.py vae --resume --seed 1         # both go on, on other clips
     python examples/pretrain.py transformer --resume --seed 1
-    python examples/pretrain.py decoder                       # that of the VAE alone, on clips of which half are grey
+    python examples/pretrain.py decoder --seed 2              # that of the VAE alone, on clips of which half are grey
     python examples/pretrain.py measure                       # do 100 samples show what their prompts ask for?
 
 The classes are CogVideoX's own, and so are noise schedule and objective; only the sizes are small: 17 frames of
@@ -51,11 +51,13 @@ def main():
     parser.add_argument(
         "--steps",
         type=int,
-        help="updates (default: VAE 6,000, transformer 5,000; resumed 8,000 and 9,000; decoder 3,000)",
+        help="updates (default: VAE 6,000, transformer 5,000; resumed 8,000; decoder 3,000)",
     )
     parser.add_argument("--samples", type=int, default=100, help="videos to measure")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.resume and args.stage not in ("vae", "transformer"):
+        parser.error(f"--resume: {args.stage} always takes what --output_dir holds; leave it out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
     figures = STAGES[args.stage](args, device)
@@ -238,7 +240,7 @@ def train_transformer(args, device, num_clips=2400, batch_size=16):
 
     transformer = cogvideox.load_transformer(checkpoint, torch.float32).to(device).train()
     ema = EMAModel(transformer.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-    steps = args.steps or (9000 if args.resume else 5000)
+    steps = args.steps or (8000 if args.resume else 5000)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4)
     schedule = get_cosine_schedule_with_warmup(optimizer, 200, steps)
     generator, curve, total = torch.Generator(device).manual_seed(args.seed), [], 0.0

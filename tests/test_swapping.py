@@ -100,9 +100,10 @@ def test_every_kind_of_frozen_block_can_be_swapped(deep_checkpoint, changes):
     check_equal(found, expected)
 
 
-def test_compiled_blocks_can_be_swapped(deep_checkpoint, compiled_without_a_compiler):  # noqa: F811
-    expected, _ = three_steps(deep_checkpoint, 0, "full", compiled=True)
-    found, _ = three_steps(deep_checkpoint, 3, "full", compiled=True)
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_compiled_blocks_can_be_swapped(deep_checkpoint, compiled_without_a_compiler, precision):  # noqa: F811
+    expected, _ = three_steps(deep_checkpoint, 0, "full", compiled=True, base_precision=precision)
+    found, _ = three_steps(deep_checkpoint, 3, "full", compiled=True, base_precision=precision)
     check_equal(found, expected)
 
 
@@ -123,7 +124,7 @@ def test_no_more_than_two_swapped_blocks_are_on_the_device(deep_checkpoint):
 
 
 def test_a_block_is_on_its_way_while_the_one_before_it_computes(deep_checkpoint, monkeypatch):
-    """All but the first: the last of the way there is the first of the way back."""
+    """The last of the way there is the first of the way back, and the last of a sampling step is before the first."""
     late = []
 
     class Watched(swapping.Swapper):
@@ -138,6 +139,26 @@ def test_a_block_is_on_its_way_while_the_one_before_it_computes(deep_checkpoint,
     for _ in range(3):
         step(transformer, transformer_inputs(deep_checkpoint))
     assert late == [True] + [False] * (3 * 10 - 1)
+    with torch.no_grad():
+        for _ in range(2):
+            transformer(**transformer_inputs(deep_checkpoint))
+    step(transformer, transformer_inputs(deep_checkpoint))
+    assert len(late) == 50 and not any(late[30:])
+
+
+def test_a_forward_pass_that_breaks_off_leaves_the_blocks_usable(deep_checkpoint):
+    checkpoint = cogvideox.download(cogvideox.read_checkpoint(str(deep_checkpoint)))
+    inputs, results = transformer_inputs(deep_checkpoint), []
+    for breaks in (False, True):
+        transformer = with_lora(checkpoint)
+        compute.prepare(transformer, "full", blocks_to_swap=5, device=CPU)
+        if breaks:
+            hook = transformer.transformer_blocks[3].register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                step(transformer, inputs)
+            hook.remove()
+        results.append(step(transformer, inputs))
+    check_equal(results[1:], results[:1])
 
 
 @pytest.mark.parametrize(("num_blocks", "count", "expected"), [
@@ -147,12 +168,17 @@ def test_swapped_blocks_are_spread_evenly(num_blocks, count, expected):
     assert swapping.chosen(num_blocks, count) == expected
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": "attention", "base_precision": "int8"}])
+@pytest.mark.parametrize("options", [
+    {}, {"gradient_checkpointing": "attention", "base_precision": "int8"},
+    {"gradient_accumulation_steps": 2, "ema_decay": 0.9, "validation_split": 1, "validation_steps": 1,
+     "validation_prompt": "a red circle"},
+], ids=["plain", "int8", "accumulated"])  # fmt: skip
 def test_a_run_with_swapped_blocks_trains_saves_and_resumes_as_one_without(tiny_checkpoint, tmp_path, train, options):
     options = {"gradient_checkpointing": "full", "max_train_steps": 4, "checkpointing_steps": 2} | options
     plain = train(tiny_checkpoint, tmp_path / "plain", **options)
     swapped = train(tiny_checkpoint, tmp_path / "swapped", blocks_to_swap=2, **options | {"max_train_steps": 2})
     swapped = train(tiny_checkpoint, tmp_path / "swapped", blocks_to_swap=1, resume_from_checkpoint="latest", **options)
-    assert [row["loss"] for row in swapped] == [row["loss"] for row in plain]
+    for name in ("loss", "validation_loss"):
+        assert [row.get(name) for row in swapped] == [row.get(name) for row in plain]
     weights = [load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("plain", "swapped")]
     assert all(torch.equal(weights[1][name], weight) for name, weight in weights[0].items())
