@@ -70,6 +70,10 @@ def test_all_problems_of_a_dataset_are_told_together_before_a_model_loads(
             ["--resume_from_checkpoint checkpoint-7", "no complete checkpoint"],
         ),
         ({"lora_target_modules": ["to_q", "to_x"]}, ["--lora_target_modules to_x", "no such linear layer", "to_out.0"]),
+        (
+            {"blocks_to_swap": 3, "gradient_checkpointing": "full"},
+            ["--blocks_to_swap 3: the transformer has 2", "pass at most that"],
+        ),
         ({"report_to": "nonsense"}, ["nonsense", "--report_to"]),
         ({"lr_scheduler": "cosine", "lr_warmup_steps": 50}, ["--lr_warmup_steps 50: the run has 6 updates"]),
         ({"use_8bit_adam": True}, ["--use_8bit_adam: needs bitsandbytes", "pip install bitsandbytes"]),
