@@ -101,7 +101,6 @@ def test_the_options_are_these():
         ("--gradient_checkpointing attention --attention_backend math", ["--attention_backend", "pass", "full"]),
         ("--compile --attention_backend flash3", ["--compile", "flash3", "leave one"]),
         ("--blocks_to_swap 2", ["--blocks_to_swap 2", "without recomputation", "pass --gradient_checkpointing full"]),
-        ("--blocks_to_swap 2 --gradient_checkpointing --training_type sft", ["--blocks_to_swap", "sft", "leave it out"]),
         ("--enable_tiling sometimes", ["--enable_tiling", "auto"]),
         ("--video_reshape_mode none", ["--video_reshape_mode", "center"]),
         ("--height_ 3", ["unrecognized arguments: --height_"]),
@@ -114,6 +113,12 @@ def test_a_value_that_cannot_work_is_refused_by_name(capsys, options, parts):
     assert stop.value.code == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert all(part in message for part in parts), message
+
+
+def test_swapping_is_refused_where_nothing_is_frozen(capsys):
+    with pytest.raises(SystemExit):
+        parse("--blocks_to_swap", "2", "--gradient_checkpointing", training_type="sft")
+    assert "--blocks_to_swap: swaps frozen weights, of which --training_type sft has none" in capsys.readouterr().err
 
 
 def test_data_is_asked_for(capsys):
