@@ -105,9 +105,10 @@ def find_checkpoint(output_dir: Path, resume_from: str | None, fixed: dict) -> P
     )
     found = next((path for path in candidates if (path / STATE_FILE).is_file()), None)
     if found is None:
+        way_out = "name one of those, or start anew in another --output_dir" if existing else "leave the option away"
         raise FileNotFoundError(
             f"--resume_from_checkpoint {resume_from}: no complete checkpoint there, {output_dir} holds {names}; "
-            "name one of those, or leave the option away to start anew"
+            f"{way_out}"
         )
     if existing and _read_state(existing[-1])["step"] > _read_state(found)["step"]:
         raise ValueError(

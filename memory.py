@@ -568,6 +568,10 @@ def plan(checkpoint: Checkpoint, settings: Settings, tiling: str, free_gib: floa
     if free_gib is not None and phases["training"] > free_gib and not any("may not do" in line for line in lines):
         weights = count_weights(checkpoint.transformer, settings)
         lines.append(f"training may not fit: {_way_out(checkpoint, settings, weights)}")
+    if 0 < settings.blocks_to_swap <= 2:
+        lines.append(
+            f"--blocks_to_swap {settings.blocks_to_swap}: saves nothing, as two blocks have a place on the GPU"
+        )
     return Plan(level, settings.tile_encoding, settings.tile_decoding, [summary(phases, free_gib), *lines])
 
 

@@ -27,7 +27,7 @@ demo() {
 demo --output_path "$world/without-lora.mp4"
 demo --output_path "$world/with-lora.mp4" --lora_path "$world/lora"
 
-echo "5/5 what it has learned, measured"
+echo "5/5 what it has learned, measured on 24 prompts, with and without the word FILM (a minute)"
 python examples/compare.py --lora_path "$world/lora" --output "$world/compare.png"
 echo
 echo "The LoRA lies in        $world/lora"

@@ -83,7 +83,7 @@ def test_without_a_reference_comparisons_are_skipped_and_said(suite):
 def test_dry_runs_nothing(suite):
     result, commands = suite("all", "--dry")
     assert result.returncode == 0 and commands == []
-    assert result.stdout.count("---- part") == 5
+    assert result.stdout.count("---- part") == 6
     assert "benchmarks/step.py --model 1.5-I2V" in result.stdout and "-m pytest -m gpu -q" in result.stdout
 
 
@@ -95,7 +95,7 @@ def test_tiny_takes_no_real_model(way, suite):
     assert result.returncode == 0 and models == {"tiny", "tiny-I2V"}
 
 
-@pytest.mark.parametrize("words", [[], ["6"], ["1", "--fast"]])
+@pytest.mark.parametrize("words", [[], ["7"], ["1", "--fast"]])
 def test_other_words_are_refused(words, suite):
     result, commands = suite(*words)
     assert result.returncode == 2 and commands == []
