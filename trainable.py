@@ -175,9 +175,8 @@ def check_lora(checkpoint: Checkpoint, lora: Lora, start: Path | None) -> None:
 
 def _check_target(transformer: torch.nn.Module, lora: Lora, target: str) -> None:
     """PEFT takes what ends in the words of a target, and skips what ends in none as long as another target fits."""
-    modules = dict(transformer.named_modules())
     short = {name.split(".", 2)[-1] if name.startswith("transformer_blocks.") else name: module
-             for name, module in modules.items()}  # fmt: skip
+             for name, module in transformer.named_modules()}  # fmt: skip
     meant = {name: module for name, module in short.items() if name == target or name.endswith(f".{target}")}
     layers = {name: module for name, module in meant.items() if isinstance(module, torch.nn.Linear)}
     if not layers:

@@ -5,9 +5,10 @@
 #
 # 1: pytest -m gpu, and short steps of every model; 2: seconds and memory of 2b and 5b; 3: against diffusers' example, as
 # they are (needs VERSUS_REFERENCE=path); 4: against it, ours compiled, and preprocessing; 5: the small model and the
-# examples; 6: swapped blocks and quantised ones, and errors of the predicted memory. --dry prints the commands; --tiny, or GPU_SUITE_MODEL=tiny, takes stand-ins that any CPU can do. Results go to
-# GPU_SUITE_RESULTS (default: benchmarks/results, tiny: examples/world/gpu-suite). What fails is written to failures.txt
-# there and does not stop the rest. Needs the packages of requirements-dev.txt.
+# examples; 6: swapped blocks and quantised ones, and errors of the predicted memory. --dry prints the commands; --tiny,
+# or GPU_SUITE_MODEL=tiny, takes stand-ins that any CPU can do. Results go to GPU_SUITE_RESULTS (default:
+# benchmarks/results, tiny: examples/world/gpu-suite). What fails is written to failures.txt there and does not stop the
+# rest. Needs the packages of requirements-dev.txt.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 

@@ -48,11 +48,8 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=ROOT / "examples" / "small-cogvideox")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder for figures")
     parser.add_argument("--resume", action="store_true", help="train what --output_dir holds further")
-    parser.add_argument(
-        "--steps",
-        type=int,
-        help="updates (default: VAE 6,000, transformer 5,000; resumed 8,000; decoder 3,000)",
-    )
+    steps = "updates (default: VAE 6,000, transformer 5,000, both resumed 8,000; decoder 3,000)"
+    parser.add_argument("--steps", type=int, help=steps)
     parser.add_argument("--samples", type=int, default=100, help="videos to measure")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
