@@ -25,6 +25,7 @@ from diffusers import (
 )
 from diffusers.utils import export_to_video, load_image
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
@@ -33,6 +34,10 @@ from safetensors import SafetensorError, safe_open
 PIPELINES = {"t2v": CogVideoXPipeline, "i2v": CogVideoXImageToVideoPipeline, "v2v": CogVideoXVideoToVideoPipeline}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of peft's init_lora_weights
+NOT_FOUND = {
+    HFValidationError: "no such folder, and no name of the hub's form",
+    LocalEntryNotFoundError: "the hub cannot be reached, and nothing of it is in the cache",
+}
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 TELLS_CHECKPOINTS_APART = (
     "num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size_t",
@@ -137,7 +142,8 @@ def check_args(parser, args):
 
 
 def first_line(error):
-    return str(error).strip().split("\n")[0]
+    """Of its message. diffusers words what huggingface_hub raised, which stays as the context, for all alike."""
+    return NOT_FOUND.get(type(error.__context__)) or str(error).strip().split("\n")[0]
 
 
 def newest_below(folder, name):

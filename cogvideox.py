@@ -30,6 +30,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
@@ -40,6 +41,11 @@ SCHEDULERS = {"CogVideoXDDIMScheduler": CogVideoXDDIMScheduler, "CogVideoXDPMSch
 
 TOKENS_AT_ONCE = 1024  # of captions with their padding, in T5
 PIXELS_AT_ONCE = 2**20  # of small clips, all their frames, in the VAE
+
+NOT_FOUND = {
+    HFValidationError: "no such folder, and no name of the hub's form",
+    LocalEntryNotFoundError: "no such folder, the hub cannot be reached, and nothing of it is in the cache",
+}
 
 # The transformer's config fields that tell one checkpoint's weights from another's.
 IDENTITY = (
@@ -119,10 +125,7 @@ def read_checkpoint(name: str, revision: str | None = None, variant: str | None 
     try:
         index = DiffusionPipeline.load_config(name, **hub)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if any((local / part / "config.json").is_file() for part in ("", "transformer")):
-            reason = "a transformer alone: put it in place of transformer/ in a copy of the checkpoint it was made from"
-        raise ValueError(f"{name}: found no model_index.json there ({reason}); {rule}") from error
+        raise ValueError(f"{name}: found no model_index.json there ({_why(error, local)}); {rule}") from error
     if not index.get("_class_name", "").startswith("CogVideoX"):
         raise ValueError(f"{name}: holds a {index.get('_class_name')}, not a CogVideoX pipeline; {rule}")
     try:
@@ -136,6 +139,13 @@ def read_checkpoint(name: str, revision: str | None = None, variant: str | None 
         )
     except (OSError, KeyError) as error:
         raise ValueError(f"{name}: the checkpoint is not complete ({error}); download it again") from error
+
+
+def _why(error: Exception, local: Path) -> str:
+    """That no model_index.json was found. diffusers words what huggingface_hub raised, the context, for all alike."""
+    if any((local / part / "config.json").is_file() for part in ("", "transformer")):
+        return "a transformer alone: put it in place of transformer/ in a copy of the checkpoint it was made from"
+    return NOT_FOUND.get(type(error.__context__)) or str(error).strip().splitlines()[0]
 
 
 def _config(model_class, name: str, subfolder: str, hub: dict) -> dict:

@@ -87,6 +87,11 @@ class Recorded(TorchDispatchMode):
         super().__init__()
         self.calls = []
 
+    @classmethod
+    def ignore_compile_internals(cls):
+        """Else torch.compile compiles nothing while it records."""
+        return True
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         first = args[0] if args else None
         self.calls.append((str(func.overloadpacket), first.dtype if isinstance(first, torch.Tensor) else None))
@@ -260,6 +265,24 @@ def compiled_without_a_compiler(monkeypatch):
 def test_compiled_blocks_change_neither_loss_nor_gradients(compiled_without_a_compiler, level):
     calls = 1 if level == "none" else 2
     check_same_step("--model", "tiny", "--rank", "4", tolerance=1e-5, calls=calls, level=level, compiled=True)
+
+
+@pytest.mark.parametrize(("level", "passes"), [("none", 1), ("attention", 1), ("full", 2)])
+def test_compiled_blocks_compute_attention_again_only_where_it_is_not_kept(
+    compiled_without_a_compiler, tiny_checkpoint, level, passes
+):
+    transformer = with_lora(cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint)))
+    compute.prepare(transformer, level, compiled=True, backend="auto")
+    inputs = transformer_inputs(tiny_checkpoint)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    step(transformer, inputs)  # compiles
+    compilations = counters["stats"]["unique_graphs"]
+    with Recorded() as ran:
+        step(transformer, inputs)
+    layers = len(transformer.transformer_blocks)
+    assert compilations == counters["stats"]["unique_graphs"] == 2
+    assert ran.count("_scaled_dot_product_flash_attention_for_cpu") == layers * (passes + 1)  # and once backward
 
 
 def test_two_compilations_serve_all_blocks_for_each_shape(compiled_without_a_compiler):

