@@ -67,6 +67,17 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
         )
 
 
+def describe(args: argparse.Namespace, dtype: torch.dtype, level: str) -> str:
+    """How a run of these options computes, in one line; `level` is what --gradient_checkpointing came to."""
+    kept = {"none": "nothing", "attention": "all but attention", "full": "every block"}
+    parts = [f"computed in {str(dtype).removeprefix('torch.')}", f"{kept[level]} computed again on the way back"]
+    parts += [f"frozen weights in {args.base_precision}"] * (args.base_precision != "bf16")
+    parts += [f"{args.blocks_to_swap} blocks swapped"] * (args.blocks_to_swap > 0)
+    parts += ["compiled"] * args.compile
+    parts += [f"{args.attention_backend} attention"] * (args.attention_backend != "auto")
+    return ", ".join(parts)
+
+
 def check_swapping(blocks_to_swap: int, num_layers: int) -> None:
     """Refuses more than there are."""
     if blocks_to_swap > num_layers:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from peft import LoraConfig
 
-from cogvideox import Checkpoint, empty_text_encoder, empty_transformer, empty_vae, read_text_encoder_config
+from cogvideox import Checkpoint, empty_text_encoder, empty_transformer, empty_vae
 
 GIB = 2**30
 LEVELS = ("none", "attention", "full")
@@ -52,14 +52,16 @@ class Settings(NamedTuple):
     blocks_to_swap: int = 0
     text_encoder_precision: str = "bf16"
     text_encoder_device: str = "accelerator"
+    samples: bool = True  # videos of validation prompts
 
     @classmethod
-    def of(cls, args: argparse.Namespace, dtype: torch.dtype) -> "Settings":
+    def of(cls, args: argparse.Namespace, dtype: torch.dtype, samples: bool = True) -> "Settings":
         """Those of the training script's options; `dtype` that of --mixed_precision."""
         given = {name: value for name, value in vars(args).items() if name in cls._fields}
         given["lora_target_modules"] = tuple(args.lora_target_modules)
         tiled = args.enable_tiling == "always"
-        return cls(**given, dtype=dtype, ema=args.ema_decay is not None, tile_encoding=tiled, tile_decoding=tiled)
+        given |= {"ema": args.ema_decay is not None, "tile_encoding": tiled, "tile_decoding": tiled}
+        return cls(**given, dtype=dtype, samples=samples)
 
     @property
     def sft(self) -> bool:
@@ -506,7 +508,7 @@ def text_bytes(config: dict, dtype: torch.dtype, num_tokens: int, precision: str
 
 
 def predict(checkpoint: Checkpoint, text_encoder: dict, settings: Settings) -> dict[str, float]:
-    """GiB at the peak of each phase: "text" and "clips" (encoding), "training", "validation" (sampling a video).
+    """GiB at the peak of each phase: "text" and "clips" (encoding), "training", and "validation", if it samples videos.
 
     Args:
         text_encoder: T5's config, from `cogvideox.read_text_encoder_config`.
@@ -518,12 +520,13 @@ def predict(checkpoint: Checkpoint, text_encoder: dict, settings: Settings) -> d
     sampling = max(sampling_bytes(checkpoint, settings, weights), decoding_bytes(checkpoint, settings))
     max_length = checkpoint.transformer["max_text_seq_length"]
     text = text_bytes(text_encoder, settings.dtype, max_length, settings.text_encoder_precision)
-    return {
+    phases = {
         "text": 0.0 if settings.text_encoder_device == "cpu" else gib(text),
         "clips": gib(vae + encoding_bytes(checkpoint, settings)),
         "training": training["peak"],
         "validation": stays + gib(vae + sampling),
     }
+    return phases if settings.samples else {name: value for name, value in phases.items() if name != "validation"}
 
 
 def summary(phases: dict[str, float], free_gib: float | None) -> str:
@@ -546,10 +549,11 @@ class Plan(NamedTuple):
     lines: list[str]  # what to tell of it
 
 
-def plan(checkpoint: Checkpoint, settings: Settings, tiling: str, free_gib: float | None) -> Plan:
+def plan(checkpoint: Checkpoint, text_encoder: dict, settings: Settings, tiling: str, free_gib: float | None) -> Plan:
     """The fastest way that the memory of the GPU allows; the slowest, where none does.
 
     Args:
+        text_encoder: T5's config, from `cogvideox.read_text_encoder_config`.
         tiling: --enable_tiling, of which "auto" tiles what would not fit otherwise.
         free_gib: of the GPU, before anything is loaded; None where there is none that could be full.
     """
@@ -558,20 +562,18 @@ def plan(checkpoint: Checkpoint, settings: Settings, tiling: str, free_gib: floa
         level, reason = choose_checkpointing(free_gib, checkpoint, settings)
         lines = [reason]
     settings = settings._replace(gradient_checkpointing=level)
-    text_encoder = read_text_encoder_config(checkpoint)
     phases = predict(checkpoint, text_encoder, settings)
     if tiling == "auto" and free_gib is not None:
-        tiled = {phase for phase in ("clips", "validation") if needed_gib(phases[phase]) > free_gib}
+        tiled = {phase for phase in ("clips", "validation") if needed_gib(phases.get(phase, 0)) > free_gib}
         settings = settings._replace(tile_encoding="clips" in tiled, tile_decoding="validation" in tiled)
         phases = predict(checkpoint, text_encoder, settings)
         lines.append(f"--enable_tiling auto: tiles for {' and '.join(sorted(tiled)) or 'nothing, there is room'}")
     if free_gib is not None and phases["training"] > free_gib and not any("may not do" in line for line in lines):
         weights = count_weights(checkpoint.transformer, settings)
         lines.append(f"training may not fit: {_way_out(checkpoint, settings, weights)}")
-    if 0 < settings.blocks_to_swap <= 2:
-        lines.append(
-            f"--blocks_to_swap {settings.blocks_to_swap}: saves nothing, as two blocks have a place on the GPU"
-        )
+    if settings.blocks_to_swap and (settings.blocks_to_swap <= 2 or free_gib is None):
+        why = "there is no GPU" if free_gib is None else "two blocks have a place on the GPU"
+        lines.append(f"--blocks_to_swap {settings.blocks_to_swap}: saves nothing, as {why}")
     return Plan(level, settings.tile_encoding, settings.tile_decoding, [summary(phases, free_gib), *lines])
 
 

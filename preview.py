@@ -210,13 +210,28 @@ def draw_sheet(rows: list[Row]) -> tuple[Image.Image, set[str]]:
             missing |= lacks
             texts[-1] += [(line, font, colour) for line in wrap(text, font, inner, most)]
     heights = [_row_height(row, lines) for row, lines in zip(rows, texts)]
-    sheet = Image.new("RGB", (inner + 2 * MARGIN, sum(heights)), PAPER)
-    draw, top = ImageDraw.Draw(sheet), 0
-    for row, lines, height in zip(rows, texts, heights):
-        _place_row(sheet, draw, top, row, lines)
-        top += height
-        draw.line([(0, top - 1), (sheet.width, top - 1)], RULE)
+    width = inner + 2 * MARGIN
+    columns = into_columns(heights, width)
+    tallest = max(sum(heights[i] for i in column) for column in columns)
+    sheet = Image.new("RGB", (width * len(columns), tallest), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, column in enumerate(columns):
+        left, top = number * width, 0
+        for i in column:
+            _place_row(sheet, draw, left, top, rows[i], texts[i])
+            top += heights[i]
+            draw.line([(left, top - 1), (left + width - 1, top - 1)], RULE)
     return sheet, missing
+
+
+def into_columns(heights: list[int], width: int) -> list[list[int]]:
+    """Which rows stand in which column, from top to bottom: as few columns as make a sheet no taller than wide."""
+    for count in range(1, len(heights) + 1):
+        most = -(-len(heights) // count)
+        columns = [list(range(start, min(start + most, len(heights)))) for start in range(0, len(heights), most)]
+        if max(sum(heights[i] for i in column) for column in columns) <= width * len(columns):
+            break
+    return columns
 
 
 def _row_height(row: Row, lines: list) -> int:
@@ -227,8 +242,8 @@ def _line_height() -> int:
     return round(1.45 * SIZE)
 
 
-def _place_row(sheet: Image.Image, draw: ImageDraw.ImageDraw, top: int, row: Row, lines: list) -> None:
-    left, top = MARGIN, top + MARGIN
+def _place_row(sheet: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int, row: Row, lines: list) -> None:
+    start, left, top = left + MARGIN, left + MARGIN, top + MARGIN
     tallest = max(image.height for _, image in row.cells)
     for label, image in row.cells:
         sheet.paste(image, (left, top))
@@ -236,7 +251,7 @@ def _place_row(sheet: Image.Image, draw: ImageDraw.ImageDraw, top: int, row: Row
         left += image.width + GAP
     top += tallest + 2 * SMALL
     for line, font, colour in lines:
-        draw.text((MARGIN, top), line, colour, font)
+        draw.text((start, top), line, colour, font)
         top += _line_height()
 
 

@@ -154,9 +154,10 @@ def start(args: argparse.Namespace) -> tuple[Accelerator, dataset.Ranks]:
 def plan_memory(args, accelerator: Accelerator, ranks, checkpoint: cogvideox.Checkpoint, dtype) -> memory.Plan:
     """Says what each phase will need, and decides what is "auto" among the options: for all ranks the same."""
     free_gib = memory.free_gpu_gib(accelerator.device)
-    if free_gib is not None:
-        free_gib = min(ranks.gather([free_gib]))
-    plan = memory.plan(checkpoint, memory.Settings.of(args, dtype), args.enable_tiling, free_gib)
+    free_gib = None if free_gib is None else min(ranks.gather([free_gib]))
+    settings = memory.Settings.of(args, dtype, samples=bool(args.validation_prompt))
+    text_encoder = cogvideox.read_text_encoder_config(checkpoint)
+    plan = memory.plan(checkpoint, text_encoder, settings, args.enable_tiling, free_gib)
     # Under FSDP2 GPUs share the weights, and need less for all phases but the clips: tiles on the safe side.
     accelerator.print(*plan.lines[accelerator.is_fsdp2 :], sep="\n")
     return plan
@@ -360,7 +361,8 @@ def start_records(run: Run) -> float | None:
     args, plan, checkpoint = run.args, run.plan, run.checkpoint
     what = f"{args.training_type}, {trainable.count(run.state.transformer)}, learning rate {args.learning_rate:g}"
     data = [run.data.summary()] + ([f"held out: {run.held_out.summary()}"] if run.held_out.shapes else [])
-    lines = [checkpoint.describe(), *data, what, plan.summary(args.train_batch_size)]
+    how = compute.describe(args, run.dtype, run.memory_plan.gradient_checkpointing)
+    lines = [checkpoint.describe(), *data, what, how, plan.summary(args.train_batch_size)]
     run.accelerator.print(*lines, *checkpoint.remarks(args.max_num_frames, args.fps), sep="\n")
     about = {"checkpoint": lines[0], "clips": len(run.data.shapes), "processes": run.ranks.count, "data": data}
     about |= {"memory_plan": run.memory_plan._asdict()}

@@ -31,9 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     what = parser.add_argument_group("what is shown").add_argument
     what("--model", choices=list(step.MODELS), default="2b", help="as in benchmarks/step.py")
-    what(
-        "--free_gib", type=float, metavar="GIB", help="free memory of a GPU: what fits, and which level auto would take"
-    )
+    what("--free_gib", type=float, metavar="GIB", help="free memory of a GPU: what fits, and what auto would choose")
     what(
         "--measured", type=Path, nargs="+", metavar="FILE", help="results of step.py, with their own model and options"
     )
@@ -50,13 +48,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     same("--num_frames", "--max_num_frames", dest="max_num_frames", type=positive, help="4k + 1 (default: the model's)")
     same("--train_batch_size", type=positive, default=1, metavar="N", help="clips per micro-batch and GPU")
     same("--gradient_accumulation_steps", type=positive, default=1, metavar="N", help="micro-batches per update")
-    same("--gradient_checkpointing", nargs="?", choices=memory.LEVELS, const="full", default="none", help="recompute")
+    levels = [*memory.LEVELS, "auto"]
+    same("--gradient_checkpointing", nargs="?", choices=levels, const="full", default="none", help="recompute")
     same("--mixed_precision", choices=list(train.DTYPES), default="bf16", help="no: float32")
     same("--base_precision", choices=quantized.PRECISIONS, default="bf16", help="of the blocks' frozen linear layers")
     same("--optimizer", choices=list(memory.STATE_BYTES), default="adamw", help="and its state")
     same("--use_8bit_adam", action="store_true", help="8-bit state")
     same("--ema_decay", type=float, metavar="D", help="a moving average of the LoRA")
-    tilings = {"nargs": "?", "const": "always", "default": "never", "choices": ["never", "always"]}
+    tilings = {"nargs": "?", "const": "always", "default": "never", "choices": ["never", "auto", "always"]}
     same("--enable_tiling", **tilings, help="VAE in tiles")
     swapped = "blocks whose frozen weights stay in main memory"
     same("--blocks_to_swap", type=dataset.at_least(0), default=0, metavar="N", help=swapped)
@@ -64,6 +63,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model = step.MODELS[options.model]
     for name in ("height", "width", "max_num_frames"):
         setattr(options, name, getattr(options, name) or getattr(model, name))
+    if "auto" in (options.gradient_checkpointing, options.enable_tiling) and (options.table or not options.free_gib):
+        parser.error("auto: depends on the GPU; pass --free_gib, its free memory, and no --table")
     layers = cogvideox.empty_transformer(model.transformer).config.num_layers
     if options.blocks_to_swap > layers or options.blocks_to_swap and options.table:
         parser.error(f"--blocks_to_swap {options.blocks_to_swap}: {options.model} has {layers}, and --table swaps none")
@@ -80,22 +81,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def one_run(options: argparse.Namespace) -> dict:
     """Prints the phases of a run, and the parts of training; the same as a result."""
-    checkpoint = step.random_checkpoint(options.model)
+    checkpoint, text_encoder = step.random_checkpoint(options.model), t5(options.model)
     settings = memory.Settings.of(options, train.DTYPES[options.mixed_precision])
-    phases = memory.predict(checkpoint, step.T5S["published"], settings)
+    plan = memory.plan(checkpoint, text_encoder, settings, options.enable_tiling, options.free_gib)
+    settings = settings._replace(**{name: value for name, value in plan._asdict().items() if name != "lines"})
+    phases = memory.predict(checkpoint, text_encoder, settings)
     parts = memory.training_parts(checkpoint, settings)
     for phase, gib in phases.items():
         print(f"{phase:<24}{gib:8.2f} GiB")
     print("training, in parts")
     for part, gib in parts.items():
         print(f"  {part:<22}{gib:8.2f} GiB")
-    print(memory.summary(phases, options.free_gib))
-    if options.free_gib is not None:
-        print(memory.choose_checkpointing(options.free_gib, checkpoint, settings)[1])
+    print(*plan.lines, sep="\n")
     rounded = [{name: round(gib, 3) for name, gib in values.items()} for values in (phases, parts)]
     described = {name: value for name, value in settings._asdict().items() if name != "dtype"}
     described |= {"mixed_precision": options.mixed_precision}
     return {"model": options.model, "options": described, "phases_gib": rounded[0], "training_gib": rounded[1]}
+
+
+def t5(model: str) -> dict:
+    """The config of its text encoder."""
+    return step.T5S["tiny" if model.startswith("tiny") else "published"]
 
 
 def settings_of_result(result: dict) -> memory.Settings:
@@ -135,9 +141,7 @@ def table(options: argparse.Namespace) -> list[dict]:
             settings = memory.Settings.of(options, train.DTYPES[options.mixed_precision])
             settings = settings._replace(**size, base_precision=precision, training_type="lora")
             phases, tiled = (
-                memory.predict(
-                    checkpoint, step.T5S["published"], settings._replace(tile_encoding=tiling, tile_decoding=tiling)
-                )
+                memory.predict(checkpoint, t5(name), settings._replace(tile_encoding=tiling, tile_decoding=tiling))
                 for tiling in (False, True)
             )
             levels = {

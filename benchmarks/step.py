@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -124,6 +125,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what("--num_layers", type=int, metavar="N", help="transformer blocks (default: the model's)")
     what("--steps", type=int, default=10, metavar="N", help="updates that are measured")
     what("--warmup", type=int, default=3, metavar="N", help="updates before them, for kernels and memory to settle")
+    what("--profile", type=int, default=0, metavar="N", help="updates after them, to tell the time of each kernel")
     what("--output", type=Path, metavar="FILE", help="also write the JSON there")
 
     same = parser.add_argument_group("as in train_cogvideox_lora.py").add_argument
@@ -141,7 +143,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.gradient_checkpointing == "auto":
         parser.error("--gradient_checkpointing auto: pass the level that is to be measured: none, attention or full")
-    for name, lowest in {"steps": 1, "warmup": 0, "num_layers": 1}.items():
+    for name, lowest in {"steps": 1, "warmup": 0, "num_layers": 1, "profile": 0}.items():
         if (value := getattr(options, name)) is not None and value < lowest:
             parser.error(f"--{name} {value}: must be at least {lowest}")
     return options
@@ -153,7 +155,7 @@ def training_args(options: argparse.Namespace) -> argparse.Namespace:
     values = {"height": model.height, "width": model.width, "max_num_frames": model.max_num_frames}
     values["mixed_precision"] = "bf16" if torch.cuda.is_available() else "no"
     values |= {name: value for name, value in vars(options).items() if name in TRAINING and value is not None}
-    values["max_train_steps"] = options.warmup + options.steps
+    values["max_train_steps"] = options.warmup + options.steps + options.profile
     # Required by the parser; nothing is read from either.
     line = ["--pretrained_model_name_or_path", options.model, "--instance_data_root", "."]
     for name, value in values.items():
@@ -267,8 +269,17 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> train.Ru
     return train.Run(args, accelerator, ranks, checkpoint, dtype, memory_plan, data, held_out, plan, state, export=None)
 
 
-def measure(run: train.Run, warmup: int, steps: int) -> tuple[list[float], list[float]]:
-    """Seconds and loss of each update, those of the warm-up first."""
+class Measured(NamedTuple):
+    """Of each update, those of the warm-up first; and what `kernel_times` gives."""
+
+    seconds: list[float]
+    losses: list[float]
+    peak_memory_gib: float
+    kernels: list[dict]
+
+
+def measure(run: train.Run, warmup: int, steps: int, profiled: int = 0) -> Measured:
+    """Times updates, and then profiles some more."""
     on_gpu = run.accelerator.device.type == "cuda"
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     micro_batch_losses = train.losses(run)
@@ -282,7 +293,25 @@ def measure(run: train.Run, warmup: int, steps: int) -> tuple[list[float], list[
         synchronize()
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
-    return seconds, losses
+    peak_memory_gib = checkpoints.peak_memory_gib(run.accelerator.device)  # the profiler takes some, too
+    return Measured(seconds, losses, peak_memory_gib, kernel_times(run, micro_batch_losses, profiled))
+
+
+def kernel_times(run: train.Run, micro_batch_losses: Iterator[torch.Tensor], steps: int, most: int = 30) -> list[dict]:
+    """The kernels that take most of an update on a GPU, or operators on a CPU: milliseconds and calls of one update."""
+    if not steps:
+        return []
+    on_gpu = run.accelerator.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        for _ in range(steps):
+            train.update(run, micro_batch_losses)["loss"].item()
+    rows = []
+    for event in profiler.key_averages():
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        row = {"milliseconds": round(microseconds / 1e3 / steps, 3), "calls": round(event.count / steps, 1)}
+        rows.append({"kernel": event.key[:160]} | row)
+    return sorted(rows, key=lambda row: -row["milliseconds"])[:most]
 
 
 def utilization(run: train.Run, device_name: str, seconds: float) -> dict:
@@ -299,10 +328,10 @@ def utilization(run: train.Run, device_name: str, seconds: float) -> dict:
     return {"model_flops": model, "hardware_flops": hardware, "peak_tflops": peak, "mfu": mfu, "hfu": hfu}
 
 
-def report(run: train.Run, options: argparse.Namespace, seconds: list[float], losses: list[float]) -> dict:
-    device, measured = run.accelerator.device, seconds[options.warmup :]
+def report(run: train.Run, options: argparse.Namespace, measured: Measured) -> dict:
+    device, seconds = run.accelerator.device, measured.seconds[options.warmup :]
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}"
-    tokens, median = tokens_per_clip(run.checkpoint, run.data.shapes[0]), statistics.median(measured)
+    tokens, median = tokens_per_clip(run.checkpoint, run.data.shapes[0]), statistics.median(seconds)
     clips = run.plan.batches_per_step * run.args.train_batch_size
     own = {name: getattr(options, name) for name in ("num_layers", "steps", "warmup", "compile")}
     packages = ("torch", "diffusers", "peft", "accelerate", "transformers")
@@ -318,13 +347,13 @@ def report(run: train.Run, options: argparse.Namespace, seconds: list[float], lo
         ),
         "tokens": tokens,
         "seconds_per_step": round(median, 4),
-        "seconds_of_each_step": [round(value, 4) for value in measured],
-        "first_step_seconds": round(seconds[0], 4),
+        "seconds_of_each_step": [round(value, 4) for value in seconds],
+        "first_step_seconds": round(measured.seconds[0], 4),
         "tokens_per_second": round(tokens * clips / median, 1),
         **utilization(run, device_name, median),
-        "peak_memory_gib": round(checkpoints.peak_memory_gib(device), 3),
-        "losses": losses[options.warmup :],
-    }
+        "peak_memory_gib": round(measured.peak_memory_gib, 3),
+        "losses": measured.losses[options.warmup :],
+    } | ({"kernels": measured.kernels} if measured.kernels else {})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -332,11 +361,12 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with processes.explained():
             run = prepare(options, Path(folder))
-        seconds, losses = measure(run, options.warmup, options.steps)
-    if not all(map(math.isfinite, losses)):
-        sys.exit(f"losses {losses}: must be finite for the times to mean anything; pass --mixed_precision bf16 or no")
+        measured = measure(run, options.warmup, options.steps, options.profile)
+    if not all(map(math.isfinite, measured.losses)):
+        rule = "must be finite for the times to mean anything; pass --mixed_precision bf16 or no"
+        sys.exit(f"losses {measured.losses}: {rule}")
     if run.accelerator.is_main_process:
-        result = report(run, options, seconds, losses)
+        result = report(run, options, measured)
         print(json.dumps(result, indent=2))
         if options.output:
             checkpoints.write_json(options.output, result)

@@ -2,8 +2,8 @@
 
     python examples/compare.py --lora_path examples/world/lora --output examples/world/compare.png
 
-Each pair begins from the same noise. Prints the figures as JSON, and draws pairs side by side: above the base model,
-below the same prompts with the LoRA.
+Each pair begins from the same noise. Prints the figures as JSON, and draws pairs, one below the other: the base model,
+and the same prompts with the LoRA.
 """
 
 import argparse
@@ -13,16 +13,24 @@ from functools import partial
 from pathlib import Path
 
 import diffusers
-import imageio.v3 as iio
 import numpy as np
 import torch
 from diffusers import CogVideoXPipeline
+from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import shapes
 from make_example import TOKEN
 from pretrain import machine, right, sample_all
+
+LABEL_HEIGHT = 36  # pixels
+LABELS = {  # by (model, kind of prompt): the rows of the picture
+    ("base", "film"): f"without the LoRA: {TOKEN} ...",
+    ("LoRA", "film"): f"with the LoRA: {TOKEN} ...",
+    ("base", "plain"): "without the LoRA: ...",
+    ("LoRA", "plain"): "with the LoRA: ...",
+}
 
 
 def main():
@@ -41,7 +49,7 @@ def main():
         about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "device": machine(torch.device("cpu"))}
         args.results.write_text(json.dumps(figures | about, indent=1) + "\n")
     if args.output:
-        iio.imwrite(args.output, picture(videos))
+        picture(videos).save(args.output)
 
 
 def compare(model_path, lora_path, samples, seed, guidance_scale=1.5):
@@ -72,14 +80,18 @@ def compare(model_path, lora_path, samples, seed, guidance_scale=1.5):
 
 
 def picture(videos, count=3, scale=3):
-    """For some prompts the first, middle and last frame: of the base model above, with the LoRA below."""
-    rows = []
-    for model, kind in (("base", "film"), ("LoRA", "film"), ("base", "plain"), ("LoRA", "plain")):
+    """For some prompts the first, middle and last frame; in each row what its label says."""
+    sheet = None
+    for row, ((model, kind), label) in enumerate(LABELS.items()):
         frames = [clip[i] for clip in videos[model, kind][:count] for i in (0, len(clip) // 2, -1)]
-        rows.append(
-            np.concatenate([np.pad(frame, ((2, 2), (2, 2), (0, 0)), constant_values=255) for frame in frames], 1)
-        )
-    return np.concatenate(rows).repeat(scale, 0).repeat(scale, 1)
+        strip = np.concatenate([np.pad(frame, ((0, 2), (0, 2), (0, 0)), constant_values=255) for frame in frames], 1)
+        strip = Image.fromarray(strip.repeat(scale, 0).repeat(scale, 1))
+        height = strip.height + LABEL_HEIGHT
+        sheet = sheet or Image.new("RGB", (strip.width, len(LABELS) * height), "white")
+        draw = ImageDraw.Draw(sheet)
+        draw.text((4, row * height + 4), label, "black", ImageFont.load_default(LABEL_HEIGHT - 12))
+        sheet.paste(strip, (0, row * height + LABEL_HEIGHT))
+    return sheet
 
 
 if __name__ == "__main__":

@@ -332,20 +332,19 @@ def test_the_table_of_positions_is_made_once_for_each_shape(checkpoint_of, monke
     (40, "none", ()), (20, "attention", ("decoding",)), (10, "full", ("decoding",)),
     (6, "full", ("decoding", "encoding")),
 ])  # fmt: skip
-def test_auto_keeps_as_much_as_the_free_memory_of_the_gpu_allows(tiny_checkpoint, free_gib, level, tiled):
-    checkpoint = benchmark.random_checkpoint("2b")._replace(folder=tiny_checkpoint)  # where T5's config is read
+def test_auto_keeps_as_much_as_the_free_memory_of_the_gpu_allows(free_gib, level, tiled):
     settings = memory.Settings(480, 720, 49, gradient_checkpointing="auto")
-    plan = memory.plan(checkpoint, settings, "auto", free_gib)
+    plan = memory.plan(benchmark.random_checkpoint("2b"), benchmark.T5S["tiny"], settings, "auto", free_gib)
     assert plan.gradient_checkpointing == level
     assert (plan.tile_encoding, plan.tile_decoding) == ("encoding" in tiled, "decoding" in tiled)
     assert f"this GPU has {free_gib}.0" in plan.lines[0] and f"auto: {level} needs" in plan.lines[1]
 
 
 @pytest.mark.parametrize("tiling", ["never", "always"])
-def test_tiles_that_were_asked_for_or_not_are_not_for_the_plan_to_decide(tiny_checkpoint, tiling):
-    checkpoint, tiled = benchmark.random_checkpoint("2b")._replace(folder=tiny_checkpoint), tiling == "always"
+def test_tiles_that_were_asked_for_or_not_are_not_for_the_plan_to_decide(tiling):
+    tiled = tiling == "always"
     settings = memory.Settings(480, 720, 49, tile_encoding=tiled, tile_decoding=tiled)
-    plan = memory.plan(checkpoint, settings, tiling, 1.0)
+    plan = memory.plan(benchmark.random_checkpoint("2b"), benchmark.T5S["tiny"], settings, tiling, 1.0)
     assert plan.tile_encoding == plan.tile_decoding == tiled
 
 
@@ -378,3 +377,14 @@ def test_a_run_says_what_memory_it_will_need_and_auto_needs_no_gpu(tiny_checkpoi
     assert rows[0]["loss"] == train(tiny_checkpoint, tmp_path / "plain", max_train_steps=1)[0]["loss"]
     printed = capsys.readouterr().out
     assert "memory, predicted: text 0.0, clips" in printed and "auto: none, since there is no GPU" in printed
+    assert "validation" not in printed  # there is no prompt
+
+
+def test_a_run_says_how_it_computes_and_that_swapping_saves_nothing_on_a_cpu(tiny_checkpoint, tmp_path, train, capsys):
+    options = {"blocks_to_swap": 2, "gradient_checkpointing": "full", "attention_backend": "math"}
+    train(tiny_checkpoint, tmp_path, max_train_steps=1, **options)
+    printed = capsys.readouterr().out
+    assert (
+        "computed in float32, every block computed again on the way back, 2 blocks swapped, math attention" in printed
+    )
+    assert "--blocks_to_swap 2: saves nothing, as there is no GPU" in printed

@@ -90,6 +90,15 @@ def test_killed_ranks_that_resume_equal_a_straight_run(two_ranks, tiny_checkpoin
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_ranks_with_swapped_blocks_equal_ranks_whose_blocks_stay(two_ranks, tiny_checkpoint, clips, tmp_path):
+    folder, _ = two_ranks
+    swapping = {"gradient_checkpointing": "full", "blocks_to_swap": 2}
+    options = training_options(tiny_checkpoint, clips, tmp_path, gradient_accumulation_steps=2, **RUN | swapping)
+    torchrun(ROOT / "train_cogvideox_lora.py", *options)
+    for ours, theirs in zip(rows_of(tmp_path), rows_of(folder), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 def test_two_ranks_go_on_where_one_rank_was_with_updates_of_another_size(tiny_checkpoint, clips, tmp_path, train):
     """Six micro-batches by one rank, then portions of four by two: the same sequence of clips and noise."""
     options = {"checkpointing_steps": 3, "learning_rate": 1e-30}  # still weights: a loss depends on its clips alone

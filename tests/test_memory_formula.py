@@ -302,6 +302,8 @@ def test_phases_hold_what_is_in_memory_with_them(tiny_checkpoint):
         other = memory.predict(made, text, base._replace(**{name: value}))
         assert {phase for phase in phases if other[phase] > phases[phase]} == grown, name
         assert all(other[phase] >= phases[phase] for phase in phases), name
+    without = memory.predict(made, text, base._replace(samples=False))
+    assert without == {phase: phases[phase] for phase in ("text", "clips", "training")}
 
 
 # ---- benchmarks/memory.py --------------------------------------------------------------------------------------------
@@ -323,7 +325,19 @@ def test_command_prints_and_writes_the_prediction(command, tmp_path, capsys):
     settings = settings_of("tiny", rank=8, gradient_checkpointing="full", base_precision="nf4")
     predicted = memory.training_parts(step.random_checkpoint("tiny"), settings)["peak"]
     assert written["training_gib"]["peak"] == written["phases_gib"]["training"] == pytest.approx(predicted, abs=1e-3)
-    assert "memory, predicted: text 8.9" in printed and "auto: none needs 1.0 of 24.0 GiB" in printed
+    assert "memory, predicted: text 0.0" in printed and "this GPU has 24.0" in printed
+
+
+def test_command_shows_what_auto_would_choose(command, capsys):
+    line = ["--model", "5b", "--gradient_checkpointing", "auto", "--enable_tiling", "auto"]
+    command.main([*line, "--free_gib", "24"])
+    printed = capsys.readouterr().out
+    assert "--gradient_checkpointing auto: full needs 21.2 of 24.0 GiB" in printed
+    assert "--enable_tiling auto: tiles for validation" in printed
+    assert float(printed.split("validation")[1].split()[0]) == pytest.approx(16.1, abs=0.1)  # in tiles
+    with pytest.raises(SystemExit):
+        command.parse_args(line)
+    assert "auto: depends on the GPU; pass --free_gib" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("level", memory.LEVELS)

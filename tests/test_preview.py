@@ -58,6 +58,13 @@ def test_the_picture_shows_the_model_s_own_pixels(clips):
     assert missing == set()
 
 
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (5, 1), (9, 2), (40, 3), (400, 9)])
+def test_many_clips_are_drawn_in_columns_and_each_once_and_in_order(count, columns):
+    found = preview.into_columns([166] * count, 932)
+    assert len(found) == columns
+    assert [i for column in found for i in column] == list(range(count))
+
+
 def test_large_frames_are_scaled_down_whole():
     frame = torch.from_numpy(draw_clip("circle", "red", "left", 1, 480, 720)[0])
     small = preview.thumbnail(frame)

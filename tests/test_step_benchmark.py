@@ -29,7 +29,7 @@ def check_steps(*argv, steps=4, folder=None):
     run = step.prepare(options, folder)
     before = {name: weight.detach().clone() for name, weight in trained(run).items()}
 
-    _, losses = step.measure(run, options.warmup, options.steps)
+    losses = step.measure(run, options.warmup, options.steps).losses
 
     assert all(map(math.isfinite, losses))
     after = trained(run)
@@ -140,6 +140,16 @@ def test_prints_json_and_writes_the_same(switch, tmp_path, capsys):
     assert result["model_flops"] > 0 and result["mfu"] is None  # the peak of a CPU is not known
     assert result["options"]["gradient_checkpointing"] == ("full" if switch else "none")
     assert result["trainable_weights"] == 2 * 4 * 2 * 4 * 64  # layers, targets, A and B, rank, width
+
+
+def test_a_profile_tells_what_takes_the_time_of_an_update(capsys):
+    step.main(["--model", "tiny", "--steps", "1", "--warmup", "1", "--rank", "4", "--profile", "2"])
+    result = json.loads(capsys.readouterr().out)
+    calls = {row["kernel"]: row["calls"] for row in result["kernels"]}
+    assert calls["aten::_scaled_dot_product_flash_attention_for_cpu"] == 2  # layers
+    assert len(result["losses"]) == 1  # profiled updates are not timed
+    times = [row["milliseconds"] for row in result["kernels"]]
+    assert times == sorted(times, reverse=True) and times[-1] > 0
 
 
 def test_an_update_counts_all_its_tokens(capsys):
