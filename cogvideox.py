@@ -355,13 +355,13 @@ def encoders(
 
 
 def clips_at_once(shape: tuple[int, ...]) -> int:
-    """How many clips [F, H, W, C] the VAE encodes together: up to four small ones, of larger ones one.
+    """How many clips [F, H, W, C] the VAE encodes together: small ones in pairs, of larger ones one.
 
     Together they need a third of the memory of one clip of 49x480x720 at most. The last batch is filled up, which costs
     more than calling the VAE less often saves once a clip keeps the processor busy by itself.
     """
     num_frames, height, width, _ = shape
-    return max(1, min(4, PIXELS_AT_ONCE // (num_frames * height * width)))
+    return max(1, min(2, PIXELS_AT_ONCE // (num_frames * height * width)))
 
 
 def vae_fingerprint(checkpoint: Checkpoint, dtype: torch.dtype, tiling: bool) -> str:
