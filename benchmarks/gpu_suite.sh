@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# What a GPU must prove (benchmarks/GPU_TODO.md), in six parts of at most 10 minutes, the first three first:
+# What a GPU must prove (benchmarks/GPU_TODO.md), in seven parts of at most 9 minutes, what decides most first:
 #
-#     bash benchmarks/gpu_suite.sh 1|2|3|4|5|6|all [--dry] [--tiny]
+#     bash benchmarks/gpu_suite.sh 1|2|3|4|5|6|7|all [--dry] [--tiny]
 #
-# 1: pytest -m gpu, and short steps of every model; 2: seconds and memory of 2b and 5b; 3: against diffusers' example, as
-# they are (needs VERSUS_REFERENCE=path); 4: against it, ours compiled, and preprocessing; 5: the small model and the
-# examples; 6: swapped blocks and quantised ones, and errors of the predicted memory. --dry prints the commands; --tiny,
-# or GPU_SUITE_MODEL=tiny, takes stand-ins that any CPU can do. Results go to GPU_SUITE_RESULTS (default:
-# benchmarks/results, tiny: examples/world/gpu-suite). What fails is written to failures.txt there and does not stop the
-# rest. Needs the packages of requirements-dev.txt.
+# 1: pytest -m gpu, and the first seconds of 2b, with a profile; 2: seconds and memory of 2b and 5b; 3: against diffusers'
+# example (needs VERSUS_REFERENCE=path); 4: against it, ours compiled; 5: preprocessing, and short steps of the other
+# models; 6: swapped blocks and quantised ones, and errors of the predicted memory; 7: the quickstart and the small model.
+# --dry prints the commands; --tiny, or GPU_SUITE_MODEL=tiny, takes stand-ins that any CPU can do. Results go to
+# GPU_SUITE_RESULTS (default: benchmarks/results, tiny: examples/world/gpu-suite). What fails is written to failures.txt
+# there and does not stop the rest. Needs the packages of requirements-dev.txt, and installs nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,7 +20,7 @@ for word in "${@:2}"; do
     *) part="" ;;
   esac
 done
-[[ $part =~ ^([1-6]|all)$ ]] || { echo "usage: bash benchmarks/gpu_suite.sh 1|2|3|4|5|6|all [--dry] [--tiny]" >&2; exit 2; }
+[[ $part =~ ^([1-7]|all)$ ]] || { echo "usage: bash benchmarks/gpu_suite.sh 1|2|3|4|5|6|7|all [--dry] [--tiny]" >&2; exit 2; }
 case ${GPU_SUITE_MODEL:-} in
   "") ;;
   tiny) tiny=1 ;;
@@ -30,7 +30,7 @@ esac
 python=${PYTHON:-python}
 results=${GPU_SUITE_RESULTS:-${tiny:+examples/world/gpu-suite}}
 results=${results:-benchmarks/results}
-part_seconds=${GPU_SUITE_PART_SECONDS:-600}
+part_seconds=${GPU_SUITE_PART_SECONDS:-540}
 gpu=$("$python" -c 'import re, torch
 name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 print(re.sub("[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-"))') || exit
@@ -53,7 +53,7 @@ run() {
   fi
   echo "== $name"
   log=$(mktemp)
-  timeout -k 10 "$limit" "$@" 2>&1 | tee "$log"
+  timeout -s INT -k 20 "$limit" "$@" 2>&1 | tee "$log" # interrupted, pytest still says what has failed
   code=${PIPESTATUS[0]}
   ((code == 0)) || fail "$name" "exit code $code (124: over $limit s); $(tail -n 3 "$log" | tr '\n' ' ')"
   rm -f "$log"
@@ -96,84 +96,95 @@ versus() {
   script "$name" "$limit" benchmarks/versus.py --reference "$VERSUS_REFERENCE" --output "$results/$name-$gpu.json" "$@"
 }
 
+timing=(--steps 8 --warmup 2)
+[[ $tiny ]] && timing=(--steps 2 --warmup 1)
+short=(--steps 2 --warmup 1 --gradient_checkpointing full)
+
 part_1() {
-  local short=(--steps 2 --warmup 1 --gradient_checkpointing full)
-  run tests 330 "$python" -m pytest -m gpu -q
-  for model in 2b 5b 1.5 5b-I2V 1.5-I2V; do
-    step "$model-short" 75 "$model" "${short[@]}"
-  done
-  step 2b-sft-short 75 2b "${short[@]}" --training_type sft
+  run tests 420 "$python" -m pytest -m gpu -v --durations=10
+  step 2b-none 60 2b "${timing[@]}" --gradient_checkpointing none --profile 2
+  step 2b-full 60 2b "${timing[@]}" --gradient_checkpointing full
 }
 
 part_2() {
-  local level backend timing=(--steps 8 --warmup 2)
-  [[ $tiny ]] && timing=(--steps 2 --warmup 1)
-  for level in none full attention; do
-    step "2b-$level" 60 2b "${timing[@]}" --gradient_checkpointing "$level"
-  done
+  local level backend
+  step 2b-attention 45 2b "${timing[@]}" --gradient_checkpointing attention
   for level in full attention none; do # none is predicted not to fit on 80 GB
-    step "5b-$level" 90 5b "${timing[@]}" --gradient_checkpointing "$level"
-  done
-  for level in none full attention; do
-    step "2b-$level-compile" 120 2b "${timing[@]}" --gradient_checkpointing "$level" --compile
+    step "5b-$level" 75 5b "${timing[@]}" --gradient_checkpointing "$level"
   done
   for backend in flash cudnn; do
     [[ $gpu == cpu && $backend == cudnn ]] && continue # it has none
-    step "2b-none-$backend" 60 2b "${timing[@]}" --gradient_checkpointing none --attention_backend "$backend"
+    step "2b-none-$backend" 45 2b "${timing[@]}" --gradient_checkpointing none --attention_backend "$backend"
+  done
+  step 2b-none-compile 90 2b "${timing[@]}" --gradient_checkpointing none --compile --profile 2
+  for level in attention full; do # what the first has compiled is not compiled again, for the most part
+    step "2b-$level-compile" 45 2b "${timing[@]}" --gradient_checkpointing "$level" --compile
   done
 }
 
+large=(--size 2b --steps 4 --warmup 2 --gate_updates 1 --mixed_precision bf16)
+small=(--size overhead)
+[[ $tiny ]] && small+=(--steps 2 --warmup 1) large=("${small[@]}" --mixed_precision bf16)
+
 part_3() {
-  local large=(--size 2b --steps 6 --warmup 3) small=(--size overhead)
-  [[ $tiny ]] && small+=(--steps 2 --warmup 1) large=("${small[@]}")
-  versus versus-2b-recompute 450 "${large[@]}" --mixed_precision bf16 --gradient_checkpointing
   versus versus 150 "${small[@]}"
+  versus versus-2b-recompute 390 "${large[@]}" --gradient_checkpointing
 }
 
 part_4() {
-  local model=2b large=(--size 2b --steps 6 --warmup 3)
-  [[ $tiny ]] && model=tiny large=(--size overhead --steps 2 --warmup 1)
-  versus versus-2b-compile 450 "${large[@]}" --mixed_precision bf16 --ours_options --compile
-  script preprocess 150 benchmarks/preprocess.py --model "$model" --output "$results/preprocess-$gpu.json"
+  versus versus-2b-compile 540 "${large[@]}" --ours_options --compile
 }
 
 part_5() {
-  local steps=3000 samples=50 small=examples/world/pretrained stage
-  [[ $tiny ]] && steps=2 samples=1
-  if [[ $tiny ]]; then
-    script example 60 examples/make_example.py --output_dir examples/world
-  else
-    run quickstart 180 bash quickstart.sh # begins with removing examples/world
-  fi
-  for stage in vae transformer; do # the second first encodes 2,400 clips
-    script "pretrain-$stage" 200 examples/pretrain.py "$stage" --steps "$steps" --output_dir "$small" --results "$small"
-  done
-  script pretrain-measure 60 examples/pretrain.py measure --samples "$samples" --output_dir "$small" --results "$small"
+  local model=2b
+  [[ $tiny ]] && model=tiny
+  script preprocess 180 benchmarks/preprocess.py --model "$model" --clips 4 --output "$results/preprocess-$gpu.json"
+  script preprocess-channels-last 95 benchmarks/preprocess.py --model "$model" --clips 2 --channels_last \
+    --output "$results/preprocess-channels-last-$gpu.json"
+  step 5b-I2V-short 70 5b-I2V "${short[@]}"
+  step 2b-sft-short 70 2b "${short[@]}" --training_type sft
+  step 1.5-short 120 1.5 "${short[@]}"
 }
 
 part_6() {
-  local model blocks precision timing=(--steps 8 --warmup 2)
-  [[ $tiny ]] && timing=(--steps 2 --warmup 1)
+  local model blocks precision
   for model in 2b 5b; do
     blocks=30
     [[ $model == 5b ]] && blocks=42
     [[ $tiny ]] && blocks=2
-    step "$model-full-swapped" 90 "$model" "${timing[@]}" --gradient_checkpointing full \
+    step "$model-full-swapped" 75 "$model" "${timing[@]}" --gradient_checkpointing full \
       --blocks_to_swap "$blocks"
   done
   for precision in int8 fp8 nf4; do
-    step "5b-full-$precision" 90 5b "${timing[@]}" --gradient_checkpointing full --base_precision "$precision"
+    step "5b-full-$precision" 75 5b "${timing[@]}" --gradient_checkpointing full --base_precision "$precision"
   done
+  step 1.5-I2V-short 130 1.5-I2V "${short[@]}"
   shopt -s nullglob
   local measured=("$results"/*-"$gpu".json)
   shopt -u nullglob
   if ((${#measured[@]})); then
-    script memory-errors 60 benchmarks/memory.py --measured "${measured[@]}"
+    script memory-errors 30 benchmarks/memory.py --measured "${measured[@]}" --output "$results/memory-errors.json"
   fi
 }
 
+part_7() {
+  local steps=3000 samples=50 pretrained=examples/world/pretrained stage
+  [[ $tiny ]] && steps=2 samples=1
+  if [[ $tiny ]]; then
+    script example 60 examples/make_example.py --output_dir examples/world
+  else
+    run quickstart 180 env NO_INSTALL=1 bash quickstart.sh # begins with removing examples/world
+  fi
+  for stage in vae transformer; do # the second first encodes 2,400 clips
+    script "pretrain-$stage" 150 examples/pretrain.py "$stage" --steps "$steps" --output_dir "$pretrained" \
+      --results "$pretrained"
+  done
+  script pretrain-measure 60 examples/pretrain.py measure --samples "$samples" --output_dir "$pretrained" \
+    --results "$pretrained"
+}
+
 [[ $dry ]] || mkdir -p "$results"
-for number in 1 2 3 4 5 6; do
+for number in 1 2 3 4 5 6 7; do
   [[ $part == "$number" || $part == all ]] || continue
   echo "---- part $number, on $gpu"
   if [[ ! $dry && -f $failures ]]; then # those of an earlier run

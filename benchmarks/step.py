@@ -244,6 +244,7 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> train.Ru
     checkpoint = random_checkpoint(options.model, options.num_layers)
     cogvideox.check_training(checkpoint, dtype, args.max_num_frames, args.height, args.width, [])
     compute.check_swapping(args.blocks_to_swap, checkpoint.transformer["num_layers"])
+    quantized.check_packages(args.base_precision, "--base_precision")
     set_seed(args.seed)
     if checkpoint.takes_image:
         checkpoint = write_random_vae(checkpoint, folder)
@@ -340,7 +341,7 @@ def report(run: train.Run, options: argparse.Namespace, measured: Measured) -> d
         "checkpoint": run.checkpoint.describe(),
         "device": device_name,
         "processes": run.ranks.count,
-        "versions": {package: version(package) for package in packages},
+        "versions": {package: version(package) for package in packages} | {"cudnn": torch.backends.cudnn.version()},
         "options": {name: getattr(run.args, name) for name in TRAINING} | own,
         "trainable_weights": sum(
             weight.numel() for weight in run.state.transformer.parameters() if weight.requires_grad

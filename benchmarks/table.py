@@ -114,7 +114,7 @@ def tables(files: list[Path]) -> str:
     results = [json.loads(file.read_text()) for file in files]
     results = [result for result in results if isinstance(result, dict)]
     step = [step_row(result) for result in results if "seconds_per_step" in result]
-    versus = [versus_row(result) for result in results if "trials" in result]
+    versus = [versus_row(result) for result in results if "ours_over_theirs" in result]
     if not step + versus:
         raise ValueError(f"{len(files)} files: none is a result of step.py or versus.py; pass some with --results")
     kinds = [kind for kind in ((STEP, step, ABOUT_STEP), (VERSUS, versus, ABOUT_VERSUS)) if kind[1]]

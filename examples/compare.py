@@ -46,15 +46,19 @@ def main():
     figures, videos = compare(args.model_path, args.lora_path, args.samples, args.seed, args.guidance_scale)
     print(json.dumps(figures, indent=1))
     if args.results:
-        about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "device": machine(torch.device("cpu"))}
+        about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "device": machine(device())}
         args.results.write_text(json.dumps(figures | about, indent=1) + "\n")
     if args.output:
         picture(videos).save(args.output)
 
 
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def compare(model_path, lora_path, samples, seed, guidance_scale=1.5):
     """Figures of the LoRA, and videos by (model, kind of prompt)."""
-    pipe = CogVideoXPipeline.from_pretrained(model_path, dtype=torch.bfloat16)
+    pipe = CogVideoXPipeline.from_pretrained(model_path, dtype=torch.bfloat16).to(device())
     pipe.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(seed)
     scenes = [shapes.random_scene(rng) for _ in range(samples)]

@@ -1,5 +1,6 @@
 """What the tests stand on: tiny checkpoints, a small dataset, and the training script run in this process."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -24,6 +25,9 @@ def fresh_accelerate(request, monkeypatch):
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     yield
     reset_accelerate()
+    if request.node.get_closest_marker("gpu"):
+        gc.collect()  # accelerate leaves cycles around models
+        torch.cuda.empty_cache()
 
 
 def reset_accelerate():
