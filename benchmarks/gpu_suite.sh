@@ -168,19 +168,17 @@ part_6() {
 }
 
 part_7() {
-  local steps=3000 samples=50 pretrained=examples/world/pretrained stage
-  [[ $tiny ]] && steps=2 samples=1
+  local steps=3000 clips=2400 samples=50 folder=examples/world/pretrained
+  local pretrained=(--output_dir "$folder" --results "$folder")
+  [[ $tiny ]] && steps=2 clips=16 samples=1
   if [[ $tiny ]]; then
     script example 60 examples/make_example.py --output_dir examples/world
   else
     run quickstart 180 env NO_INSTALL=1 bash quickstart.sh # begins with removing examples/world
   fi
-  for stage in vae transformer; do # the second first encodes 2,400 clips
-    script "pretrain-$stage" 150 examples/pretrain.py "$stage" --steps "$steps" --output_dir "$pretrained" \
-      --results "$pretrained"
-  done
-  script pretrain-measure 60 examples/pretrain.py measure --samples "$samples" --output_dir "$pretrained" \
-    --results "$pretrained"
+  script pretrain-vae 150 examples/pretrain.py vae --steps "$steps" "${pretrained[@]}"
+  script pretrain-transformer 150 examples/pretrain.py transformer --steps "$steps" --clips "$clips" "${pretrained[@]}"
+  script pretrain-measure 60 examples/pretrain.py measure --samples "$samples" "${pretrained[@]}"
 }
 
 [[ $dry ]] || mkdir -p "$results"

@@ -50,6 +50,7 @@ def main():
     parser.add_argument("--resume", action="store_true", help="train what --output_dir holds further")
     steps = "updates (default: VAE 6,000, transformer 5,000, both resumed 8,000; decoder 3,000)"
     parser.add_argument("--steps", type=int, help=steps)
+    parser.add_argument("--clips", type=int, default=2400, help="for the transformer, encoded once")
     parser.add_argument("--samples", type=int, default=100, help="videos to measure")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -226,14 +227,14 @@ def make_text_encoder(folder, seed):
 # ---- the transformer -------------------------------------------------------------------------------------------------
 
 
-def train_transformer(args, device, num_clips=2400, batch_size=16):
+def train_transformer(args, device, batch_size=16):
     if not args.resume:
         make_pipeline(args.output_dir, args.seed)
     checkpoint = cogvideox.read_checkpoint(str(args.output_dir))
     rng = np.random.default_rng(args.seed + 10)
-    scenes = [shapes.random_scene(rng) for _ in range(num_clips)]
+    scenes = [shapes.random_scene(rng) for _ in range(args.clips)]
     parameters, embeds = encoded(checkpoint, scenes, rng, device)
-    print(f"{num_clips} clips encoded", flush=True)
+    print(f"{args.clips} clips encoded", flush=True)
 
     transformer = cogvideox.load_transformer(checkpoint, torch.float32).to(device).train()
     ema = EMAModel(transformer.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
@@ -242,7 +243,7 @@ def train_transformer(args, device, num_clips=2400, batch_size=16):
     schedule = get_cosine_schedule_with_warmup(optimizer, 200, steps)
     generator, curve, total = torch.Generator(device).manual_seed(args.seed), [], 0.0
     for step in range(1, steps + 1):
-        chosen = rng.integers(num_clips, size=batch_size)
+        chosen = rng.integers(args.clips, size=batch_size)
         texts = ["" if rng.random() < 0.1 else scenes[i].caption for i in chosen]  # for guidance
         batch = {
             "parameters": torch.stack([parameters[i] for i in chosen]),
@@ -265,7 +266,8 @@ def train_transformer(args, device, num_clips=2400, batch_size=16):
             result = copy.deepcopy(transformer)
             ema.copy_to(result.parameters())
             publish(result, args.output_dir / "transformer")
-    return {"steps": steps, "batch_size": batch_size, "clips": num_clips, "weights": count(transformer), "curve": curve}
+    trained_on = {"steps": steps, "batch_size": batch_size, "clips": args.clips}
+    return trained_on | {"weights": count(transformer), "curve": curve}
 
 
 def make_pipeline(folder, seed):
