@@ -78,10 +78,31 @@ def describe(args: argparse.Namespace, dtype: torch.dtype, level: str) -> str:
     return ", ".join(parts)
 
 
-def check_swapping(blocks_to_swap: int, num_layers: int) -> None:
-    """Refuses more than there are."""
-    if blocks_to_swap > num_layers:
-        raise ValueError(f"--blocks_to_swap {blocks_to_swap}: the transformer has {num_layers}; pass at most that")
+def check_possible(args: argparse.Namespace, config: dict, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuses what this transformer or device cannot do.
+
+    Args:
+        config: of the transformer.
+
+    Raises:
+        ValueError: with what to pass instead.
+    """
+    if args.blocks_to_swap > config["num_layers"]:
+        raise ValueError(
+            f"--blocks_to_swap {args.blocks_to_swap}: the transformer has {config['num_layers']}; pass at most that"
+        )
+    if args.compile and args.base_precision == "fp8" and device.type == "cuda":
+        check_fp8_kernels(torch.cuda.get_device_capability(device))
+    check_attention(args.attention_backend, device, dtype, config["attention_head_dim"])
+
+
+def check_fp8_kernels(capability: tuple[int, int]) -> None:
+    """Compiled kernels read fp8 themselves, by Triton 3.6, which has it for Ada and later GPUs."""
+    if capability < (8, 9):
+        raise ValueError(
+            "--base_precision fp8: compiled kernels of this GPU have no fp8 (compute capability "
+            f"{capability[0]}.{capability[1]}, 8.9 is the first that has); pass int8, or leave --compile out"
+        )
 
 
 def prepare(
@@ -109,8 +130,15 @@ def prepare(
     elif level == "full":
         transformer.enable_gradient_checkpointing()
     if compiled:
+        if level == "attention":
+            # The first block's input needs no gradient. Where its attention does not either, Inductor would put other
+            # things into the memory of attention's output, which is kept for the way back: wrong gradients, no error.
+            embed.register_forward_hook(lambda module, args, output: output.requires_grad_(torch.is_grad_enabled()))
+        # DDP's splitting of graphs into its buckets fails under selective checkpointing (torch 2.11, 2.13), and a block
+        # is a graph of its own.
+        torch._dynamo.config.optimize_ddp = False
         # Two compilations serve all blocks while training, which differ in their weights alone: one is for the first,
-        # whose input needs no gradient. They are repeated for every shape of a batch, whereas shapes left open would
+        # if its input needs no gradient. They are repeated for every shape of a batch, whereas shapes left open would
         # cost speed, and 8 is all that PyTorch allows by itself.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in transformer.transformer_blocks:
@@ -130,12 +158,11 @@ def check_attention(backend: str, device: torch.device, dtype: torch.dtype, head
     Raises:
         ValueError: the hardware has none for `dtype` and heads of `head_size`, or its package is missing.
     """
-    if backend == "flash3":
-        flash3()
-    query = torch.zeros(1, 1, 16, head_size, device=device, dtype=dtype, requires_grad=True)
+    attention = AttentionByTokens(flash3() if backend == "flash3" else scaled_dot_product)
+    query = torch.zeros(1, 16, 1, head_size, device=device, dtype=dtype, requires_grad=True)
     try:
         with attention_kernel(backend):
-            F.scaled_dot_product_attention(query, query, query).sum().backward()
+            attention.attend(query, query, query).sum().backward()
     except RuntimeError as error:
         raise ValueError(
             f"--attention_backend {backend}: {device} has no such kernel for {dtype} and heads of {head_size}; "
@@ -183,11 +210,14 @@ class AttentionByTokens:
         query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
             query, key = (self._rotated(tensor, num_text, image_rotary_emb) for tensor in (query, key))
-        attended = self.attention(query, key, value)
-        if isinstance(attended, tuple):  # older versions of FlashAttention-3 give the logarithms of the sums, too
-            attended = attended[0]
-        tokens = attn.to_out[1](attn.to_out[0](attended.flatten(2)))
+        tokens = attn.to_out[1](attn.to_out[0](self.attend(query, key, value).flatten(2)))
         return tokens[:, num_text:], tokens[:, :num_text]
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """For [B, S, heads, head size]. Under autocast norms give float32, which FlashAttention-3 does not take."""
+        attended = self.attention(query.to(value.dtype), key.to(value.dtype), value)
+        # Older versions of FlashAttention-3 give the logarithms of the sums, too.
+        return attended[0] if isinstance(attended, tuple) else attended
 
     @staticmethod
     def _rotated(tensor, num_text, tables):

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+from collections.abc import Callable
 
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -35,6 +36,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     optim("--prodigy_use_bias_correction", action="store_true", help="Adam's bias correction")
     optim("--prodigy_safeguard_warmup", action="store_true", help="leave the warm-up out of its estimate")
     optim("--max_grad_norm", type=float, default=1.0, help="clip the norm of the gradient to this")
+
+
+def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
+    """Refuses combinations in which an option would do nothing; `refuse` ends the program with a message."""
+    prodigy = args.optimizer == "prodigy"
+    if not prodigy and any(value for name, value in vars(args).items() if name.startswith("prodigy_")):
+        refuse(
+            f"--prodigy_...: does nothing with --optimizer {args.optimizer}; pass --optimizer prodigy, or leave it out"
+        )
+    if prodigy and args.use_8bit_adam:
+        refuse("--use_8bit_adam: does nothing with --optimizer prodigy; pass --optimizer adamw, or leave it out")
+    if args.lr_warmup_steps and args.lr_scheduler == "constant":
+        refuse("--lr_warmup_steps: does nothing with --lr_scheduler constant; pass constant_with_warmup")
 
 
 def make_optimizer(

@@ -52,6 +52,8 @@ class Swapper:
         self.parts, self.main_memory = zip(*(self._moved_out(module) for module in modules))
         size = max(memory.numel() for memory in self.main_memory)
         self.places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(2, len(modules)))]
+        for place in self.places if self.stream else ():
+            place.record_stream(self.stream)  # so that nothing else gets their memory while a copy is under way
         self.held: list[int | None] = [None, None]  # the block in each place
         self.copied: list[torch.cuda.Event | None] = [None, None]  # when it is there
         self.last = -1

@@ -117,15 +117,7 @@ def check_args(args: argparse.Namespace, refuse) -> None:
     for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
         if not getattr(args, name) > 0:
             refuse(f"--{name} {getattr(args, name)}: must be above 0")
-    prodigy = args.optimizer == "prodigy"
-    if not prodigy and any(value for name, value in vars(args).items() if name.startswith("prodigy_")):
-        refuse(
-            f"--prodigy_...: does nothing with --optimizer {args.optimizer}; pass --optimizer prodigy, or leave it out"
-        )
-    if prodigy and args.use_8bit_adam:
-        refuse("--use_8bit_adam: does nothing with --optimizer prodigy; pass --optimizer adamw, or leave it out")
-    if args.lr_warmup_steps and args.lr_scheduler == "constant":
-        refuse("--lr_warmup_steps: does nothing with --lr_scheduler constant; pass constant_with_warmup")
+    optimizers.check_options(args, refuse)
     compute.check_options(args, refuse)
     validation.check_options(args, refuse)
 
@@ -205,8 +197,7 @@ def read_checkpoint(args: argparse.Namespace, dtype: torch.dtype, device: torch.
     )
     image_options = [f"--{name}" for name in ("image_column", "validation_images") if getattr(args, name)]
     cogvideox.check_training(checkpoint, dtype, args.max_num_frames, args.height, args.width, image_options)
-    compute.check_attention(args.attention_backend, device, dtype, checkpoint.transformer["attention_head_dim"])
-    compute.check_swapping(args.blocks_to_swap, checkpoint.transformer["num_layers"])
+    compute.check_possible(args, checkpoint.transformer, dtype, device)
     if args.training_type == "lora":
         trainable.check_lora(checkpoint, *lora_of(args))
     return checkpoint
@@ -266,10 +257,13 @@ def losses(run: Run) -> Iterator[torch.Tensor]:
         run.data, run.plan, run.ranks, args.train_batch_size, args.seed, args.random_flip, args.dataloader_num_workers
     )
     with run.image_encoder() as encode:
-        for number, batch in micro_batches:
+        number, batch = next(micro_batches)
+        while True:
             generator = cogvideox.generator_for(device, args.seed, number)
             torch.manual_seed(generator.initial_seed() % 2**63)  # dropout draws from the global generator
-            yield cogvideox.training_loss(run.checkpoint, run.state.transformer, batch, generator, run.dtype, encode)
+            loss = cogvideox.training_loss(run.checkpoint, run.state.transformer, batch, generator, run.dtype, encode)
+            number, batch = next(micro_batches)  # read while the GPU computes
+            yield loss
 
 
 def update(run: Run, micro_batch_losses: Iterator[torch.Tensor]) -> dict:
@@ -298,8 +292,8 @@ def log(run: Run, step: int, done: dict, since: tuple[int, float], smoothed: flo
 
     Returns the smoothed loss, after that of the row before: a mean at first, of about 50 rows later on.
     """
+    loss = run.accelerator.reduce(done["loss"], "mean").item()  # waits for the GPU
     seconds = (time.perf_counter() - since[1]) / (step - since[0])
-    loss = run.accelerator.reduce(done["loss"], "mean").item()
     smoothed = loss if smoothed is None else smoothed + (loss - smoothed) * max(run.args.logging_steps / step, 0.02)
     row = {"step": step, "epoch": round(run.plan.epoch(step), 4), "loss": loss, "loss_smoothed": smoothed}
     row |= {"lr": done["lr"], "grad_norm": done["grad_norm"].item(), "seconds": round(seconds, 4)}

@@ -243,7 +243,7 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> train.Ru
     dtype = train.DTYPES[accelerator.mixed_precision]
     checkpoint = random_checkpoint(options.model, options.num_layers)
     cogvideox.check_training(checkpoint, dtype, args.max_num_frames, args.height, args.width, [])
-    compute.check_swapping(args.blocks_to_swap, checkpoint.transformer["num_layers"])
+    compute.check_possible(args, checkpoint.transformer, dtype, accelerator.device)
     quantized.check_packages(args.base_precision, "--base_precision")
     set_seed(args.seed)
     if checkpoint.takes_image:

@@ -1,5 +1,6 @@
 """However the transformer computes, it is the plain float32 step up to rounding."""
 
+import shutil
 import sys
 import types
 from functools import partial
@@ -166,6 +167,31 @@ def test_flash3_attends_as_diffusers_does(checkpoint_of, monkeypatch, variant, g
     assert error(gradients, expected) < 1e-5
 
 
+def test_a_kernel_for_16_bits_gets_queries_in_them_though_norms_give_float32(monkeypatch):
+    """As CUDA's autocast has it; and a kernel that cannot do what is asked for is refused before anything is loaded."""
+
+    def flash_attn_func(query, key, value):
+        if {query.dtype, key.dtype, value.dtype} != {torch.bfloat16}:
+            raise RuntimeError("FlashAttention only supports fp16 and bf16")
+        return query + key + value
+
+    tensor = torch.ones(1, 4, 2, 8)
+    attended = compute.AttentionByTokens(flash_attn_func).attend(tensor, tensor, tensor.bfloat16())
+    assert attended.dtype == torch.bfloat16
+    package = types.ModuleType("flash_attn_interface")
+    package.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
+    compute.check_attention("flash3", torch.device("cpu"), torch.bfloat16, 64)
+    with pytest.raises(ValueError, match="--attention_backend flash3: cpu has no such kernel for torch.float32"):
+        compute.check_attention("flash3", torch.device("cpu"), torch.float32, 64)
+
+
+def test_fp8_in_compiled_kernels_is_refused_on_gpus_that_have_none():
+    compute.check_fp8_kernels((8, 9)), compute.check_fp8_kernels((9, 0))
+    with pytest.raises(ValueError, match="compute capability 8.6.*pass int8, or leave --compile out"):
+        compute.check_fp8_kernels((8, 6))
+
+
 def test_flash3_without_its_package_is_refused_with_the_line_to_install_it():
     with pytest.raises(ValueError, match="pip install flash_attn_3"):
         compute.check_attention("flash3", torch.device("cpu"), torch.bfloat16, 64)
@@ -283,6 +309,36 @@ def test_compiled_blocks_compute_attention_again_only_where_it_is_not_kept(
     layers = len(transformer.transformer_blocks)
     assert compilations == counters["stats"]["unique_graphs"] == 2
     assert ran.count("_scaled_dot_product_flash_attention_for_cpu") == layers * (passes + 1)  # and once backward
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor writes C++ for a CPU")
+def test_what_a_compiled_block_keeps_of_attention_is_not_written_over(tiny_checkpoint):
+    """By Inductor itself, which reuses memory, where no target makes the first block's attention need a gradient."""
+    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    inputs, ff = transformer_inputs(tiny_checkpoint), {"lora_target_modules": ["ff.net.2"]}
+    _, expected = step(with_lora(checkpoint, **ff), inputs)
+    transformer = with_lora(checkpoint, **ff)
+    compute.prepare(transformer, "attention", compiled=True)
+    try:
+        _, gradients = step(transformer, inputs)
+    finally:
+        torch._dynamo.reset()
+    assert error(gradients, expected) < 1e-5
+
+
+@pytest.mark.parametrize("level", ["attention", "full"])
+def test_compiled_blocks_run_under_ddp(compiled_without_a_compiler, tiny_checkpoint, level):
+    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    inputs = transformer_inputs(tiny_checkpoint)
+    _, expected = step(with_lora(checkpoint), inputs)
+    transformer = with_lora(checkpoint)
+    compute.prepare(transformer, level, compiled=True)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        _, gradients = step(torch.nn.parallel.DistributedDataParallel(transformer), inputs)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert error({name.removeprefix("module."): value for name, value in gradients.items()}, expected) < 1e-5
 
 
 def test_two_compilations_serve_all_blocks_for_each_shape(compiled_without_a_compiler):
