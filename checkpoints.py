@@ -286,7 +286,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Of the GPU since the start, or of the process where it trains on the CPU."""
+    """Of the GPU since it was last reset, or of the process, since its start, where it trains on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

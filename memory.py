@@ -8,7 +8,8 @@ Legend, in the units of the formulas below:
 
 Numbers of weights are counted on modules that are built on the meta device, without memory for them. Not counted: the
 libraries' own memory (the CUDA context, workspaces of cuDNN and cuBLAS, NCCL, fragments of PyTorch's allocator), which
-is what `choose_checkpointing` leaves room for; DoRA's norms, LoRA dropout's masks, and DDP's buckets.
+is what `choose_checkpointing` leaves room for; DoRA's norms, LoRA dropout's masks, DDP's buckets, and 2b's tables of
+positions, 0.1 GiB for each length of clips other than the checkpoint's own.
 """
 
 import argparse

@@ -180,6 +180,9 @@ def prepare_data(args, accelerator, checkpoint, dtype, ranks, tiling: bool) -> t
         progress=partial(bar, accelerator),
         ranks=processes.sharing(ranks, cache, "--latents_cache_dir"), everyone=ranks,
     )  # fmt: skip
+    if accelerator.device.type == "cuda":  # from here on it is the peak of training
+        accelerator.print(f"peak memory of encoding: {checkpoints.peak_memory_gib(accelerator.device):.1f} GiB")
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
     return data.split(args.validation_split, args.seed)
 
 
