@@ -35,7 +35,7 @@ PIPELINES = {"t2v": CogVideoXPipeline, "i2v": CogVideoXImageToVideoPipeline, "v2
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of peft's init_lora_weights
 NOT_FOUND = {
-    HFValidationError: "no such folder, and no name of the hub's form",
+    HFValidationError: "a hub name has the form owner/name",
     LocalEntryNotFoundError: "the hub cannot be reached, and nothing of it is in the cache",
 }
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -143,7 +143,7 @@ def check_args(parser, args):
 
 def first_line(error):
     """Of its message. diffusers words what huggingface_hub raised, which stays as the context, for all alike."""
-    return NOT_FOUND.get(type(error.__context__)) or str(error).strip().split("\n")[0]
+    return NOT_FOUND.get(type(error.__context__)) or NOT_FOUND.get(type(error)) or str(error).strip().split("\n")[0]
 
 
 def newest_below(folder, name):

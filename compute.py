@@ -67,13 +67,14 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
         )
 
 
-def describe(args: argparse.Namespace, dtype: torch.dtype, level: str) -> str:
+def describe(args: argparse.Namespace, dtype: torch.dtype, level: str, device: torch.device) -> str:
     """How a run of these options computes, in one line; `level` is what --gradient_checkpointing came to."""
     kept = {"none": "nothing", "attention": "all but attention", "full": "every block"}
     parts = [f"computed in {str(dtype).removeprefix('torch.')}", f"{kept[level]} computed again on the way back"]
     parts += [f"frozen weights in {args.base_precision}"] * (args.base_precision != "bf16")
-    parts += [f"{args.blocks_to_swap} blocks swapped"] * (args.blocks_to_swap > 0)
-    parts += ["compiled"] * args.compile
+    gain = " (which saves nothing without a GPU)" * (device.type == "cpu")
+    parts += [f"{args.blocks_to_swap} blocks swapped{gain}"] * (args.blocks_to_swap > 0)
+    parts += ["compiled (the first update takes minutes)"] * args.compile
     parts += [f"{args.attention_backend} attention"] * (args.attention_backend != "auto")
     return ", ".join(parts)
 
@@ -97,7 +98,7 @@ def check_possible(args: argparse.Namespace, config: dict, dtype: torch.dtype, d
 
 
 def check_fp8_kernels(capability: tuple[int, int]) -> None:
-    """Compiled kernels read fp8 themselves, by Triton 3.6, which has it for Ada and later GPUs."""
+    """Compiled kernels read fp8 themselves, by Triton (3.6, of torch 2.11), which has it for Ada and later GPUs."""
     if capability < (8, 9):
         raise ValueError(
             "--base_precision fp8: compiled kernels of this GPU have no fp8 (compute capability "

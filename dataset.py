@@ -650,6 +650,13 @@ def _missing(clips: list[Clip], probed: list[Probed]) -> list[tuple[Clip, bool, 
     return [work for _, work in sorted(new.values(), key=itemgetter(0))]
 
 
+def check_clips(root: Path, clips: list[Clip], problems: list[str], view: View, ranks: Ranks, everyone: Ranks) -> None:
+    """Refuses what `encode_dataset` would, which has to know the VAE first; the arguments are its own."""
+    with ThreadPoolExecutor() as threads:
+        found = list(threads.map(lambda clip: examine(clip, view)[1], ranks.share(clips)))
+    _refuse(root, everyone, problems + [problem for problem in ranks.gather_shares(found) if problem])
+
+
 def _refuse(root: Path, everyone: Ranks, problems: list[str]) -> None:
     """Ends all ranks if one has a problem; what several have is told once."""
     if problems := list(dict.fromkeys(everyone.gather(problems))):

@@ -565,16 +565,17 @@ def plan(checkpoint: Checkpoint, text_encoder: dict, settings: Settings, tiling:
     settings = settings._replace(gradient_checkpointing=level)
     phases = predict(checkpoint, text_encoder, settings)
     if tiling == "auto" and free_gib is not None:
-        tiled = {phase for phase in ("clips", "validation") if needed_gib(phases.get(phase, 0)) > free_gib}
+        tiled = {phase for phase in phases.keys() & {"clips", "validation"} if needed_gib(phases[phase]) > free_gib}
         settings = settings._replace(tile_encoding="clips" in tiled, tile_decoding="validation" in tiled)
         phases = predict(checkpoint, text_encoder, settings)
         lines.append(f"--enable_tiling auto: tiles for {' and '.join(sorted(tiled)) or 'nothing, there is room'}")
     if free_gib is not None and phases["training"] > free_gib and not any("may not do" in line for line in lines):
         weights = count_weights(checkpoint.transformer, settings)
         lines.append(f"training may not fit: {_way_out(checkpoint, settings, weights)}")
-    if settings.blocks_to_swap and (settings.blocks_to_swap <= 2 or free_gib is None):
-        why = "there is no GPU" if free_gib is None else "two blocks have a place on the GPU"
-        lines.append(f"--blocks_to_swap {settings.blocks_to_swap}: saves nothing, as {why}")
+    if 0 < settings.blocks_to_swap <= 2:
+        lines.append(
+            f"--blocks_to_swap {settings.blocks_to_swap}: saves nothing, as two blocks have a place on the GPU"
+        )
     return Plan(level, settings.tile_encoding, settings.tile_decoding, [summary(phases, free_gib), *lines])
 
 

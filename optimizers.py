@@ -41,9 +41,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
     """Refuses combinations in which an option would do nothing; `refuse` ends the program with a message."""
     prodigy = args.optimizer == "prodigy"
-    if not prodigy and any(value for name, value in vars(args).items() if name.startswith("prodigy_")):
+    given = [name for name, value in vars(args).items() if name.startswith("prodigy_") and value]
+    if given and not prodigy:
         refuse(
-            f"--prodigy_...: does nothing with --optimizer {args.optimizer}; pass --optimizer prodigy, or leave it out"
+            f"--{given[0]}: does nothing with --optimizer {args.optimizer}; pass --optimizer prodigy, or leave it out"
         )
     if prodigy and args.use_8bit_adam:
         refuse("--use_8bit_adam: does nothing with --optimizer prodigy; pass --optimizer adamw, or leave it out")

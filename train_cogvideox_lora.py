@@ -158,8 +158,8 @@ def plan_memory(args, accelerator: Accelerator, ranks, checkpoint: cogvideox.Che
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def prepare_data(args, accelerator, checkpoint, dtype, ranks, tiling: bool) -> tuple[dataset.Data, dataset.Data]:
-    """Reads, checks and encodes what is trained on and what is held out; T5 and VAE are gone from memory afterwards."""
+def prepare_data(args, accelerator, checkpoint, dtype, ranks, memory_plan: memory.Plan) -> tuple:
+    """The checkpoint with its weights, what is trained on, and what is held out; T5 and VAE are gone from memory."""
     root = args.instance_data_root or dataset.download(args.dataset_name, args.cache_dir)
     clips, problems = dataset.read_clips(root, args.caption_column, args.video_column, args.image_column, args.id_token)
     dataset.count_held_out(args.validation_split, len(clips))  # before hours of encoding
@@ -168,22 +168,25 @@ def prepare_data(args, accelerator, checkpoint, dtype, ranks, tiling: bool) -> t
         args.height, args.width, args.fps, args.max_num_frames, args.skip_frames_start, args.skip_frames_end,
         args.video_reshape_mode, args.seed, checkpoint.takes_image, checkpoint.fixed_size is not None,
     )  # fmt: skip
+    cache = args.latents_cache_dir or root / ".cogvideox_cache"
+    sharing = processes.sharing(ranks, cache, "--latents_cache_dir")
+    if not checkpoint.folder:  # no weights are downloaded for clips that cannot be trained on
+        dataset.check_clips(root, clips, problems, view, sharing, ranks)
+    checkpoint = cogvideox.download(checkpoint)
     video_encoder, text_encoder = cogvideox.encoders(
-        checkpoint, dtype, accelerator.device, tiling, args.enable_slicing,
+        checkpoint, dtype, accelerator.device, memory_plan.tile_encoding, args.enable_slicing,
         args.text_encoder_precision, "cpu" if args.text_encoder_device == "cpu" else accelerator.device,
     )  # fmt: skip
-    cache = args.latents_cache_dir or root / ".cogvideox_cache"
     data = dataset.encode_dataset(
         root, clips, problems, view, cache=cache,
         prompts=[*validation.prompts(args), ""],  # "": what guidance moves away from
         random_flip=args.random_flip, video_encoder=video_encoder, text_encoder=text_encoder,
-        progress=partial(bar, accelerator),
-        ranks=processes.sharing(ranks, cache, "--latents_cache_dir"), everyone=ranks,
+        progress=partial(bar, accelerator), ranks=sharing, everyone=ranks,
     )  # fmt: skip
     if accelerator.device.type == "cuda":  # from here on it is the peak of training
         accelerator.print(f"peak memory of encoding: {checkpoints.peak_memory_gib(accelerator.device):.1f} GiB")
         torch.cuda.reset_peak_memory_stats(accelerator.device)
-    return data.split(args.validation_split, args.seed)
+    return checkpoint, *data.split(args.validation_split, args.seed)
 
 
 def bar(accelerator: Accelerator, items, description: str, unit: str, **options) -> tqdm:
@@ -358,7 +361,7 @@ def start_records(run: Run) -> float | None:
     args, plan, checkpoint = run.args, run.plan, run.checkpoint
     what = f"{args.training_type}, {trainable.count(run.state.transformer)}, learning rate {args.learning_rate:g}"
     data = [run.data.summary()] + ([f"held out: {run.held_out.summary()}"] if run.held_out.shapes else [])
-    how = compute.describe(args, run.dtype, run.memory_plan.gradient_checkpointing)
+    how = compute.describe(args, run.dtype, run.memory_plan.gradient_checkpointing, run.accelerator.device)
     lines = [checkpoint.describe(), *data, what, how, plan.summary(args.train_batch_size)]
     run.accelerator.print(*lines, *checkpoint.remarks(args.max_num_frames, args.fps), sep="\n")
     about = {"checkpoint": lines[0], "clips": len(run.data.shapes), "processes": run.ranks.count, "data": data}
@@ -386,9 +389,8 @@ def main(args: argparse.Namespace) -> None:
         hub_repo = args.push_to_hub and processes.from_main(
             accelerator, hub.create_hub_repo, args.hub_model_id, args.hub_token
         )
-        checkpoint = cogvideox.download(checkpoint)
         memory_plan = plan_memory(args, accelerator, ranks, checkpoint, dtype)
-        data, held_out = prepare_data(args, accelerator, checkpoint, dtype, ranks, memory_plan.tile_encoding)
+        checkpoint, data, held_out = prepare_data(args, accelerator, checkpoint, dtype, ranks, memory_plan)
         plan = dataset.make_plan(
             data.batches_per_epoch(args.train_batch_size), ranks.count * args.gradient_accumulation_steps,
             args.num_train_epochs, args.max_train_steps, **position,

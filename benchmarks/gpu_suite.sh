@@ -8,7 +8,8 @@
 # models; 6: swapped blocks and quantised ones, and errors of the predicted memory; 7: the quickstart and the small model.
 # --dry prints the commands; --tiny, or GPU_SUITE_MODEL=tiny, takes stand-ins that any CPU can do. Results go to
 # GPU_SUITE_RESULTS (default: benchmarks/results, tiny: examples/world/gpu-suite). What fails is written to failures.txt
-# there and does not stop the rest. Needs the packages of requirements-dev.txt, and installs nothing.
+# there and does not stop the rest. Needs the packages of requirements-dev.txt, and installs nothing. Start it in the
+# foreground: what is started in the background ignores the interrupt by which a command over its time is ended.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -160,10 +161,11 @@ part_6() {
   done
   step 1.5-I2V-short 130 1.5-I2V "${short[@]}"
   shopt -s nullglob
-  local measured=("$results"/*-"$gpu".json)
+  local measured=("$results"/[125]*-"$gpu".json) # those of step.py
   shopt -u nullglob
   if ((${#measured[@]})); then
-    script memory-errors 30 benchmarks/memory.py --measured "${measured[@]}" --output "$results/memory-errors.json"
+    script memory-errors 30 benchmarks/memory.py --measured "${measured[@]}" \
+      --output "$results/memory-errors-$gpu.json"
   fi
 }
 
@@ -174,7 +176,8 @@ part_7() {
   if [[ $tiny ]]; then
     script example 60 examples/make_example.py --output_dir examples/world
   else
-    run quickstart 180 env NO_INSTALL=1 bash quickstart.sh # begins with removing examples/world
+    # begins with removing examples/world
+    run quickstart 180 env NO_INSTALL=1 PATH="$(dirname "$(command -v "$python")"):$PATH" bash quickstart.sh
   fi
   script pretrain-vae 150 examples/pretrain.py vae --steps "$steps" "${pretrained[@]}"
   script pretrain-transformer 150 examples/pretrain.py transformer --steps "$steps" --clips "$clips" "${pretrained[@]}"

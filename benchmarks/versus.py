@@ -47,8 +47,9 @@ TRIAL = Path(__file__).with_name("trial.py")
 ROUND = ("ours", "theirs", "theirs", "ours")  # what drifts evenly over a round cancels out of its means
 # float32: of the loss, of the norm of the gradients, of the norm of what an update changes.
 TOLERANCE = {"inputs": 1e-6, "loss": 1e-5, "gradients": 1e-4, "updates": 1e-3}
-# bf16, fp16: how much farther from the gradients of float32 ours may be than theirs.
-ROUNDING = 1.5
+# bf16, fp16: how much farther from the gradients of float32 ours may be than theirs. Under CUDA's autocast theirs has
+# LayerNorms in float32; another computation would be off by a hundred times as much.
+ROUNDING = 5
 PARITY = (
     "no validation, no tracker; a checkpoint is written after the last update only, which is not timed",
     "the transformer is stored in float16: diffusers' example loads it so, whatever it then trains in",

@@ -26,10 +26,10 @@ from pretrain import machine, right, sample_all
 
 LABEL_HEIGHT = 36  # pixels
 LABELS = {  # by (model, kind of prompt): the rows of the picture
-    ("base", "film"): f"without the LoRA: {TOKEN} ...",
-    ("LoRA", "film"): f"with the LoRA: {TOKEN} ...",
-    ("base", "plain"): "without the LoRA: ...",
-    ("LoRA", "plain"): "with the LoRA: ...",
+    ("base", "film"): f"without the LoRA, {TOKEN} before the prompt",
+    ("LoRA", "film"): f"with the LoRA, {TOKEN} before the prompt",
+    ("base", "plain"): f"without the LoRA, no {TOKEN}",
+    ("LoRA", "plain"): f"with the LoRA, no {TOKEN}",
 }
 
 

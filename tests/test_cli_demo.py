@@ -454,7 +454,7 @@ MISTAKES = {  # name: (options, parts of the message); {2b} is that tiny checkpo
     "no model": ("", "--model_path: not given, and there is no LoRA or transformer to tell it"),
     "no model in the transformer": ("--transformer_path {2b}", "--model_path: not given, and {2b} does not say what"),
     "no model in the lora": ("--lora_path {tmp}/foreign", "--model_path: not given", "does not say what it was"),
-    "model is nowhere": ("--model_path {tmp}/nowhere", "{tmp}/nowhere: no whole checkpoint", "(no such folder,"),
+    "model is nowhere": ("--model_path {tmp}/nowhere", "{tmp}/nowhere: no whole checkpoint", "the form owner/name"),
     "model is on no hub": ("--model_path no/such-model", "no/such-model: no whole checkpoint", "cannot be reached"),
     "model is a lora": ("--model_path {tmp}/foreign", "no model_index.json", "give it as --lora_path"),
     "model is a transformer": ("--model_path {tmp}/sft", "no model_index.json", "give it as --transformer_path"),

@@ -328,6 +328,12 @@ def test_command_prints_and_writes_the_prediction(command, tmp_path, capsys):
     assert "memory, predicted: text 0.0" in printed and "this GPU has 24.0" in printed
 
 
+def test_command_without_a_gpu_says_nothing_of_one(command, capsys):
+    command.main(["--model", "5b", "--gradient_checkpointing", "--blocks_to_swap", "42"])
+    printed = capsys.readouterr().out
+    assert "training 8.5" in printed and "saves nothing" not in printed
+
+
 def test_command_shows_what_auto_would_choose(command, capsys):
     line = ["--model", "5b", "--gradient_checkpointing", "auto", "--enable_tiling", "auto"]
     command.main([*line, "--free_gib", "24"])

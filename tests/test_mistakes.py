@@ -10,7 +10,9 @@ import pytest
 from conftest import ROOT, training_options
 from make_example import draw_clip, make_clips
 
+import cogvideox
 import dataset
+import train_cogvideox_lora
 
 
 def assert_refused(capsys, call, parts):
@@ -87,14 +89,24 @@ def test_all_problems_of_a_dataset_are_told_together_before_a_model_loads(
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_mistake_ends_in_a_message_that_names_the_way_out(tiny_checkpoint, clips, tmp_path, capsys, options, parts):
-    import train_cogvideox_lora
-
     line = training_options(tiny_checkpoint, clips, tmp_path / "run", **options)
     if "dataset_name" in options:
         at = line.index("--instance_data_root")
         del line[at : at + 2]
     assert_refused(capsys, lambda: train_cogvideox_lora.main(train_cogvideox_lora.parse_args(line)), parts)
     assert not (tmp_path / "run").exists()
+
+
+def test_clips_are_checked_before_weights_are_downloaded(tiny_checkpoint, clips, tmp_path, monkeypatch, capsys):
+    read = cogvideox.read_checkpoint
+    monkeypatch.setattr(cogvideox, "read_checkpoint", lambda *args: read(*args)._replace(folder=None))
+    monkeypatch.setattr(cogvideox, "download", lambda checkpoint: pytest.fail("weights were downloaded"))
+    bad = shutil.copytree(clips, tmp_path / "bad")
+    first, *others = (bad / "videos.txt").read_text().splitlines()
+    (bad / "videos.txt").write_text("\n".join(["nowhere.mp4", *others]))
+    args = train_cogvideox_lora.parse_args(training_options(tiny_checkpoint, bad, tmp_path / "run"))
+    parts = ["1 problem in the dataset", "line 1: ", "nowhere.mp4: no such file"]
+    assert_refused(capsys, lambda: train_cogvideox_lora.main(args), parts)
 
 
 def test_a_folder_that_is_no_cogvideox_checkpoint_is_refused(tiny_checkpoint, tmp_path, train, capsys):
