@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import checkpoints
 import cogvideox
 import dataset
+import memory
 import train_cogvideox_lora
 import trainable
 import validation
@@ -89,7 +90,9 @@ def cached(args, checkpoint):
     class Here:
         device, is_main_process = torch.device("cpu"), False
 
-    return train_cogvideox_lora.prepare_data(args, Here, checkpoint, torch.float32, dataset.Ranks(), False)
+    whole = memory.Plan("none", tile_encoding=False, tile_decoding=False, lines=[])
+    _, *data = train_cogvideox_lora.prepare_data(args, Here, checkpoint, torch.float32, dataset.Ranks(), whole)
+    return data
 
 
 def test_every_kind_of_checkpoint_has_the_four_parts_of_its_schedule():
