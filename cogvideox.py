@@ -173,10 +173,18 @@ def empty_text_encoder(config: dict) -> T5EncoderModel:
 
 
 def read_text_encoder_config(checkpoint: Checkpoint) -> dict:
-    """T5's config, from the checkpoint's folder or the hub; its weights need not be there."""
+    """T5's config, from the checkpoint's folder or the hub; its weights need not be there.
+
+    Raises:
+        ValueError: it is missing.
+    """
     where = {option: checkpoint.hub[option] for option in ("revision", "cache_dir") if option in checkpoint.hub}
     name = checkpoint.folder or checkpoint.name
-    return T5Config.from_pretrained(name, subfolder="text_encoder", **where).to_dict()
+    try:
+        return T5Config.from_pretrained(name, subfolder="text_encoder", **where).to_dict()
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{checkpoint.name}: the checkpoint is not complete ({reason}); download it again") from error
 
 
 def check_training(

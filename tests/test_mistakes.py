@@ -124,6 +124,7 @@ def test_a_folder_that_is_no_cogvideox_checkpoint_is_refused(tiny_checkpoint, tm
     for missing, message in {
         "vae": "the checkpoint is not complete",
         "transformer/diffusion_pytorch_model.safetensors": "no weights in transformer/; download the checkpoint again",
+        "text_encoder": "no weights in text_encoder/; download",
         "text_encoder/model.safetensors": "no weights in text_encoder/; download",
         "tokenizer/spiece.model": "no spiece.model in tokenizer/; download",
     }.items():
