@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import report
-from checkpoints import append_metrics, write_json
+from files import write_json
+from pages import report
+from run.run_directory import append_metrics
 
 PROMPTS = ['a <b>boat</b> & a "gull" </script> {{data}}', "лодка уходит из гавани, 船が港を出る"]
 
