@@ -38,8 +38,8 @@ def test_all_problems_of_a_dataset_are_told_together_before_a_model_loads(
     videos = [good, "missing.mp4", "empty.mp4", "truncated.mp4", "random.mp4", "", "short.mp4", "small.mp4", "videos"]
     (folder / "videos.txt").write_text("\n".join(videos) + "\n")
     (folder / "prompts.txt").write_text("caption\n" * 10)
-    for name in ("cogvideox.video_encoder", "cogvideox.caption_encoder", "trainable.load_transformer"):
-        monkeypatch.setattr(name, lambda *_: pytest.fail("a model was loaded"))
+    for name in ("encoders.video_encoder", "encoders.caption_encoder", "lora.load_transformer"):
+        monkeypatch.setattr(f"cogvideox.{name}", lambda *_, **__: pytest.fail("a model was loaded"))
     parts = [
         "9 problems in the dataset, nothing is trained",
         "videos.txt:6: blank line; write what is missing",
@@ -162,8 +162,8 @@ def test_a_pairing_that_cannot_work_is_refused_before_weights_load(
     checkpoint_of, tmp_path, train, capsys, monkeypatch, variant, options, parts
 ):
     folder = checkpoint_of(variant)
-    for name in ("cogvideox.video_encoder", "cogvideox.caption_encoder", "trainable.load_transformer"):
-        monkeypatch.setattr(name, lambda *_: pytest.fail("a model was loaded"))
+    for name in ("encoders.video_encoder", "encoders.caption_encoder", "lora.load_transformer"):
+        monkeypatch.setattr(f"cogvideox.{name}", lambda *_, **__: pytest.fail("a model was loaded"))
     assert_refused(capsys, lambda: train(folder, tmp_path / "run", **options), parts)
     assert not (tmp_path / "run").exists()
 

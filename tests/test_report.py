@@ -288,7 +288,7 @@ def test_the_command_refuses_what_is_no_run_directory(tmp_path, capsys):
 
 
 def test_every_placeholder_of_the_template_is_filled_once(tmp_path):
-    template = (ROOT / "report_template.html").read_text(encoding="utf-8")
+    template = (ROOT / "pages" / "report_template.html.jinja").read_text(encoding="utf-8")
     names = re.findall(r"\{\{(\w+)\}\}", template)
     assert len(names) == len(set(names)) == 8
     assert "{{" not in page_of(tmp_path)

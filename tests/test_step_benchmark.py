@@ -16,6 +16,7 @@ from clips.order import Ranks
 from cogvideox import compute
 from cogvideox.base_model import read_base_model
 from cogvideox.lora_files import LORA_FILE
+from cogvideox.objective import generator_for, training_loss
 from run.run_directory import read_metrics
 
 # ---- checks for any device -------------------------------------------------------------------------------------------
@@ -45,8 +46,11 @@ def loss_and_gradients(run):
     """Of the first micro-batch, and how often a block was called for it."""
     block, calls, weights = run.state.transformer.transformer_blocks[0], [], trained(run)
     counter = block.register_forward_pre_hook(lambda *_: calls.append(1))
-    loss = next(train_cogvideox_lora.losses(run))
-    run.accelerator.backward(loss)
+    with run.image_encoder() as encode_images:
+        number, batch = next(run.micro_batches())
+        generator = generator_for(run.accelerator.device, run.args.seed, number)
+        loss = training_loss(run.base, run.state.transformer, batch, generator, run.dtype, encode_images)
+        run.accelerator.backward(loss)
     counter.remove()
     gradients = {name: weight.grad.clone() for name, weight in weights.items()}
     for weight in weights.values():
@@ -170,9 +174,7 @@ def test_mfu_is_the_share_of_the_peak_of_one_gpu(precision, name, known):
     line += ["--gradient_accumulation_steps", "3", "--mixed_precision", precision]
     run = step.prepare(step.parse_args(line))
     found = step.utilization(run._replace(ranks=Ranks(0, 8)), name, seconds=1e-4)
-    clip = flops.step_flops(
-        run.checkpoint.transformer, 298, flops.Trained("lora", 4, ("to_q", "to_k", "to_v", "to_out.0"))
-    )
+    clip = flops.step_flops(run.base.transformer, 298, flops.Trained("lora", 4, ("to_q", "to_k", "to_v", "to_out.0")))
     assert (found["model_flops"], found["hardware_flops"]) == (6 * clip.model, 6 * clip.hardware("full"))
     assert found["hardware_flops"] > found["model_flops"]
     if known:

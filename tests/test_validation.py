@@ -93,7 +93,7 @@ def cached(args, checkpoint):
         device, is_main_process = torch.device("cpu"), False
 
     whole = memory.Plan("none", tile_encoding=False, tile_decoding=False, lines=[])
-    _, *data = train_cogvideox_lora.prepare_data(args, Here, checkpoint, torch.float32, Ranks(), whole)
+    _, *data = train_cogvideox_lora.prepare_data(args, Here, Ranks(), checkpoint, torch.float32, whole)
     return data
 
 
