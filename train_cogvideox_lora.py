@@ -171,7 +171,15 @@ def read_base(args: argparse.Namespace, dtype: torch.dtype, device: torch.device
     base = read_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
     image_options = [f"--{name}" for name in ("image_column", "validation_images") if getattr(args, name)]
     check_training(base, dtype, args.max_num_frames, args.height, args.width, image_options)
-    compute.check_possible(args, base.transformer, dtype, device)
+    compute.check_possible(
+        base.transformer,
+        dtype=dtype,
+        device=device,
+        base_precision=args.base_precision,
+        blocks_to_swap=args.blocks_to_swap,
+        compiled=args.compile,
+        backend=args.attention_backend,
+    )
     if args.training_type == "lora":
         lora.check_lora(base, lora.lora_of(args), start_of(args))
     return base
@@ -281,7 +289,7 @@ def prepare_transformer(
     """The transformer, in which only what is trained requires gradients, and the function that writes the result."""
     set_seed(args.seed)
     if args.training_type == "lora":
-        transformer, export = lora.with_lora(base, dtype, lora.lora_of(args), start_of(args), device)
+        transformer, export = lora.with_lora(base, dtype, lora.lora_of(args), start=start_of(args), device=device)
     else:
         transformer, export = lora.whole(base, dtype)
     compute.prepare(
@@ -535,7 +543,15 @@ def start_records(run: Run) -> float | None:
         base.describe(),
         *data,
         f"{args.training_type}, {trained}, learning rate {args.learning_rate:g}",
-        compute.describe(args, run.dtype, run.memory_plan.gradient_checkpointing, run.accelerator.device),
+        compute.describe(
+            run.memory_plan.gradient_checkpointing,
+            dtype=run.dtype,
+            device=run.accelerator.device,
+            base_precision=args.base_precision,
+            blocks_to_swap=args.blocks_to_swap,
+            compiled=args.compile,
+            backend=args.attention_backend,
+        ),
         timeline.summary(args.train_batch_size),
         *base.remarks(args.max_num_frames, args.fps),
     ]

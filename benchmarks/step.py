@@ -229,7 +229,15 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> train.Ru
     dtype = train.DTYPES[accelerator.mixed_precision]
     base = random_base_model(options.model, options.num_layers)
     check_training(base, dtype, args.max_num_frames, args.height, args.width, [])
-    compute.check_possible(args, base.transformer, dtype, accelerator.device)
+    compute.check_possible(
+        base.transformer,
+        dtype=dtype,
+        device=accelerator.device,
+        base_precision=args.base_precision,
+        blocks_to_swap=args.blocks_to_swap,
+        compiled=args.compile,
+        backend=args.attention_backend,
+    )
     quantized.check_packages(args.base_precision, "--base_precision")
     set_seed(args.seed)
     if base.takes_image:

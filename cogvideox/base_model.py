@@ -14,17 +14,41 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
 )
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import constants, get_session, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import httpx
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 SCHEDULERS = {"CogVideoXDDIMScheduler": CogVideoXDDIMScheduler, "CogVideoXDPMScheduler": CogVideoXDPMScheduler}
-NOT_FOUND = {
-    HFValidationError: "no such folder, and no name of the hub's form",
-    LocalEntryNotFoundError: "no such folder, the hub cannot be reached, and nothing of it is in the cache",
+HUB_ERRORS = {
+    HFValidationError: "a hub name has the form owner/name",
+    LocalEntryNotFoundError: "the hub cannot be reached, and nothing of it is in the cache",
 }
 
-# The transformer's config fields that tell one checkpoint's weights from another's.
+
+class Published(NamedTuple):
+    """A published base model and the clips that it was trained on."""
+
+    name: str  # on the hub, below each of PUBLISHERS
+    licence: str  # as its model card names it
+    task: str
+    version: str
+    num_frames: int
+    fps: int
+    height: int
+    width: int
+
+
+PUBLISHERS = ("THUDM", "zai-org")  # the organisation was renamed; the hub knows both names
+PUBLISHED = (
+    Published("CogVideoX-2b",         "apache-2.0",        "text-to-video",  "1.0", 49,  8, 480,  720),
+    Published("CogVideoX-5b",         "cogvideox-license", "text-to-video",  "1.0", 49,  8, 480,  720),
+    Published("CogVideoX-5b-I2V",     "cogvideox-license", "image-to-video", "1.0", 49,  8, 480,  720),
+    Published("CogVideoX1.5-5B",      "cogvideox-license", "text-to-video",  "1.5", 81, 16, 768, 1360),
+    Published("CogVideoX1.5-5B-I2V",  "cogvideox-license", "image-to-video", "1.5", 81, 16, 768, 1360),
+)  # fmt: skip
+
+# The transformer's config fields that tell the weights of one base model from those of another.
 IDENTITY = (
     "num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size_t",
     "use_rotary_positional_embeddings", "use_learned_positional_embeddings",
@@ -32,14 +56,14 @@ IDENTITY = (
 
 
 class BaseModel(NamedTuple):
-    """A checkpoint's configs, read before any of its weights."""
+    """The configs of a base model, read before any of its weights."""
 
     name: str  # as the user gave it
     transformer: dict
     vae: dict
     scheduler: CogVideoXDDIMScheduler | CogVideoXDPMScheduler
-    hub: dict  # revision, cache_dir and variant: which files to download
-    folder: Path | None  # with its weights, once they are there
+    hub: dict  # which files to download, and whether: revision, cache_dir, local_files_only, variant
+    folder: Path | None  # with the weights; None until they are downloaded
 
     @property
     def variant(self) -> str | None:
@@ -50,28 +74,36 @@ class BaseModel(NamedTuple):
         return {field: self.transformer[field] for field in IDENTITY}
 
     @property
+    def published(self) -> Published:
+        return published_like(self.transformer)
+
+    @property
     def takes_image(self) -> bool:
-        """Whether the latents of a first image stand beside those of the noisy video."""
-        return self.transformer["in_channels"] == 2 * self.transformer["out_channels"]
+        """Whether the transformer's input holds the latents of a first image beside those of the noisy video."""
+        return self.published.task == "image-to-video"
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels per latent, 8."""
+        """Pixels per latent in height and in width, 8."""
         return 2 ** (len(self.vae["block_out_channels"]) - 1)
 
     @property
+    def sample_size(self) -> tuple[int, int]:
+        """Height and width in pixels that the transformer's config names."""
+        return tuple(self.spatial_factor * self.transformer[f"sample_{side}"] for side in ("height", "width"))
+
+    @property
     def fixed_size(self) -> tuple[int, int, int] | None:
-        """Frames, height and width of every clip, where learned positions allow no others."""
+        """Frames, height and width of every clip where learned positions allow no others; None elsewhere."""
         config = self.transformer
-        sides = (self.spatial_factor * config[f"sample_{side}"] for side in ("height", "width"))
-        return (config["sample_frames"], *sides) if config["use_learned_positional_embeddings"] else None
+        return (config["sample_frames"], *self.sample_size) if config["use_learned_positional_embeddings"] else None
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Frames, height and width (f, h, w) of a clip's latents, as they are cached."""
         return (num_frames - 1) // 4 + 1, height // self.spatial_factor, width // self.spatial_factor
 
     def num_tokens(self, f: int, h: int, w: int) -> int:
-        """Text and video tokens that the transformer attends to, for latents of f frames of h x w.
+        """Number of text and video tokens that the transformer attends to, for latents of f frames of h x w.
 
         CogVideoX 1.5 patches two frames at a time, and pads them to an even number.
         """
@@ -81,84 +113,119 @@ class BaseModel(NamedTuple):
 
     def describe(self) -> str:
         config = self.transformer
-        task = "image-to-video" if self.takes_image else "text-to-video"
         positions = "rotary" if config["use_rotary_positional_embeddings"] else "sin-cos"
-        positions += " and learned" * config["use_learned_positional_embeddings"]
+        if config["use_learned_positional_embeddings"]:
+            positions += " and learned"
         return (
-            f"CogVideoX {task}, {config['num_layers']} layers of {config['num_attention_heads']} heads, "
+            f"CogVideoX {self.published.task}, {config['num_layers']} layers of {config['num_attention_heads']} heads, "
             f"{positions} positions"
         )
 
     def remarks(self, num_frames: int, fps: int) -> list[str]:
-        """What works, but may not be what was meant."""
+        """Sentences on settings that work, but may not be what was meant."""
         remarks = []
         if num_frames % 8 != 1:
             remarks.append(f"--max_num_frames {num_frames} is not 8k + 1: the VAE gives back videos of another length")
-        if self.transformer["patch_size_t"] and fps != 16:
-            remarks.append(f"--fps {fps}: CogVideoX 1.5 was made for 16, at which cli_demo.py shows its videos")
+        if self.published.version == "1.5" and fps != self.published.fps:
+            trained = f"CogVideoX 1.5 was trained at {self.published.fps}"
+            remarks.append(f"--fps {fps}: {trained}, at which cli_demo.py writes its videos")
         return remarks
+
+
+def published_as(name: str) -> Published | None:
+    """Returns the published base model with this hub name, such as THUDM/CogVideoX-2b."""
+    publisher, _, model = name.partition("/")
+    return next((row for row in PUBLISHED if publisher in PUBLISHERS and row.name == model), None)
+
+
+def published_like(transformer: dict) -> Published:
+    """Returns the first published base model of the task and version that a transformer's config is made for."""
+    task = "image-to-video" if transformer["in_channels"] == 2 * transformer["out_channels"] else "text-to-video"
+    version = "1.5" if transformer["patch_size_t"] else "1.0"
+    return next(row for row in PUBLISHED if (row.task, row.version) == (task, version))
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
 
 
 def read_base_model(name: str, revision: str | None = None, variant: str | None = None, cache_dir=None) -> BaseModel:
-    """The configs of a folder or of a hub repository.
+    """Reads the configs from a folder or a hub repository.
 
     Raises:
-        ValueError: it cannot be found, or is no complete CogVideoX checkpoint.
+        ValueError: it cannot be found, or is no complete CogVideoX base model.
     """
     local = Path(name).expanduser()
     name = str(local.resolve()) if local.is_dir() else name
     rule = "--pretrained_model_name_or_path takes a folder, or a hub name such as THUDM/CogVideoX-2b"
-    hub = {"revision": revision, "cache_dir": cache_dir}
+    hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local.is_dir() or not reaches_hub()}
     try:
         index = DiffusionPipeline.load_config(name, **hub)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: found no model_index.json there ({_why(error, local)}); {rule}") from error
+        raise ValueError(f"{name}: found no model_index.json there ({_why_no_index(error, local)}); {rule}") from error
     if not index.get("_class_name", "").startswith("CogVideoX"):
         raise ValueError(f"{name}: holds a {index.get('_class_name')}, not a CogVideoX pipeline; {rule}")
     try:
+        transformer = CogVideoXTransformer3DModel.load_config(name, subfolder="transformer", **hub)
         return BaseModel(
             name=name,
-            transformer=dict(empty_transformer(_config(CogVideoXTransformer3DModel, name, "transformer", hub)).config),
-            vae=_config(AutoencoderKLCogVideoX, name, "vae", hub),
+            transformer=dict(empty_transformer(transformer).config),
+            vae=AutoencoderKLCogVideoX.load_config(name, subfolder="vae", **hub),
             scheduler=SCHEDULERS[index["scheduler"][1]].from_pretrained(name, subfolder="scheduler", **hub),
             hub=hub | {"variant": variant},
             folder=local if local.is_dir() else None,
         )
     except (OSError, KeyError) as error:
-        raise ValueError(f"{name}: the checkpoint is not complete ({error}); download it again") from error
+        raise ValueError(f"{name}: the base model is not complete ({error}); download it again") from error
 
 
-def _why(error: Exception, local: Path) -> str:
-    """That no model_index.json was found. diffusers words what huggingface_hub raised, the context, for all alike."""
+def reaches_hub() -> bool:
+    """Whether the hub answers one request; False where HF_HUB_OFFLINE is set.
+
+    huggingface_hub 2.4 asks six times for a file that is not in the cache, which takes 23 seconds without a network.
+    """
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except (httpx.TransportError, OfflineModeIsEnabled):
+        return False
+    return True
+
+
+def why_not_loaded(error: Exception) -> str:
+    """Returns in one line why a library could not load something.
+
+    diffusers has one message for all that huggingface_hub raises, which stays the context of its own error.
+    """
+    known = HUB_ERRORS.get(type(error.__context__)) or HUB_ERRORS.get(type(error))
+    return known or str(error).strip().split("\n")[0]
+
+
+def _why_no_index(error: Exception, local: Path) -> str:
     if any((local / part / "config.json").is_file() for part in ("", "transformer")):
-        return "a transformer alone: put it in place of transformer/ in a copy of the checkpoint it was made from"
-    return NOT_FOUND.get(type(error.__context__)) or str(error).strip().splitlines()[0]
-
-
-def _config(model_class, name: str, subfolder: str, hub: dict) -> dict:
-    return model_class.load_config(name, subfolder=subfolder, **hub)
+        return "only a transformer: put it in place of transformer/ in a copy of the base model that it was made from"
+    return why_not_loaded(error) if local.exists() else f"no such folder; {why_not_loaded(error)}"
 
 
 def read_text_encoder_config(base: BaseModel) -> dict:
-    """T5's config, from the checkpoint's folder or the hub; its weights need not be there.
+    """Reads T5's config from the base model's folder or the hub; its weights need not be there.
 
     Raises:
         ValueError: it is missing.
     """
-    where = {option: base.hub[option] for option in ("revision", "cache_dir") if option in base.hub}
-    name = base.folder or base.name
     try:
-        return T5Config.from_pretrained(name, subfolder="text_encoder", **where).to_dict()
+        config = T5Config.from_pretrained(base.folder or base.name, subfolder="text_encoder", **_where(base))
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{base.name}: the checkpoint is not complete ({reason}); download it again") from error
+        reason = why_not_loaded(error)
+        raise ValueError(f"{base.name}: the base model is not complete ({reason}); download it again") from error
+    return config.to_dict()
+
+
+def _where(base: BaseModel) -> dict:
+    """Keyword arguments of functions that read from the hub and know no `variant`."""
+    return {option: value for option, value in base.hub.items() if option != "variant"}
 
 
 def empty_transformer(config: dict) -> CogVideoXTransformer3DModel:
-    """The transformer without memory for its weights: its module names and its config with all defaults."""
+    """Builds the transformer on the meta device, without memory for its weights; its config has all defaults."""
     # diffusers 0.42.1 lists there which values were defaults, and takes the default whatever the config says now.
     config = {name: value for name, value in config.items() if name != "_use_default_values"}
     with torch.device("meta"):
@@ -166,13 +233,11 @@ def empty_transformer(config: dict) -> CogVideoXTransformer3DModel:
 
 
 def empty_vae(config: dict) -> AutoencoderKLCogVideoX:
-    """The VAE without memory for its weights."""
     with torch.device("meta"):
         return AutoencoderKLCogVideoX.from_config(config)
 
 
 def empty_text_encoder(config: dict) -> T5EncoderModel:
-    """T5 without memory for its weights."""
     with torch.device("meta"):
         return T5EncoderModel(T5Config(**config))
 
@@ -180,10 +245,13 @@ def empty_text_encoder(config: dict) -> T5EncoderModel:
 def check_training(
     base: BaseModel, dtype: torch.dtype, num_frames: int, height: int, width: int, image_options: list[str]
 ) -> None:
-    """Refuses what this checkpoint cannot be trained on.
+    """Refuses what this base model cannot be trained on.
 
     Args:
-        image_options: those that were given, which text-to-video has no use for.
+        image_options: the options given that only image-to-video has a use for.
+
+    Raises:
+        ValueError: with what to pass instead.
     """
     config, name = base.transformer, base.name
     channels = f"{config['in_channels']} input channels for {config['out_channels']} output channels"
@@ -193,28 +261,32 @@ def check_training(
         )
     if image_options and not base.takes_image:
         raise ValueError(
-            f"{', '.join(image_options)}: {name} is a text-to-video checkpoint ({channels}) and sees no image; leave "
-            "the option out, or use an image-to-video one such as THUDM/CogVideoX-5b-I2V"
+            f"{', '.join(image_options)}: {name} is a text-to-video model ({channels}) and sees no image; leave "
+            "the option out, or use an image-to-video model such as THUDM/CogVideoX-5b-I2V"
         )
     if base.fixed_size not in (None, (num_frames, height, width)):
-        frames, *size = base.fixed_size
+        fixed_frames, fixed_height, fixed_width = base.fixed_size
         raise ValueError(
             f"--max_num_frames {num_frames} --height {height} --width {width}: {name} has learned positions for "
-            f"{frames} frames of {size[0]}x{size[1]} pixels alone; pass those"
+            f"{fixed_frames} frames of {fixed_height}x{fixed_width} pixels only; pass those"
         )
     if dtype == torch.float16 and base.takes_image:
         raise ValueError(
             f"{name}: image-to-video is made for bfloat16, and in float16 an image's encoding can overflow "
             "unseen; pass --mixed_precision bf16, or no for float32"
         )
-    if not config["patch_size_t"]:
-        return
+    if base.published.version == "1.5":
+        _check_training_1_5(base, dtype, height, width)
+
+
+def _check_training_1_5(base: BaseModel, dtype: torch.dtype, height: int, width: int) -> None:
+    name = base.name
     if dtype == torch.float16:
         raise ValueError(f"{name}: CogVideoX 1.5 gives NaN in float16; pass --mixed_precision bf16, or no for float32")
-    most = [base.spatial_factor * config[f"sample_{side}"] for side in ("height", "width")]
-    if height > most[0] or width > most[1]:
+    most_height, most_width = base.sample_size
+    if height > most_height or width > most_width:
         raise ValueError(
-            f"--height {height} --width {width}: the positions of {name} end at {most[0]}x{most[1]} pixels; "
+            f"--height {height} --width {width}: the positions of {name} end at {most_height}x{most_width} pixels; "
             "pass at most that"
         )
 
@@ -223,47 +295,46 @@ def check_training(
 
 
 def download_weights(base: BaseModel) -> BaseModel:
-    """The checkpoint with its weights in a folder: downloaded, where it is a hub name.
+    """Returns the base model with the folder of its weights, downloaded where it is a hub name.
 
     Raises:
-        ValueError: a file is missing that would be missed later, or not at all.
+        ValueError: it cannot be downloaded, or files are missing, which the libraries would notice late or never.
     """
     if not base.folder:
         try:
             folder = DiffusionPipeline.download(base.name, **base.hub)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = why_not_loaded(error)
             raise ValueError(f"{base.name}: cannot be downloaded ({reason}); try again, what came stays") from error
         base = base._replace(folder=Path(folder))
     for part in ("transformer", "vae", "text_encoder"):
         weights = [file for file in (base.folder / part).glob("*") if file.suffix in (".safetensors", ".bin")]
         if not any((base.variant or "") in file.name and file.stat().st_size > 1024 for file in weights):
-            kind = f"weights{f' of --variant {base.variant}' * bool(base.variant)}"
-            raise ValueError(f"{base.folder}: no {kind} in {part}/; download the checkpoint again")
+            kind = f"weights of --variant {base.variant}" if base.variant else "weights"
+            raise ValueError(f"{base.folder}: no {kind} in {part}/; download the base model again")
     _check_tokenizer(base.folder)
     return base
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Transformers 5 would make one without a vocabulary, and not say so."""
+    # Transformers 5 builds a tokenizer without a vocabulary where there is none, and does not say so.
     if not any((folder / "tokenizer" / name).is_file() for name in ("spiece.model", "tokenizer.json")):
-        raise ValueError(f"{folder}: no spiece.model in tokenizer/; download the checkpoint again")
+        raise ValueError(f"{folder}: no spiece.model in tokenizer/; download the base model again")
 
 
 def load_tokenizer(base: BaseModel):
-    """That of the captions; of a hub name nothing else is downloaded.
+    """Loads T5's tokenizer; downloads nothing else of a hub repository.
 
     Raises:
-        ValueError: it cannot be had.
+        ValueError: it cannot be downloaded, or has no vocabulary.
     """
-    folder, name = base.folder, base.name
+    folder = base.folder
     if not folder:
-        where = {option: base.hub[option] for option in ("revision", "cache_dir")}
         try:
-            folder = Path(snapshot_download(name, allow_patterns="tokenizer/*", **where))
+            folder = Path(snapshot_download(base.name, allow_patterns="tokenizer/*", **_where(base)))
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{name}: its tokenizer cannot be downloaded ({reason}); try again") from error
+            reason = why_not_loaded(error)
+            raise ValueError(f"{base.name}: its tokenizer cannot be downloaded ({reason}); try again") from error
     _check_tokenizer(folder)
     return AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
 

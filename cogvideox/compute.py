@@ -1,6 +1,6 @@
-"""How the transformer computes: what it keeps for the way back, by which attention kernel, compiled or not.
+"""How the transformer computes: what it keeps for the backward pass, with which attention kernel, compiled or not.
 
-None of it changes what is computed beyond rounding; tests hold every choice to the plain float32 step.
+No choice changes the result beyond rounding; tests compare each of them with the plain float32 step.
 """
 
 import argparse
@@ -19,15 +19,14 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from cogvideox import swapping
 from files import at_least
 
-LEVELS = ("none", "attention", "full")  # of recomputation: nothing, all but attention's outputs, every block
-BACKEND_HELP = "kernel of attention while training; auto: PyTorch chooses; flash3 needs flash_attn_3"
+LEVELS = ("none", "attention", "full")  # of recomputation: nothing, all except attention outputs, whole blocks
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# What attention is once PyTorch has chosen its kernel. Their outputs are a fourteenth of what a block
-# keeps without recomputation, and most of its time.
+# The operators that attention becomes once PyTorch has chosen a kernel. Their outputs are a fourteenth of what a block
+# keeps without recomputation, and take most of its time.
 ATTENTION = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -38,13 +37,18 @@ ATTENTION = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument_group("speed and memory").add_argument
-    option(
-        "--gradient_checkpointing", nargs="?", const="full", default="none", choices=[*LEVELS, "auto"],
-        help="recompute on the way back: nothing, all but attention's outputs, all of a block, or what memory asks for",
-    )  # fmt: skip
-    option("--compile", action="store_true", help="compile the blocks: some minutes at the start, then quicker steps")
-    option("--attention_backend", choices=["auto", *BACKENDS, "flash3"], default="auto", help=BACKEND_HELP)
-    swapped = "blocks whose frozen weights lie in main memory, all but two at a time; 0: none"
+    recomputed = (
+        "activations to recompute in the backward pass: none, all except attention outputs (attention), all (full), or "
+        "what fits (auto)"
+    )
+    levels = {"nargs": "?", "const": "full", "default": "none", "choices": [*LEVELS, "auto"]}
+    option("--gradient_checkpointing", **levels, help=recomputed)
+    compiled = "compile the blocks: the first update takes minutes, later ones less time than without"
+    option("--compile", action="store_true", help=compiled)
+    backends = {"default": "auto", "choices": ["auto", *BACKENDS, "flash3"]}
+    backend = "attention kernel in training; auto: PyTorch's choice; flash3 needs the package flash_attn_3"
+    option("--attention_backend", **backends, help=backend)
+    swapped = "blocks whose frozen weights are in CPU memory, except the two in use; 0: none"
     option("--blocks_to_swap", type=at_least(0), default=0, metavar="N", help=swapped)
 
 
@@ -53,11 +57,11 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
     level, backend = args.gradient_checkpointing, args.attention_backend
     if level == "attention" and backend in ("math", "flash3"):
         refuse(
-            f"--gradient_checkpointing attention: {backend} attention has no output that could be kept apart; pass "
+            f"--gradient_checkpointing attention: {backend} attention has no output that could be kept; pass "
             "--gradient_checkpointing full, or another --attention_backend"
         )
     if args.compile and backend == "flash3":
-        refuse("--compile: cannot see into --attention_backend flash3; leave one of the two out")
+        refuse("--compile: cannot compile --attention_backend flash3; leave one of the two out")
     if args.blocks_to_swap and args.training_type == "sft":
         refuse("--blocks_to_swap: swaps frozen weights, of which --training_type sft has none; leave it out")
     if args.blocks_to_swap and level == "none":
@@ -67,19 +71,45 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
         )
 
 
-def describe(args: argparse.Namespace, dtype: torch.dtype, level: str, device: torch.device) -> str:
-    """How a run of these options computes, in one line; `level` is what --gradient_checkpointing came to."""
-    kept = {"none": "nothing", "attention": "all but attention", "full": "every block"}
-    parts = [f"computed in {str(dtype).removeprefix('torch.')}", f"{kept[level]} computed again on the way back"]
-    parts += [f"frozen weights in {args.base_precision}"] * (args.base_precision != "bf16")
-    gain = " (which saves nothing without a GPU)" * (device.type == "cpu")
-    parts += [f"{args.blocks_to_swap} blocks swapped{gain}"] * (args.blocks_to_swap > 0)
-    parts += ["compiled (the first update takes minutes)"] * args.compile
-    parts += [f"{args.attention_backend} attention"] * (args.attention_backend != "auto")
+def describe(
+    level: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    base_precision: str = "bf16",
+    blocks_to_swap: int = 0,
+    compiled: bool = False,
+    backend: str = "auto",
+) -> str:
+    """Says in one line how a run computes.
+
+    Args:
+        level: of LEVELS.
+    """
+    recomputed = {"none": "nothing", "attention": "all except attention outputs", "full": "every block"}
+    parts = [f"computed in {str(dtype).removeprefix('torch.')}", f"{recomputed[level]} recomputed in the backward pass"]
+    if base_precision != "bf16":
+        parts.append(f"frozen weights in {base_precision}")
+    if blocks_to_swap:
+        gain = " (which saves nothing without a GPU)" if device.type == "cpu" else ""
+        parts.append(f"{blocks_to_swap} blocks swapped{gain}")
+    if compiled:
+        parts.append("compiled (the first update takes minutes)")
+    if backend != "auto":
+        parts.append(f"{backend} attention")
     return ", ".join(parts)
 
 
-def check_possible(args: argparse.Namespace, config: dict, dtype: torch.dtype, device: torch.device) -> None:
+def check_possible(
+    config: dict,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    base_precision: str = "bf16",
+    blocks_to_swap: int = 0,
+    compiled: bool = False,
+    backend: str = "auto",
+) -> None:
     """Refuses what this transformer or device cannot do.
 
     Args:
@@ -88,21 +118,25 @@ def check_possible(args: argparse.Namespace, config: dict, dtype: torch.dtype, d
     Raises:
         ValueError: with what to pass instead.
     """
-    if args.blocks_to_swap > config["num_layers"]:
+    if blocks_to_swap > config["num_layers"]:
         raise ValueError(
-            f"--blocks_to_swap {args.blocks_to_swap}: the transformer has {config['num_layers']}; pass at most that"
+            f"--blocks_to_swap {blocks_to_swap}: the transformer has {config['num_layers']}; pass at most that"
         )
-    if args.compile and args.base_precision == "fp8" and device.type == "cuda":
+    if compiled and base_precision == "fp8" and device.type == "cuda":
         check_fp8_kernels(torch.cuda.get_device_capability(device))
-    check_attention(args.attention_backend, device, dtype, config["attention_head_dim"])
+    check_attention(backend, device, dtype, config["attention_head_dim"])
 
 
 def check_fp8_kernels(capability: tuple[int, int]) -> None:
-    """Compiled kernels read fp8 themselves, by Triton (3.6, of torch 2.11), which has it for Ada and later GPUs."""
+    """Refuses compiled fp8 on GPUs before Ada: Triton (3.6, with torch 2.11) cannot read it there.
+
+    Raises:
+        ValueError: with what to pass instead.
+    """
     if capability < (8, 9):
         raise ValueError(
-            "--base_precision fp8: compiled kernels of this GPU have no fp8 (compute capability "
-            f"{capability[0]}.{capability[1]}, 8.9 is the first that has); pass int8, or leave --compile out"
+            "--base_precision fp8: compiled kernels have no fp8 on this GPU (compute capability "
+            f"{capability[0]}.{capability[1]}; it needs 8.9 or later); pass int8, or leave --compile out"
         )
 
 
@@ -118,11 +152,11 @@ def prepare(
     """Sets how the blocks compute.
 
     Args:
-        level: one of LEVELS; the others are those of the options.
-        device: that the blocks compute on, for those that are swapped.
+        level: of LEVELS.
+        device: that swapped blocks are copied to.
     """
-    assert level != "none" or not blocks_to_swap, "a place holds another block by the time of the backward pass"
-    # diffusers 0.42.1 makes the sin-cos table of any size but the checkpoint's own in every forward pass.
+    assert level != "none" or not blocks_to_swap, "by the backward pass, other blocks have taken a block's memory"
+    # diffusers 0.42.1 makes the sin-cos table of any size but the model's default in every forward pass.
     embed = transformer.patch_embed
     embed._get_positional_embeddings = lru_cache(maxsize=32)(embed._get_positional_embeddings)
     transformer.set_attn_processor(AttentionByTokens(flash3() if backend == "flash3" else scaled_dot_product))
@@ -133,15 +167,15 @@ def prepare(
         transformer.enable_gradient_checkpointing()
     if compiled:
         if level == "attention":
-            # The first block's input needs no gradient. Where its attention does not either, Inductor would put other
-            # things into the memory of attention's output, which is kept for the way back: wrong gradients, no error.
+            # The first block's input needs no gradient. Where its attention needs none either, Inductor reuses the
+            # memory of attention's output, which the backward pass still reads: wrong gradients, no error.
             embed.register_forward_hook(lambda module, args, output: output.requires_grad_(torch.is_grad_enabled()))
-        # DDP's splitting of graphs into its buckets fails under selective checkpointing (torch 2.11, 2.13), and a block
-        # is a graph of its own.
+        # Splitting graphs into DDP's buckets fails under selective checkpointing (torch 2.11, 2.13), and is not needed:
+        # each block is a graph of its own.
         torch._dynamo.config.optimize_ddp = False
-        # Two compilations serve all blocks while training, which differ in their weights alone: one is for the first,
-        # if its input needs no gradient. They are repeated for every shape of a batch, whereas shapes left open would
-        # cost speed, and 8 is all that PyTorch allows by itself.
+        # The blocks differ only in their weights, so that two compilations serve all of them in training: one for the
+        # first block, whose input may need no gradient. They are repeated for each shape of a batch, for dynamic shapes
+        # would be slower, and PyTorch's limit of 8 is too low for that.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in transformer.transformer_blocks:
             block.forward = torch.compile(block.forward, dynamic=False)  # without hooks, which swap and shard weights
@@ -150,12 +184,12 @@ def prepare(
 
 
 def attention_kernel(backend: str) -> contextlib.AbstractContextManager:
-    """PyTorch's attention takes this kernel and no other, for the length of a `with` block."""
+    """Restricts PyTorch's attention to this kernel for the length of a `with` block; does nothing for the others."""
     return sdpa_kernel(BACKENDS[backend]) if backend in BACKENDS else contextlib.nullcontext()
 
 
 def check_attention(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> None:
-    """Tries the kernel.
+    """Runs the attention kernel once, forward and backward, on one token.
 
     Raises:
         ValueError: the hardware has none for `dtype` and heads of `head_size`, or its package is missing.
@@ -168,12 +202,12 @@ def check_attention(backend: str, device: torch.device, dtype: torch.dtype, head
     except RuntimeError as error:
         raise ValueError(
             f"--attention_backend {backend}: {device} has no such kernel for {dtype} and heads of {head_size}; "
-            "pass auto, which takes the best that there is"
+            "pass auto, which takes the best one available"
         ) from error
 
 
 def flash3():
-    """The kernel of FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), for [B, S, heads, head size].
+    """Imports the kernel of FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), for [B, S, heads, head size].
 
     Raises:
         ValueError: its package is missing.
@@ -188,22 +222,22 @@ def flash3():
 
 
 def scaled_dot_product(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """PyTorch's attention, for [B, S, heads, head size]; its kernels take any strides, and give those of the query."""
+    """PyTorch's attention for [B, S, heads, head size]. Its kernels take any strides, and return the query's."""
     return F.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in (query, key, value))).transpose(1, 2)
 
 
 class AttentionByTokens:
-    """diffusers' attention of CogVideoX, with the numbers of a token side by side from projection to projection.
+    """diffusers' attention processor for CogVideoX, with the features of a token contiguous throughout.
 
-    diffusers 0.42.1 puts heads before tokens first. LayerNorm, there and back, then copies queries, keys and their
-    gradients, and what comes out of attention is copied once more, and kept twice where the last projection has a LoRA.
+    diffusers 0.42.1 moves heads before tokens first. LayerNorm then copies queries and keys in the forward pass and
+    their gradients in the backward pass; attention's output is copied too, and kept twice where `to_out` has a LoRA.
     """
 
     def __init__(self, attention: Callable = scaled_dot_product):
         self.attention = attention
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
-        """Attended video tokens and text tokens, each as it came in."""
+        """Returns the attended video tokens and text tokens, in the shapes of the input."""
         num_text = encoder_hidden_states.shape[1]
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # [B, S, D]
         query, key, value = (
@@ -216,9 +250,10 @@ class AttentionByTokens:
         return tokens[:, num_text:], tokens[:, :num_text]
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """For [B, S, heads, head size]. Under autocast norms give float32, which FlashAttention-3 does not take."""
+        """Attends, for [B, S, heads, head size], in the value's dtype."""
+        # Under autocast the norms return float32 queries and keys, which FlashAttention-3 does not take.
         attended = self.attention(query.to(value.dtype), key.to(value.dtype), value)
-        # Older versions of FlashAttention-3 give the logarithms of the sums, too.
+        # Older versions of FlashAttention-3 return the log-sum-exp, too.
         return attended[0] if isinstance(attended, tuple) else attended
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""VAE and T5: uint8 frames and captions -> what the cache keeps, with the models in memory only while they encode.
+"""VAE and T5: uint8 frames and captions -> what the cache holds; the models are in memory only while they encode.
 
 Shapes: B batch, F frames, C channels, H height, W width; lower-case f c h w are latent sizes,
 f = (F - 1) / 4 + 1, h = H / 8, w = W / 8. L prompt tokens, D text width.
@@ -19,25 +19,25 @@ from transformers import T5EncoderModel
 from cogvideox import quantized
 from cogvideox.base_model import BaseModel, load_tokenizer
 
-TOKENS_AT_ONCE = 1024  # of captions with their padding, in T5
-PIXELS_AT_ONCE = 2**20  # of small clips, all their frames, in the VAE
+TOKENS_AT_ONCE = 1024  # that T5 encodes together, the captions' padding included
+PIXELS_AT_ONCE = 2**20  # that the VAE encodes together, over all frames of small clips
 
 
 class Encoder(NamedTuple):
     """A VAE or T5, not loaded yet."""
 
-    fingerprint: str  # tells encoders apart that encode differently
-    load: Callable[[], AbstractContextManager[Callable]]  # the function that encodes, for as long as it is needed
-    at_once: Callable[[tuple[int, ...]], int]  # how many, of a clip's [F, H, W, C] or a caption's (), it takes together
+    fingerprint: str  # differs between encoders that encode differently
+    load: Callable[[], AbstractContextManager[Callable]]  # the function that encodes, for the length of a `with` block
+    at_once: Callable[[tuple[int, ...]], int]  # how many clips of shape [F, H, W, C] or captions, (), it takes together
 
 
 def encoders(
     base: BaseModel, dtype, device, *, tiling: bool, slicing: bool, text_precision: str = "bf16", text_device=None
 ) -> tuple[Encoder, Encoder]:
-    """Of clips and of captions, not loaded yet.
+    """Returns the video and the caption encoder; each loads its model when it is entered.
 
     Args:
-        text_device: that of captions (default: `device`).
+        text_device: where captions are encoded (default: `device`).
     """
     video = partial(video_encoder, base, dtype, device, tiling=tiling, slicing=slicing)
     caption = partial(caption_encoder, base, dtype, text_device or device, text_precision)
@@ -49,10 +49,10 @@ def encoders(
 
 
 def clips_at_once(shape: tuple[int, ...]) -> int:
-    """How many clips [F, H, W, C] the VAE encodes together: small ones in pairs, of larger ones one.
+    """Returns how many clips [F, H, W, C] the VAE encodes together: two small ones, or one larger one.
 
-    Together they need a third of the memory of one clip of 49x480x720 at most. The last batch is filled up, which costs
-    more than calling the VAE less often saves once a clip keeps the processor busy by itself.
+    A pair needs at most a third of the memory of one clip of 49x480x720. The last batch is filled up; for clips that
+    keep the processor busy by themselves, that costs more than fewer calls of the VAE save.
     """
     num_frames, height, width, _ = shape
     return max(1, min(2, PIXELS_AT_ONCE // (num_frames * height * width)))
@@ -61,33 +61,40 @@ def clips_at_once(shape: tuple[int, ...]) -> int:
 # ---- models in memory for the length of a with block -----------------------------------------------------------------
 
 
-@contextmanager
-def loaded_vae(base: BaseModel, dtype, device, *, tiling: bool, slicing: bool) -> Iterator[AutoencoderKLCogVideoX]:
-    """The VAE, for the length of a `with` block."""
-    vae = AutoencoderKLCogVideoX.from_pretrained(base.folder, subfolder="vae", dtype=dtype, variant=base.variant)
+def set_tiling(vae: AutoencoderKLCogVideoX, *, tiling: bool, slicing: bool) -> None:
     if tiling:
         # The tile of the published VAEs. diffusers 0.42.1 takes half the size in the VAE's config, and where that is no
         # multiple of 48 x 40 what it stitches is larger than what it was given.
         vae.enable_tiling(tile_sample_min_height=240, tile_sample_min_width=360)
     if slicing:
         vae.enable_slicing()
+
+
+@contextmanager
+def loaded_vae(base: BaseModel, dtype, device, *, tiling: bool, slicing: bool) -> Iterator[AutoencoderKLCogVideoX]:
+    """Loads the VAE for the length of a `with` block."""
+    vae = AutoencoderKLCogVideoX.from_pretrained(base.folder, subfolder="vae", dtype=dtype, variant=base.variant)
+    set_tiling(vae, tiling=tiling, slicing=slicing)
     try:
         yield vae.to(device).eval()
     finally:
-        vae.to("meta")  # frees the memory whoever still refers to it
+        vae.to("meta")  # frees the memory even if something still refers to the VAE
         torch.cuda.empty_cache()
 
 
 @contextmanager
 def video_encoder(base: BaseModel, dtype, device, *, tiling: bool, slicing: bool) -> Iterator[Callable]:
-    """`encode_videos` with a VAE that is in memory for the length of a `with` block."""
+    """Yields `encode_videos` with a VAE that is in memory for the length of a `with` block."""
     with loaded_vae(base, dtype, device, tiling=tiling, slicing=slicing) as vae:
         yield partial(encode_videos, vae)
 
 
 @contextmanager
 def image_encoder(base: BaseModel, dtype, device, *, tiling: bool, slicing: bool) -> Iterator[Callable | None]:
-    """`encode_images` with the encoder half of a VAE, for the length of a `with` block; None for text-to-video."""
+    """Yields `encode_images` with the encoder half of a VAE that is in memory for the length of a `with` block.
+
+    Yields None for text-to-video.
+    """
     if not base.takes_image:
         yield None
         return
@@ -99,21 +106,22 @@ def image_encoder(base: BaseModel, dtype, device, *, tiling: bool, slicing: bool
 
 @contextmanager
 def caption_encoder(base: BaseModel, dtype, device, precision: str = "bf16") -> Iterator[Callable]:
-    """`encode_captions` with a T5 that is in memory for the length of a `with` block.
+    """Yields `encode_captions` with a T5 that is in memory for the length of a `with` block.
 
     Args:
-        precision: of its linear layers, of `quantized.PRECISIONS`; they are quantised one after the other on `device`.
+        precision: of T5's linear layers, from `quantized.PRECISIONS`; they are quantised one by one on `device`.
     """
-    folder = base.folder
     tokenizer = load_tokenizer(base)
-    text_encoder = T5EncoderModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, variant=base.variant)
+    text_encoder = T5EncoderModel.from_pretrained(
+        base.folder, subfolder="text_encoder", dtype=dtype, variant=base.variant
+    )
     if precision != "bf16":
         quantized.quantize_linears(text_encoder.encoder, precision, device)
     text_encoder.to(device).eval()
     try:
         yield partial(encode_captions, tokenizer, text_encoder, max_length=base.transformer["max_text_seq_length"])
     finally:
-        text_encoder.to("meta")  # frees the memory whoever still refers to it
+        text_encoder.to("meta")  # frees the memory even if something still refers to T5
         torch.cuda.empty_cache()
 
 
@@ -124,7 +132,7 @@ def caption_encoder(base: BaseModel, dtype, device, precision: str = "bf16") -> 
 def encode_videos(vae: AutoencoderKLCogVideoX, frames: torch.Tensor) -> torch.Tensor:
     """Parameters of the latents' distribution [B, 2c, f, h, w], mean then log-variance, for uint8 [B, F, H, W, C].
 
-    Those of a clip depend on the size of its batch by rounding, and on the other clips in it not at all.
+    A clip's parameters do not depend on the other clips of the batch, and on their number only by rounding.
     """
     video = frames.to(vae.device).permute(0, 4, 1, 2, 3)  # [B, C, F, H, W]
     video = (video.float() / 127.5 - 1).to(vae.dtype)
@@ -153,35 +161,39 @@ def encode_captions(tokenizer, text_encoder: T5EncoderModel, captions: list[str]
 
 
 def cut_caption(tokenizer, caption: str, max_length: int) -> tuple[int, str]:
-    """How many tokens a caption has, and what of its text `encode_captions` cuts off."""
+    """Returns how many tokens a caption has, and the part of its text that `encode_captions` cuts off."""
     tokens = tokenizer(caption, verbose=False, return_offsets_mapping=True)
     num_tokens = len(tokens.input_ids)
     if num_tokens <= max_length:
         return num_tokens, ""
-    begin, _ = tokens.offset_mapping[max_length - 1]  # of the first that makes room for the end-of-text token
+    begin, _ = tokens.offset_mapping[max_length - 1]  # the last place is taken by the end-of-text token
     return num_tokens, caption[begin:].strip()
 
 
-# ---- what tells encoders apart ---------------------------------------------------------------------------------------
+# ---- fingerprints ----------------------------------------------------------------------------------------------------
 
 
 def vae_fingerprint(base: BaseModel, dtype: torch.dtype, tiling: bool) -> str:
-    """Tells apart VAEs, and uses of one, that encode differently; slicing does so by rounding alone."""
+    """Returns a hash that differs between VAEs, dtypes and tilings, which encode differently.
+
+    Slicing changes the encoding only by rounding, and is not part of it.
+    """
     return _fingerprint(base.folder / "vae", dtype=dtype, tiling=tiling)
 
 
 def text_fingerprint(base: BaseModel, dtype: torch.dtype, precision: str = "bf16") -> str:
-    """Tells apart text encoders, and uses of one, that encode differently; on another device it is the same."""
-    folder, settings = base.folder, {"dtype": dtype, "length": base.transformer["max_text_seq_length"]}
-    if precision != "bf16":  # which has the fingerprint that caches are filled with
+    """Returns a hash that differs between tokenizers, text encoders, dtypes and precisions; devices do not matter."""
+    settings = {"dtype": dtype, "length": base.transformer["max_text_seq_length"]}
+    if precision != "bf16":  # so that caches from before there was a choice stay valid
         settings["precision"] = precision
-    return _fingerprint(folder / "tokenizer") + _fingerprint(folder / "text_encoder", **settings)
+    return _fingerprint(base.folder / "tokenizer") + _fingerprint(base.folder / "text_encoder", **settings)
 
 
 def _fingerprint(folder: Path, **settings) -> str:
-    """A hash over the files of a model and the settings it runs with.
+    """Returns a hash of a model's files and the settings that it runs with.
 
-    Of a file over 16 MiB it reads 1,024 evenly spaced blocks of 4 KiB: T5 has 9.5 GB, and training moves all of it.
+    It reads only 1,024 evenly spaced blocks of 4 KiB of a file over 16 MiB: T5 has 9.5 GB, and training changes all
+    parts of a file.
     """
     digest = hashlib.sha256(repr(sorted(settings.items())).encode())
     for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin", ".model")):

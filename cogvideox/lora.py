@@ -1,4 +1,4 @@
-"""What of the transformer is trained, a LoRA or all of it, and how it becomes a file."""
+"""What is trained of the transformer, a LoRA or all of its weights, and how the result is exported."""
 
 import argparse
 import math
@@ -14,22 +14,22 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 
 from cogvideox import quantized
 from cogvideox.base_model import BaseModel, empty_transformer, load_transformer
-from cogvideox.lora_files import MUTATING, TRANSFORMER_FOLDER, check_start, find_lora_file, save_lora
+from cogvideox.lora_files import CHANGES_BASE, TRANSFORMER_FOLDER, check_start, load_lora, save_lora
 from files import at_least, expanded_path, publish_folder
 
 OPTIONS = ("rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora", "init_lora_weights", "base_precision")
 DEFAULT_RANK = 128
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
+# Writes the result from the trained weights into a folder, and returns its path.
 Export = Callable[[dict[str, torch.Tensor], Path], Path]
 
 
 class Lora(NamedTuple):
-    """The training script's options of these names."""
+    """The kind of LoRA: the training script's options of these names."""
 
     rank: int
     lora_alpha: float
@@ -41,8 +41,9 @@ class Lora(NamedTuple):
     base_precision: str = "bf16"
 
     @property
-    def mutates(self) -> bool:
-        return self.init_lora_weights.startswith(MUTATING)
+    def changes_base(self) -> bool:
+        """Whether its first values are taken out of the frozen weights."""
+        return self.init_lora_weights.startswith(CHANGES_BASE)
 
     def config(self) -> LoraConfig:
         return LoraConfig(
@@ -56,13 +57,14 @@ class Lora(NamedTuple):
         )
 
     def saved(self) -> dict:
-        """Rank, alpha and kind of the file that is exported, the same strength at twice the rank where that is needed.
+        """Returns what the exported file records: rank, alpha and kind, for the strength that was trained.
 
-        No more than that: an older peft refuses fields that it does not know, and diffusers 0.42.1 samples with
-        lora_dropout if it is told of one. The empty rank_pattern is there because diffusers 0.34 to 0.39 end with a
-        KeyError without it.
+        A LoRA that changed the base is exported at twice its rank (see `_against_the_base`).
+
+        Nothing else is recorded: an older peft refuses fields that it does not know, and diffusers 0.42.1 samples with
+        a lora_dropout that it reads. diffusers 0.34 to 0.39 end with a KeyError without the empty rank_pattern.
         """
-        scale = 2 if self.mutates else 1
+        scale = 2 if self.changes_base else 1
         alpha = self.lora_alpha * (math.sqrt(scale) if self.use_rslora else scale)
         settings = {"r": self.rank * scale, "lora_alpha": alpha, "target_modules": sorted(self.lora_target_modules)}
         settings["rank_pattern"] = {}
@@ -71,18 +73,21 @@ class Lora(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    lora = parser.add_argument_group("LoRA").add_argument
-    lora("--rank", type=at_least(1), help="rank of the LoRA matrices (default: 128)")
-    lora("--lora_alpha", type=float, help="strength is lora_alpha / rank (default: rank, strength 1)")
-    lora("--lora_target_modules", nargs="+", metavar="NAME", help="layers (default: to_q to_k to_v to_out.0)")
-    lora("--lora_path", type=expanded_path, metavar="PATH", help="LoRA to go on from: its file, or the folder with it")
-    lora("--lora_dropout", type=float, default=0.0, metavar="P", help="share of the LoRA's inputs to drop in training")
-    lora("--use_dora", action="store_true", help="DoRA: train each layer's row norms apart from their directions")
-    lora("--use_rslora", action="store_true", help="rsLoRA: strength is lora_alpha / sqrt(rank)")
+    lora, file = parser.add_argument_group("LoRA").add_argument, expanded_path
     inits = ["default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16"]
-    lora("--init_lora_weights", choices=inits, default="default", help="first values; pissa_niter_N is a quick pissa")
-    base = {"choices": quantized.PRECISIONS, "default": quantized.PRECISIONS[0]}
-    lora("--base_precision", **base, help="of the blocks' frozen weights; bf16: as computed; fewer bits: less memory")
+    bits = {"choices": quantized.PRECISIONS, "default": quantized.PRECISIONS[0]}
+    targets = "linear layers that get a LoRA (default: attention's to_q to_k to_v to_out.0)"
+    init = "how the first values are chosen; pissa_niter_N is a fast approximation of pissa"
+    frozen = "weights of the frozen blocks; bf16: unquantised, in the compute dtype; others take less memory"
+    lora("--rank", type=at_least(1), help="rank of the LoRA matrices (default: 128)")
+    lora("--lora_alpha", type=float, help="the LoRA's strength is lora_alpha / rank (default: rank, so strength 1)")
+    lora("--lora_target_modules", nargs="+", metavar="NAME", help=targets)
+    lora("--lora_path", type=file, metavar="PATH", help="LoRA to start from: its file, or the folder that holds it")
+    lora("--lora_dropout", type=float, default=0.0, metavar="P", help="share of the LoRA's inputs to drop in training")
+    lora("--use_dora", action="store_true", help="DoRA: train each layer's row norms separately from the directions")
+    lora("--use_rslora", action="store_true", help="rsLoRA: the LoRA's strength is lora_alpha / sqrt(rank)")
+    lora("--init_lora_weights", choices=inits, default="default", help=init)
+    lora("--base_precision", **bits, help=frozen)
 
 
 def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
@@ -95,9 +100,9 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
         refuse(f"--init_lora_weights {args.init_lora_weights}: --lora_path gives the first values; pass one of the two")
     if args.init_lora_weights == "orthogonal" and (args.rank or DEFAULT_RANK) % 2:
         refuse(f"--rank {args.rank}: must be even for --init_lora_weights orthogonal; pass {args.rank + 1}")
-    whole = "--use_dora" if args.use_dora else f"--init_lora_weights {args.init_lora_weights}"
-    if args.base_precision != "bf16" and (args.use_dora or args.init_lora_weights.startswith(MUTATING)):
-        refuse(f"--base_precision {args.base_precision}: {whole} begins with unquantised weights; pass one of the two")
+    needs_base = "--use_dora" if args.use_dora else f"--init_lora_weights {args.init_lora_weights}"
+    if args.base_precision != "bf16" and (args.use_dora or args.init_lora_weights.startswith(CHANGES_BASE)):
+        refuse(f"--base_precision {args.base_precision}: {needs_base} needs unquantised weights; pass one of the two")
     if args.lora_alpha is not None and not args.lora_alpha > 0:
         refuse(f"--lora_alpha {args.lora_alpha}: must be above 0")
     if not 0 <= args.lora_dropout < 1:
@@ -111,7 +116,6 @@ def lora_of(args: argparse.Namespace) -> Lora:
 
 
 def trained_parameters(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Those that are trained."""
     return [weight for weight in transformer.parameters() if weight.requires_grad]
 
 
@@ -119,11 +123,11 @@ def count_trained(transformer: torch.nn.Module) -> str:
     return f"{sum(weight.numel() for weight in trained_parameters(transformer)) / 1e6:.4g} million weights"
 
 
-# ---- LoRA ------------------------------------------------------------------------------------------------------------
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def check_lora(base: BaseModel, lora: Lora, start: Path | None) -> None:
-    """Refuses, from configs and headers alone, a target that is no linear layer and a file to start from that differs.
+    """Refuses targets that cannot have a LoRA and a file that training cannot start from; reads no weights.
 
     Raises:
         ValueError: with what to pass instead.
@@ -139,49 +143,67 @@ def check_lora(base: BaseModel, lora: Lora, start: Path | None) -> None:
         check_start(start, base, config, get_peft_model_state_dict(transformer))
 
 
+def _named_modules(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Returns the transformer's modules by name; those of its blocks, all alike, once, by their name in the block."""
+    return {
+        name.split(".", 2)[-1] if name.startswith("transformer_blocks.") else name: module
+        for name, module in transformer.named_modules()
+    }
+
+
+def is_target(name: str, target: str) -> bool:
+    """Whether PEFT takes the module of this name for a name in --lora_target_modules."""
+    return name == target or name.endswith(f".{target}")
+
+
 def _check_target(transformer: torch.nn.Module, lora: Lora, target: str) -> None:
-    """PEFT takes what ends in the words of a target, and skips what ends in none as long as another target fits."""
-    short = {name.split(".", 2)[-1] if name.startswith("transformer_blocks.") else name: module
-             for name, module in transformer.named_modules()}  # fmt: skip
-    meant = {name: module for name, module in short.items() if name == target or name.endswith(f".{target}")}
-    layers = {name: module for name, module in meant.items() if isinstance(module, torch.nn.Linear)}
+    # PEFT skips a target that is no module's name as long as it finds another one.
+    modules = _named_modules(transformer)
+    linear = {name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    targets = [name for name in modules if is_target(name, target)]
+    layers = [name for name in targets if name in linear]
     if not layers:
-        known = sorted(name for name, module in short.items() if isinstance(module, torch.nn.Linear))
         raise ValueError(
             f"--lora_target_modules {target}: the transformer has no such linear layer in all blocks, but "
-            f"{', '.join(known)}"
+            f"{', '.join(sorted(linear))}"
         )
-    if others := meant.keys() - layers.keys():
-        other = min(others)
+    if len(layers) < len(targets):
+        other = min(name for name in targets if name not in linear)
         raise ValueError(
-            f"--lora_target_modules {target}: is also {other}, a {type(meant[other]).__name__} and no linear layer; "
+            f"--lora_target_modules {target}: is also {other}, a {type(modules[other]).__name__} and no linear layer; "
             f"write more of the name: {' '.join(layers)}"
         )
-    most = min(min(layer.in_features, layer.out_features) for layer in layers.values())
-    if lora.mutates and lora.rank > most:
+    most = min(min(linear[name].in_features, linear[name].out_features) for name in layers)
+    if lora.changes_base and lora.rank > most:
         raise ValueError(
-            f"--rank {lora.rank}: {target} has no more than {most} directions for --init_lora_weights "
-            f"{lora.init_lora_weights} to begin with; pass at most that, or leave {target} out of the targets"
+            f"--rank {lora.rank}: {target} has only {most} directions for --init_lora_weights "
+            f"{lora.init_lora_weights} to start with; pass at most that, or leave {target} out of the targets"
         )
+
+
+# ---- a LoRA ----------------------------------------------------------------------------------------------------------
 
 
 def with_lora(
-    base: BaseModel, dtype: torch.dtype, lora: Lora, start: Path | None, device: torch.device | None = None
+    base: BaseModel, dtype: torch.dtype, lora: Lora, start: Path | None = None, device: torch.device | None = None
 ) -> tuple[CogVideoXTransformer3DModel, Export]:
-    """The transformer, frozen in `dtype`, with a LoRA in float32; and what writes the LoRA's file.
+    """Returns the transformer, frozen in `dtype`, with a LoRA in float32, and the function that writes the LoRA's file.
 
     Args:
-        device: where blocks are quantised, one layer after the other, so that it never holds more of them.
+        start: LoRA to start from, a file or the folder that holds it.
+        device: where blocks are quantised, layer by layer, so that it never holds more than one of them unquantised.
     """
-    # What is taken out of the weights must be just what the LoRA begins with, so that happens in float32.
-    transformer = load_transformer(base, torch.float32 if lora.mutates else dtype)
-    add_lora(transformer, lora, dtype, start, device)
-    first = get_peft_model_state_dict(transformer) if lora.mutates else {}
+    # What is taken out of the weights must be exactly what the LoRA starts with, so that happens in float32.
+    transformer = load_transformer(base, torch.float32 if lora.changes_base else dtype)
+    add_lora(transformer, lora, dtype, start=start, device=device)
+    first = get_peft_model_state_dict(transformer) if lora.changes_base else {}
     first = {name: weight.clone() for name, weight in first.items()}
 
     def export(state: dict, folder: Path) -> Path:
         weights = get_peft_model_state_dict(transformer, state_dict=state)
-        return save_lora(_against_the_base(weights, first) if lora.mutates else weights, lora.saved(), folder, base)
+        if lora.changes_base:
+            weights = _against_the_base(weights, first)
+        return save_lora(weights, lora.saved(), folder, base)
 
     return transformer, export
 
@@ -198,7 +220,7 @@ def add_lora(
     add_adapter makes them in the dtype of the base, and in bfloat16 most updates at 1e-5 would round away.
 
     Args:
-        start: LoRA to go on from, a file or the folder that holds it.
+        start: LoRA to start from, a file or the folder that holds it.
         device: where blocks are quantised and stay (default: where they are).
     """
     transformer.requires_grad_(False)
@@ -206,24 +228,21 @@ def add_lora(
         quantized.quantize_linears(transformer.transformer_blocks, lora.base_precision, device)
     transformer.add_adapter(lora.config())
     cast_training_params(transformer, dtype=torch.float32)
-    if not lora.use_dora:  # which wants float32 throughout
+    if not lora.use_dora:  # DoRA needs float32 throughout
         for layer in transformer.modules():
             if isinstance(layer, LoraLayer):
-                _compute_as_the_base_does(layer)
+                _compute_in_the_base_dtype(layer)
     for weight in transformer.parameters():
         if not weight.requires_grad:
             weight.data = weight.data.to(dtype)
     if start:
-        weights = {
-            name.removeprefix("transformer."): weight for name, weight in load_file(find_lora_file(start)).items()
-        }
-        set_peft_model_state_dict(transformer, weights)
+        set_peft_model_state_dict(transformer, load_lora(start))
     elif lora.use_dora:
         _measure_magnitudes(transformer)
 
 
 class CastLinear(torch.nn.Linear):
-    """A weight kept in float32 and multiplied in the dtype of what comes in, as autocast does it."""
+    """A linear layer that keeps its weight in float32 and multiplies in its input's dtype, as under autocast."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.linear(input, self.weight.to(input.dtype))
@@ -232,26 +251,26 @@ class CastLinear(torch.nn.Linear):
 class FusedLora(LoraLinear):
     """x W^T + b + s (x A^T) B^T, where the last product is scaled and added by the kernel that computes it.
 
-    PEFT goes over the whole output three times more: to scale it, to add it, and to scale its gradient. Where nothing
-    is trained its own way is taken, so that samples are to the last bit those of whoever loads the LoRA.
+    PEFT passes over the whole output three more times: to scale it, to add it, and to scale its gradient. Without
+    gradients PEFT's own forward runs, so that samples are bit for bit those of whoever loads the LoRA.
     """
 
     def forward(self, x: torch.Tensor, *args, **options) -> torch.Tensor:
         if not torch.is_grad_enabled() or self.disable_adapters or self.merged:
             return super().forward(x, *args, **options)
-        assert not args and not options, "what CogVideoX gives a linear layer is its input alone"
+        assert not args and not options, "CogVideoX gives a linear layer nothing but its input"
         rows = x.flatten(0, -2)
         down = self.lora_A["default"](self.lora_dropout["default"](rows))
         up = self.lora_B["default"].weight.to(down.dtype)
-        # In place: nothing needs what the base gave. As rows from the start, for autograd copies what is a view.
+        # In place, for nothing else needs the base layer's output; rows from the start, for autograd copies views.
         result = self.base_layer(rows).addmm_(down, up.t(), alpha=self.scaling["default"])
         return result.unflatten(0, x.shape[:-1])
 
 
-def _compute_as_the_base_does(layer: LoraLinear) -> None:
-    """Without autocast, PEFT would cast the input to the LoRA's float32 and multiply in that, eight times as slow.
+def _compute_in_the_base_dtype(layer: LoraLinear) -> None:
+    """Lets a LoRA layer multiply in its input's dtype without autocast, under which LayerNorms run in float32.
 
-    Under autocast, on the other hand, LayerNorms run and are stored in float32.
+    PEFT itself would cast the input to the LoRA's float32 and multiply in that, eight times as slow.
     """
     layer.cast_input_dtype_enabled = False
     layer.__class__ = FusedLora
@@ -261,10 +280,10 @@ def _compute_as_the_base_does(layer: LoraLinear) -> None:
 
 @torch.no_grad()
 def _measure_magnitudes(transformer) -> None:
-    """Sets DoRA's magnitudes to the norms that they start from, in float32.
+    """Sets DoRA's magnitudes to the norms of the rows that they start from, in float32.
 
-    PEFT 0.21.2 leaves them as rounded to the dtype of the base, by which a bfloat16 transformer is another one before
-    it is trained at all: its rows are off by up to 0.4 %.
+    PEFT 0.21.2 rounds them to the dtype of the base. In bfloat16 that changes each row by up to 0.4 % before any
+    training.
     """
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
@@ -273,7 +292,7 @@ def _measure_magnitudes(transformer) -> None:
 
 
 def _against_the_base(weights: dict, first: dict) -> dict:
-    """A LoRA of twice the rank for the weights as published, from one whose first values were taken out of them.
+    """Returns a LoRA of twice the rank for the published weights, from one whose first values were taken out of them.
 
     W - s B0 A0 + s B A = W + s [B, -B0] [A; A0]: Meng et al. 2024 (arXiv:2404.02948), appendix C.
     """
@@ -290,7 +309,7 @@ def _against_the_base(weights: dict, first: dict) -> dict:
 
 
 def whole(base: BaseModel, dtype: torch.dtype) -> tuple[CogVideoXTransformer3DModel, Export]:
-    """The transformer with all of its weights trainable, in float32; and what writes them in `dtype`.
+    """Returns the transformer, all of its weights trainable in float32, and the function that writes them in `dtype`.
 
     bfloat16 keeps 8 bits: an update of less than 0.4 % of a weight would round away.
     """

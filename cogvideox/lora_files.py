@@ -1,4 +1,4 @@
-"""LoRA files: their names, headers and checks; and how ours are written."""
+"""LoRA files in diffusers' format: their names, headers and checks; how ours are read and written."""
 
 import json
 import math
@@ -8,21 +8,21 @@ from typing import NamedTuple
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from cogvideox.base_model import BaseModel
 from files import publish
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-TRANSFORMER_FOLDER = "transformer"
+TRANSFORMER_FOLDER = "transformer"  # beside it in a run directory where all weights are trained
+PREFIX = "transformer."  # of every name in the file and in its metadata
 
-# Values of init_lora_weights that take a part out of the frozen weights, for the LoRA to begin with.
-MUTATING = ("pissa", "olora")
-CHANGING = (*MUTATING, "corda", "loftq", "lora_ga")  # so do these of PEFT's, which diffusers cannot load
+# Beginnings of PEFT's init_lora_weights that take a part out of the frozen weights, for the LoRA to start with.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def find_lora_file(path: Path) -> Path:
-    """The file itself, or that of a run directory or checkpoint.
+    """Returns the file itself, or the file in a run directory or checkpoint.
 
     Raises:
         FileNotFoundError: there is none.
@@ -31,7 +31,7 @@ def find_lora_file(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"--lora_path {path}: no such file or folder; correct the path")
     if not file.is_file():
-        other = "holds a fine-tuned transformer, " * (path / TRANSFORMER_FOLDER).is_dir()
+        other = "holds a fine-tuned transformer, " if (path / TRANSFORMER_FOLDER).is_dir() else ""
         raise FileNotFoundError(
             f"--lora_path {path}: {other}no {LORA_FILE}; give a run directory or checkpoint of a LoRA, or its file"
         )
@@ -39,10 +39,10 @@ def find_lora_file(path: Path) -> Path:
 
 
 class LoraHeader(NamedTuple):
-    """What a LoRA file says of itself; its weights stay on disk."""
+    """What the header of a LoRA file says; the weights stay on disk."""
 
     file: Path
-    shapes: dict[str, list[int]]  # of each weight
+    shapes: dict[str, tuple[int, ...]]  # of each weight
     settings: dict  # LoraConfig's fields, as far as they are recorded
     trained_on: dict | None  # `BaseModel.identity`; None where it is not recorded
     base_model: str | None
@@ -51,27 +51,42 @@ class LoraHeader(NamedTuple):
     def rank(self) -> int | None:
         return next((shape[0] for name, shape in self.shapes.items() if name.endswith("lora_A.weight")), None)
 
+    @property
+    def is_dora(self) -> bool:
+        return any(name.endswith(".lora_magnitude_vector") for name in self.shapes)
 
-def read_header(file: Path) -> LoraHeader:
+    @property
+    def changes_base(self) -> bool:
+        """Whether the LoRA belongs to base weights that its first values were taken out of."""
+        return str(self.settings.get("init_lora_weights")).startswith(CHANGES_BASE)
+
+
+def read_header(file: Path, option: str = "--lora_path") -> LoraHeader:
     """Reads names, shapes and metadata of a .safetensors file.
 
+    Args:
+        option: that named the file, for the message.
+
     Raises:
-        ValueError: it is not such a file.
+        ValueError: it is not a .safetensors file.
     """
     try:
         with safe_open(file, framework="pt") as weights:
-            shapes = {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
             metadata = weights.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"--lora_path {file}: cannot be read as .safetensors ({error}); copy it again") from error
+        raise ValueError(f"{option} {file}: cannot be read as .safetensors ({error}); copy it again") from error
     settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     return LoraHeader(
         file,
         shapes,
-        settings={name.removeprefix("transformer."): value for name, value in settings.items()},
+        settings={name.removeprefix(PREFIX): value for name, value in settings.items()},
         trained_on=json.loads(metadata.get("cogvideox_transformer", "null")),
         base_model=metadata.get("base_model"),
     )
+
+
+# ---- a file to start from --------------------------------------------------------------------------------------------
 
 
 def check_start(start: Path, base: BaseModel, config: LoraConfig, expected: dict[str, torch.Tensor]) -> None:
@@ -85,49 +100,59 @@ def check_start(start: Path, base: BaseModel, config: LoraConfig, expected: dict
         ValueError: it is of another base model, rank, strength or kind, or has other layers.
     """
     header = read_header(find_lora_file(start))
-    flag = f"--lora_path {header.file}"
+    found = f"--lora_path {header.file}"
     if header.trained_on not in (None, base.identity):
         raise ValueError(
-            f"{flag}: was trained on another kind of CogVideoX ({header.base_model}) than {base.name}; pass the one "
+            f"{found}: was trained on another kind of CogVideoX ({header.base_model}) than {base.name}; pass the one "
             "that it was trained on"
         )
     if header.rank is None:
-        raise ValueError(f"{flag}: holds no LoRA in diffusers' format, but {next(iter(header.shapes), 'nothing')}")
-    _check_settings(flag, header, config)
-    shapes = {f"transformer.{name}": list(weight.shape) for name, weight in expected.items()}
-    if wrong := _wrong_shapes(header.shapes, shapes):
-        raise ValueError(f"{flag}: {'; '.join(wrong[:4])}; pass what it was trained with")
+        raise ValueError(f"{found}: holds no LoRA in diffusers' format, but {next(iter(header.shapes), 'nothing')}")
+    _check_settings(found, header, config)
+    shapes = {f"{PREFIX}{name}": tuple(weight.shape) for name, weight in expected.items()}
+    if differences := _differences(header.shapes, shapes):
+        raise ValueError(f"{found}: {'; '.join(differences[:4])}; pass the options that it was trained with")
 
 
-def _check_settings(flag: str, header: LoraHeader, config: LoraConfig) -> None:
+def _check_settings(found: str, header: LoraHeader, config: LoraConfig) -> None:
     settings = header.settings
-    unknown = [name for name in ("rank_pattern", "alpha_pattern", "lora_bias") if settings.get(name)]
-    if str(settings.get("init_lora_weights")).startswith(CHANGING):
-        unknown.append("init_lora_weights")
-    if unknown:
+    unsupported = [name for name in ("rank_pattern", "alpha_pattern", "lora_bias") if settings.get(name)]
+    if header.changes_base:
+        unsupported.append("init_lora_weights")
+    if unsupported:
         raise ValueError(
-            f"{flag}: was made with {unknown[0]} {settings[unknown[0]]}, from which no run starts here; convert it "
-            "into a plain LoRA, or start without it"
+            f"{found}: was made with {unsupported[0]} {settings[unsupported[0]]}, which training cannot start from; "
+            "convert it into a plain LoRA, or start without it"
         )
     # diffusers applies a file that does not say its strength at 1.
-    found = {"r": header.rank, "lora_alpha": header.rank, "use_dora": False, "use_rslora": False} | settings
-    same = all(getattr(config, name) == found[name] for name in ("r", "use_dora", "use_rslora"))
-    if not (same and math.isclose(config.lora_alpha, found["lora_alpha"], rel_tol=1e-3)):
-        switches = "".join(f" --{name}" for name in ("use_dora", "use_rslora") if found[name])
+    trained = {"r": header.rank, "lora_alpha": header.rank, "use_dora": False, "use_rslora": False} | settings
+    same_kind = all(getattr(config, name) == trained[name] for name in ("r", "use_dora", "use_rslora"))
+    if not (same_kind and math.isclose(config.lora_alpha, trained["lora_alpha"], rel_tol=1e-3)):
+        switches = "".join(f" --{name}" for name in ("use_dora", "use_rslora") if trained[name])
         raise ValueError(
-            f"{flag}: of other options than those given (rank {config.r}, alpha {config.lora_alpha:g}); go on with "
-            f"--rank {found['r']} --lora_alpha {found['lora_alpha']:g}{switches}, and no others of them"
+            f"{found}: was trained with other options than those given (rank {config.r}, alpha {config.lora_alpha:g}); "
+            f"continue with --rank {trained['r']} --lora_alpha {trained['lora_alpha']:g}{switches}, and no others of "
+            "them"
         )
 
 
-def _wrong_shapes(found: dict, expected: dict) -> list[str]:
+def _differences(found: dict, expected: dict) -> list[str]:
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    wrong = [f"--lora_target_modules: it has no {missing[0]}"] if missing else []
-    wrong += [f"--lora_target_modules: it has {unknown[0]}"] if unknown else []
-    common = sorted(expected.keys() & found.keys())
-    return wrong + [
-        f"its {name} is {found[name]}, here {expected[name]}" for name in common if found[name] != expected[name]
+    differences = [f"--lora_target_modules: it has no {missing[0]}"] if missing else []
+    differences += [f"--lora_target_modules: it has {unknown[0]}"] if unknown else []
+    return differences + [
+        f"its {name} is {list(found[name])}, here {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name] != expected[name]
     ]
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def load_lora(path: Path) -> dict[str, torch.Tensor]:
+    """Returns the weights of a LoRA file, or of the folder that holds it, named as in the transformer."""
+    return {name.removeprefix(PREFIX): weight for name, weight in load_file(find_lora_file(path)).items()}
 
 
 def save_lora(weights: dict[str, torch.Tensor], settings: dict, folder: Path, base: BaseModel) -> Path:
@@ -140,11 +165,10 @@ def save_lora(weights: dict[str, torch.Tensor], settings: dict, folder: Path, ba
     """
     metadata = {
         "format": "pt",
-        "lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in settings.items()}),
+        "lora_adapter_metadata": json.dumps({f"{PREFIX}{name}": value for name, value in settings.items()}),
         "base_model": base.name,
         "cogvideox_transformer": json.dumps(base.identity),
     }
-    publish(
-        folder / LORA_FILE, save({f"transformer.{name}": weight.cpu() for name, weight in weights.items()}, metadata)
-    )
+    weights = {f"{PREFIX}{name}": weight.cpu() for name, weight in weights.items()}
+    publish(folder / LORA_FILE, save(weights, metadata))
     return folder / LORA_FILE

@@ -21,13 +21,13 @@ from cogvideox.base_model import BaseModel
 def training_loss(
     base: BaseModel, transformer, batch: dict, generator, dtype, encode=None, timesteps=None
 ) -> torch.Tensor:
-    """Velocity loss of a batch from the cache; all that is random in it comes from `generator`, on whose device it is.
+    """Velocity loss of a batch from the cache, computed on the generator's device; nothing else in it is random.
 
     Args:
         batch: "parameters" [B, 2c, f, h, w] of the latents' distribution, "prompt_embeds" [B, L, D]; for
             image-to-video also "image", uint8 [B, H, W, C].
         encode: from `image_encoder`.
-        timesteps: [B], where they are not to be drawn.
+        timesteps: [B]; drawn from `generator` if None.
     """
     device, config = generator.device, base.transformer
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -36,11 +36,17 @@ def training_loss(
     _, f, _, h, w = latents.shape
     rotary = rotary_embedding(base, f, h, w, device)
     return velocity_loss(
-        transformer, base.scheduler, latents, batch["prompt_embeds"], rotary, generator, dtype,
+        transformer,
+        base.scheduler,
+        latents,
+        batch["prompt_embeds"],
+        rotary=rotary,
+        generator=generator,
+        dtype=dtype,
         image_latents=condition_on_images(base, encode, batch["image"], f, generator) if encode else None,
         ofs=torch.full((1,), 2.0, dtype=dtype, device=device) if config["ofs_embed_dim"] else None,
         timesteps=timesteps,
-    )  # fmt: skip
+    )
 
 
 def velocity_loss(
@@ -64,10 +70,10 @@ def velocity_loss(
         prompt_embeds: [B, L, D].
         rotary: tables from `rotary_embedding`, or None.
         generator: on the latents' device.
-        dtype: that the transformer computes in.
+        dtype: compute dtype of the transformer.
         image_latents: from `condition_on_images`, [B, f, c, h, w], or None.
-        ofs: CogVideoX 1.5's further conditioning number, [1], or None.
-        timesteps: [B], where they are not to be drawn.
+        ofs: further conditioning of CogVideoX 1.5 image-to-video, [1], or None.
+        timesteps: [B]; drawn from `generator` if None.
     """
     noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
     if timesteps is None:
@@ -89,7 +95,7 @@ def velocity_loss(
 
 
 def generator_for(device: torch.device, *numbers: int) -> torch.Generator:
-    """A generator of its own for every tuple of numbers, so that nothing depends on what was drawn before."""
+    """Returns a generator seeded with the numbers, so that nothing depends on what was drawn before."""
     digest = hashlib.sha256(repr(numbers).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big"))
 
@@ -98,7 +104,7 @@ def generator_for(device: torch.device, *numbers: int) -> torch.Generator:
 
 
 def sample_latents(parameters: torch.Tensor, scaling_factor: float, generator: torch.Generator) -> torch.Tensor:
-    """Latents [B, f, c, h, w] as the transformer wants them, float32, from parameters [B, 2c, f, h, w]."""
+    """Draws latents [B, f, c, h, w] for the transformer, float32, from parameters [B, 2c, f, h, w]."""
     latents = DiagonalGaussianDistribution(parameters.float()).sample(generator)  # [B, c, f, h, w]
     return latents.transpose(1, 2) * scaling_factor
 
@@ -110,38 +116,47 @@ def pad_latent_frames(latents: torch.Tensor, patch_size_t: int | None) -> torch.
 
 
 def rotary_embedding(base: BaseModel, num_latent_frames: int, latent_height: int, latent_width: int, device):
-    """Cosine and sine tables [f' * h/2 * w/2, head size], float32; None for a checkpoint with sin-cos positions.
+    """Cosine and sine tables [f' * h/2 * w/2, head size], float32; None for a base model with sin-cos positions.
 
-    CogVideoX 1.0 stretches the grid to the size it was trained at; 1.5 cuts it from the largest grid ("slice").
+    CogVideoX 1.0 stretches the grid to the size that it was trained at; 1.5 cuts it from the largest grid ("slice").
     """
     config = base.transformer
     if not config["use_rotary_positional_embeddings"]:
         return None
     patch, patch_t = config["patch_size"], config["patch_size_t"]
     grid = (latent_height // patch, latent_width // patch)
-    base = (config["sample_height"] // patch, config["sample_width"] // patch)
-    return _rotary_tables(config["attention_head_dim"], num_latent_frames, grid, base, patch_t, device)
+    base_grid = (config["sample_height"] // patch, config["sample_width"] // patch)
+    return _rotary_tables(
+        config["attention_head_dim"],
+        num_latent_frames=num_latent_frames,
+        grid=grid,
+        base_grid=base_grid,
+        patch_t=patch_t,
+        device=device,
+    )
 
 
-@lru_cache(maxsize=32)  # of every shape of a batch once, not in every step
-def _rotary_tables(head_size: int, num_latent_frames: int, grid: tuple, base: tuple, patch_t: int | None, device):
+@lru_cache(maxsize=32)  # once for each shape of a batch, not in every step
+def _rotary_tables(
+    head_size: int, *, num_latent_frames: int, grid: tuple, base_grid: tuple, patch_t: int | None, device
+):
     if patch_t is None:
-        place = {"crops_coords": get_resize_crop_region_for_grid(grid, base[1], base[0])}
+        crop = {"crops_coords": get_resize_crop_region_for_grid(grid, base_grid[1], base_grid[0])}
         temporal_size = num_latent_frames
     else:
-        place = {"crops_coords": None, "grid_type": "slice", "max_size": base}
+        crop = {"crops_coords": None, "grid_type": "slice", "max_size": base_grid}
         temporal_size = -(-num_latent_frames // patch_t)
-    return get_3d_rotary_pos_embed(head_size, grid_size=grid, temporal_size=temporal_size, device=device, **place)
+    return get_3d_rotary_pos_embed(head_size, grid_size=grid, temporal_size=temporal_size, device=device, **crop)
 
 
 # ---- image conditioning ----------------------------------------------------------------------------------------------
 
 
 def condition_on_images(base, encode: Callable, images, num_latent_frames: int, generator) -> torch.Tensor:
-    """Latents [B, f, c, h, w] of the images in the first of f frames, zeros in the others; float32.
+    """Latents [B, f, c, h, w] with the images in the first of f frames and zeros in the others; float32.
 
-    Noise is added before the encoding, and the VAE is not linear, so that no cached encoding could stand for it: one
-    image is encoded per clip and step. One in twenty is dropped whole, so that the model does not lean on it alone.
+    Noise is added before the encoding and the VAE is not linear, so that a cached encoding cannot be used: one image
+    is encoded per clip and step. One image in twenty is dropped whole, so that the model does not rely only on it.
 
     Args:
         encode: from `image_encoder`.
@@ -157,9 +172,9 @@ def condition_on_images(base, encode: Callable, images, num_latent_frames: int, 
 
 
 def noisy_images(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Images [B, H, W, C] in [-1, 1] plus noise, its scale exp(N(-3, 0.5)) drawn for each, as in pre-training.
+    """Adds noise to images [B, H, W, C] in [-1, 1], its scale exp(N(-3, 0.5)) drawn for each, as in pre-training.
 
-    Blattmann et al. 2023 (arXiv:2311.15127) for Stable Video Diffusion, which CogVideoX follows.
+    From Stable Video Diffusion (Blattmann et al. 2023, arXiv:2311.15127), which CogVideoX follows.
     """
     device = images.device
     scale = torch.exp(torch.randn(len(images), 1, 1, 1, generator=generator, device=device) * 0.5 - 3.0)

@@ -1,6 +1,6 @@
-"""Holds frozen weights in fewer bits: linear layers that dequantise their weight each time they use it.
+"""Quantised frozen weights: linear layers that keep fewer bits and dequantise their weight whenever they use it.
 
-O and I: output and input features of a layer.
+Shapes: O output and I input features of a layer.
 """
 
 from collections.abc import Sequence
@@ -10,27 +10,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PRECISIONS = ("bf16", "fp8", "int8", "nf4")  # the first one: not quantised, in the dtype that is computed in
-# Of the formats with a scale per output row: how the weights are kept, and the largest number that is used of it.
+PRECISIONS = ("bf16", "fp8", "int8", "nf4")  # bf16: not quantised, in the compute dtype
+# Formats with a scale per output row: the dtype of the weights, and the largest of its values that is used.
 ROWS = {"fp8": (torch.float8_e4m3fn, 448.0), "int8": (torch.int8, 127.0)}
 NF4_BLOCK, NF4_SCALES_BLOCK = 64, 256  # weights per scale, and scales per scale of these: QLoRA's, section 3
 
 
 def check_packages(precision: str, option: str) -> None:
-    """Looks for what a precision needs beside PyTorch.
+    """Refuses a precision whose package is not installed.
 
     Raises:
-        ValueError: this precision needs a package that is not there.
+        ValueError: with the command that installs it.
     """
     if precision == "nf4" and not find_spec("bitsandbytes"):
         raise ValueError(f"{option} nf4: needs bitsandbytes; pip install bitsandbytes, or take int8 or fp8")
 
 
 def quantize_linears(module: torch.nn.Module, precision: str, device: torch.device | str | None = None) -> None:
-    """Puts a `QuantizedLinear` in place of each linear layer within `module`, one after the other.
+    """Replaces each linear layer within `module` by a `QuantizedLinear`, one by one.
 
     Args:
-        device: where they are quantised and stay (default: where they are). No more than one layer comes there whole.
+        device: where they are quantised and stay (default: where they are). It holds at most one layer unquantised.
     """
     for parent in list(module.modules()):
         for name, child in parent.named_children():
@@ -42,14 +42,14 @@ class QuantizedLinear(torch.nn.Linear):
     """A frozen linear layer that keeps its weight in 8 or 4 bits, and computes in the dtype that the weight had.
 
     The quantised weight and its scales are buffers, so they move with the module and nothing trains or broadcasts them;
-    they are not part of its state, because a checkpoint holds what is trained alone.
+    they are not in its state dict, because a checkpoint holds only what is trained.
     """
 
     def __init__(self, linear: torch.nn.Linear, precision: str):
-        super(torch.nn.Linear, self).__init__()  # torch.nn.Linear would make a weight
+        super(torch.nn.Linear, self).__init__()  # torch.nn.Linear's own would allocate a weight
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         self.precision = precision
-        self.compute_dtype = linear.weight.dtype  # PEFT, too, reads it
+        self.compute_dtype = linear.weight.dtype  # PEFT reads it, too
         stored = quantize(linear.weight.detach(), precision)
         self.stored = tuple(stored)
         for name, tensor in stored.items():
@@ -59,23 +59,26 @@ class QuantizedLinear(torch.nn.Linear):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.compute_dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        x, shape, stored = x.to(dtype), (self.out_features, self.in_features), [getattr(self, n) for n in self.stored]
+        x, shape, stored = x.to(dtype), (self.out_features, self.in_features), self._stored_tensors()
         if x.requires_grad and torch.is_grad_enabled():
             return _FrozenLinear.apply(x, bias, self.precision, shape, *stored)
-        # Not by the Function: where nothing needs a gradient, torch.compile of 2.13 miscounts its *arguments.
+        # Without the Function: where nothing needs a gradient, torch.compile of 2.13 miscounts its *arguments.
         return F.linear(x, dequantize(self.precision, shape, dtype, *stored), bias)
 
+    def _stored_tensors(self) -> list[torch.Tensor]:
+        return [getattr(self, name) for name in self.stored]
+
     def dequantized(self) -> torch.Tensor:
-        """The weight that it computes with, [O, I]."""
-        stored = [getattr(self, name) for name in self.stored]
-        return dequantize(self.precision, (self.out_features, self.in_features), self.compute_dtype, *stored)
+        """Returns the weight that it computes with, [O, I]."""
+        shape = (self.out_features, self.in_features)
+        return dequantize(self.precision, shape, self.compute_dtype, *self._stored_tensors())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, precision={self.precision}"
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """x W^T + b for a weight that needs no gradient: the backward pass dequantises it again instead of keeping it."""
+    """x W^T + b for a frozen weight, which the backward pass dequantises again instead of keeping it."""
 
     @staticmethod
     def forward(ctx, x, bias, precision, shape, *stored):
@@ -85,16 +88,16 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        stored = ctx.saved_tensors  # read once: recomputation gives them out no more often
+        stored = ctx.saved_tensors  # under recomputation they can be read only once
         x_gradient = _input_gradient(gradient, ctx.precision, ctx.shape, stored)
         return x_gradient, None, None, None, *(None for _ in stored)
 
 
 @torch.library.custom_op("cogvideox_lora::input_gradient", mutates_args=())
 def _input_gradient(gradient: Tensor, precision: str, shape: Sequence[int], stored: Sequence[Tensor]) -> Tensor:
-    """That of x, from that of the output: an operator that torch.compile does not look into.
+    """Gradient of the input from the gradient of the output, as an operator that torch.compile does not trace into.
 
-    It would find the forward pass's dequantised weight in it, and keep that.
+    Otherwise it would reuse the forward pass's dequantised weight, and keep that in memory until then.
     """
     return gradient @ dequantize(precision, shape, gradient.dtype, *stored)
 
@@ -109,12 +112,12 @@ def _(gradient, precision, shape, stored):
 
 @torch.no_grad()
 def quantize(weight: torch.Tensor, precision: str) -> dict[str, torch.Tensor]:
-    """What is kept of a weight [O, I], by name; the first, "weight", is what holds its values."""
+    """Returns the tensors that a weight [O, I] is kept as, by name; the first, "weight", holds its values."""
     return _quantize_nf4(weight) if precision == "nf4" else _quantize_rows(weight, *ROWS[precision])
 
 
 def dequantize(precision: str, shape: Sequence[int], dtype: torch.dtype, *stored: torch.Tensor) -> torch.Tensor:
-    """The weight [O, I] = `shape` in `dtype`, from what `quantize` gave; the one tensor of this size that is made."""
+    """Returns the weight, [O, I] = `shape`, from what `quantize` returned; allocates nothing else of its size."""
     if precision == "nf4":
         return _dequantize_nf4(shape, dtype, *stored)
     weight, scale = stored
@@ -122,13 +125,13 @@ def dequantize(precision: str, shape: Sequence[int], dtype: torch.dtype, *stored
 
 
 def _quantize_rows(weight: torch.Tensor, kept_as: torch.dtype, largest: float) -> dict[str, torch.Tensor]:
-    """Each row divided by a scale [O, 1], so that the largest of its numbers becomes `largest`.
+    """Divides each row by a scale, [O, 1], so that its largest element becomes `largest`.
 
-    The scale is rounded to the weight's dtype before it is used: what dequantises in that dtype then multiplies by the
-    very number that was divided by.
+    The scale is rounded to the weight's dtype before it is used, so that dequantising in that dtype multiplies by
+    exactly the divisor.
     """
     scale = weight.abs().amax(dim=1, keepdim=True).float() / largest
-    scale = scale.to(weight.dtype).clamp(min=torch.finfo(weight.dtype).tiny)  # of rows of zeros
+    scale = scale.to(weight.dtype).clamp(min=torch.finfo(weight.dtype).tiny)  # rows of zeros have no scale
     values = weight.float() / scale.float()
     if not kept_as.is_floating_point:
         values.round_()
@@ -136,10 +139,10 @@ def _quantize_rows(weight: torch.Tensor, kept_as: torch.dtype, largest: float) -
 
 
 def _quantize_nf4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Dettmers et al. 2023 (arXiv:2305.14314), by bitsandbytes: 4 bits a weight, and scales in 8 bits.
+    """Quantises to 4 bits with 8-bit scales by bitsandbytes (Dettmers et al. 2023, arXiv:2305.14314).
 
-    It gets a block per row: on a CPU, bitsandbytes 0.50.2 gives rows that are no whole blocks back with three times
-    the error of nf4. Layers of CogVideoX are a multiple of 64 times a multiple of 32 wide.
+    The weight is passed as one block per row: on a CPU, bitsandbytes 0.50.2 has three times the error of nf4 in rows
+    that are not whole blocks. Every weight of CogVideoX has a multiple of 64 x 32 elements.
     """
     from bitsandbytes.functional import quantize_4bit
 

@@ -1,19 +1,23 @@
-"""A video from the model in training."""
+"""Sampling: a video from models that are in memory, and the mp4 that it becomes."""
+
+import tempfile
+from pathlib import Path
 
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+from diffusers.utils import export_to_video
 from PIL import Image
 
 
 def sample_video(
     transformer, vae, scheduler, prompt_embeds, negative_prompt_embeds, *, image=None, generator, **options
 ) -> list:
-    """Frames (PIL images) of one video, sampled by diffusers' pipeline around the models that are already loaded.
+    """Returns the frames (PIL images) of one video, sampled by diffusers' pipeline with models that are loaded already.
 
     Args:
-        scheduler: the checkpoint's own; a copy is used, so that training's stays as it is.
+        scheduler: the base model's; a copy is used, so that training's stays as it is.
         prompt_embeds, negative_prompt_embeds: [L, D], in the transformer's dtype.
         image: the first frame, uint8 [H, W, C]; None for text-to-video.
-        options: of the pipeline's __call__: height, width, num_frames, guidance_scale, use_dynamic_cfg.
+        options: arguments of the pipeline's __call__: height, width, num_frames, guidance_scale, use_dynamic_cfg.
     """
     pipeline_class = CogVideoXPipeline if image is None else CogVideoXImageToVideoPipeline
     pipeline = pipeline_class(
@@ -32,3 +36,8 @@ def sample_video(
         generator=generator,
         **options,
     ).frames[0]
+
+
+def encode_mp4(frames: list, fps: int) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(export_to_video(frames, f"{folder}/video.mp4", fps=fps)).read_bytes()

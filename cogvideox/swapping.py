@@ -1,11 +1,11 @@
-"""Keeps frozen blocks in main memory, and brings each to the GPU before it computes.
+"""Keeps frozen blocks in CPU memory, and copies each to the GPU before it computes.
 
-Two places on the GPU hold one block each: while the block in one of them computes, the next one is copied into the
-other, on a stream of its own. A forward pass asks for the blocks in ascending order; the backward pass recomputes them
-in descending order. So what is asked for after block i is i + 1 where i came after a lower one, and i - 1 elsewhere;
-where nothing is trained it is always i + 1, and after the last one the first.
+Two slots of GPU memory hold one block each: while the block in one slot computes, the next block is copied into the
+other, on a stream of its own. A forward pass runs the blocks in ascending order; the backward pass recomputes them in
+descending order. So block i is followed by i + 1 if a lower block came before it, and by i - 1 otherwise; without
+gradients it is always followed by i + 1, and the last block by the first.
 
-No weight may be needed after its block was left: blocks have to be recomputed on the way back.
+No weight may be needed after its block has run: blocks have to be recomputed in the backward pass.
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from typing import NamedTuple
 
 import torch
 
-ALIGNMENT = 256  # bytes, at which the GPU's kernels like tensors to begin
+ALIGNMENT = 256  # bytes; tensors start at multiples of it, as GPU kernels prefer
 
 
 def chosen(num_blocks: int, count: int) -> list[int]:
-    """`count` of `num_blocks` block numbers, evenly spread: what lies between two of them is time to copy in."""
+    """Returns `count` of `num_blocks` block numbers, evenly spread: the blocks between two give time for the copy."""
     return [i for i in range(num_blocks) if i * count // num_blocks < (i + 1) * count // num_blocks]
 
 
 def swap(blocks: Sequence[torch.nn.Module], count: int, device: torch.device) -> "Swapper":
-    """Moves what is frozen in `count` of the blocks out to main memory, and lets them fetch it when they are called."""
+    """Moves the frozen tensors of `count` blocks to CPU memory; each block fetches its own when it is called."""
     swapper = Swapper([blocks[i] for i in chosen(len(blocks), count)], device)
     for index, block in enumerate(swapper.modules):
         block.register_forward_pre_hook(lambda module, args, index=index: swapper.bring(index))
@@ -30,62 +30,67 @@ def swap(blocks: Sequence[torch.nn.Module], count: int, device: torch.device) ->
 
 
 class Part(NamedTuple):
-    """A frozen tensor of a block, and where it lies among its bytes."""
+    """A frozen tensor of a block, and its place among the block's bytes."""
 
     tensor: torch.Tensor
-    offset: int
+    offset: int  # bytes
     dtype: torch.dtype
     shape: torch.Size
 
-    def of(self, memory: torch.Tensor) -> torch.Tensor:
-        """The tensor's values in `memory`, which holds the bytes of its block."""
+    def view_in(self, memory: torch.Tensor) -> torch.Tensor:
+        """Returns the tensor's values in `memory`, which holds the bytes of its block."""
         end = self.offset + self.shape.numel() * self.dtype.itemsize
         return memory[self.offset : end].view(self.dtype).view(self.shape)
 
 
+def layout(block: torch.nn.Module) -> tuple[list[Part], int]:
+    """Returns the frozen tensors of a block, one after the other, and how many bytes they take together."""
+    parts, size = [], 0
+    for tensor in [weight for weight in block.parameters() if not weight.requires_grad] + list(block.buffers()):
+        parts.append(Part(tensor, size, tensor.dtype, tensor.shape))
+        size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+    return parts, size
+
+
 class Swapper:
-    """The blocks that are swapped, of which two at a time are on the device."""
+    """The swapped blocks, at most two of them on the device."""
 
     def __init__(self, modules: list[torch.nn.Module], device: torch.device):
         self.modules, self.device = modules, device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.parts, self.main_memory = zip(*(self._moved_out(module) for module in modules))
-        size = max(memory.numel() for memory in self.main_memory)
-        self.places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(2, len(modules)))]
-        for place in self.places if self.stream else ():
-            place.record_stream(self.stream)  # so that nothing else gets their memory while a copy is under way
-        self.held: list[int | None] = [None, None]  # the block in each place
-        self.copied: list[torch.cuda.Event | None] = [None, None]  # when it is there
+        self.parts, self.cpu_memory = zip(*(self._move_out(module) for module in modules))
+        size = max(memory.numel() for memory in self.cpu_memory)
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(2, len(modules)))]
+        for slot in self.slots if self.stream else ():
+            slot.record_stream(self.stream)  # so that the memory is not reused while a copy is under way
+        self.held: list[int | None] = [None, None]  # the block in each slot
+        self.copied: list[torch.cuda.Event | None] = [None, None]  # the end of its copy
         self.last = -1
 
-    def _moved_out(self, module: torch.nn.Module) -> tuple[list[Part], torch.Tensor]:
-        frozen = [weight for weight in module.parameters() if not weight.requires_grad] + list(module.buffers())
-        parts, size = [], 0
-        for tensor in frozen:
-            parts.append(Part(tensor, size, tensor.dtype, tensor.shape))
-            size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-        memory = self._main_memory(size)
+    def _move_out(self, module: torch.nn.Module) -> tuple[list[Part], torch.Tensor]:
+        parts, size = layout(module)
+        memory = self._allocate(size)
         for part in parts:
-            part.of(memory).copy_(part.tensor.data)
+            part.view_in(memory).copy_(part.tensor.data)
             self._empty(part)
         return parts, memory
 
-    def _main_memory(self, size: int) -> torch.Tensor:
-        """So many bytes that a GPU can copy from while it computes."""
+    def _allocate(self, size: int) -> torch.Tensor:
+        """Returns `size` bytes of CPU memory that a GPU can copy from while it computes."""
         try:
             return torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)
         except RuntimeError as error:
             raise ValueError(
-                f"--blocks_to_swap {len(self.modules)}: no main memory to pin for all of these blocks "
-                f"({str(error).splitlines()[0]}); pass fewer, raise `ulimit -l`, or take a machine with more"
+                f"--blocks_to_swap {len(self.modules)}: no CPU memory to pin for all of these blocks "
+                f"({str(error).splitlines()[0]}); pass fewer, raise `ulimit -l`, or use a machine with more memory"
             ) from error
 
     def _empty(self, part: Part) -> None:
-        """On the device all the same, which accelerate and DDP look at."""
+        # On the device nevertheless: accelerate and DDP look at that.
         part.tensor.data = torch.empty(0, dtype=part.dtype, device=self.device)
 
     def bring(self, index: int) -> None:
-        """Block `index` is about to compute: it is there when this returns, and the one after it on its way."""
+        """Makes block `index` ready to compute, and starts to copy the block that follows it."""
         following = index + 1 if index > self.last or index == 0 else index - 1
         if not torch.is_grad_enabled():
             following = (index + 1) % len(self.modules)
@@ -96,30 +101,30 @@ class Swapper:
             self._fetch(following, spared=index)
 
     def _fetch(self, index: int, spared: int) -> None:
-        """Begins to copy a block in, in place of the one that is not `spared`, unless it is there."""
+        """Starts to copy a block into the slot that does not hold block `spared`, unless it is in a slot already."""
         if index in self.held:
             return
-        place = 1 if self.held[0] == spared else 0
-        if self.held[place] is not None:
-            for part in self.parts[self.held[place]]:
+        slot = 1 if self.held[0] == spared else 0
+        if self.held[slot] is not None:
+            for part in self.parts[self.held[slot]]:
                 self._empty(part)
-        self.held[place] = index
-        self._copy(place, index)
+        self.held[slot] = index
+        self._copy(slot, index)
         for part in self.parts[index]:
-            part.tensor.data = part.of(self.places[place])
+            part.tensor.data = part.view_in(self.slots[slot])
 
-    def _copy(self, place: int, index: int) -> None:
-        memory = self.main_memory[index]
-        target = self.places[place][: memory.numel()]
+    def _copy(self, slot: int, index: int) -> None:
+        memory = self.cpu_memory[index]
+        target = self.slots[slot][: memory.numel()]
         if self.stream is None:
             target.copy_(memory)
             return
-        # Everything that computes with the block before has been launched: its kernels are on the stream that computes.
+        # All kernels that read the slot's former block are on the compute stream by now.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             target.copy_(memory, non_blocking=True)
-            self.copied[place] = self.stream.record_event()
+            self.copied[slot] = self.stream.record_event()
 
-    def _wait(self, place: int) -> None:
+    def _wait(self, slot: int) -> None:
         if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.copied[place])
+            torch.cuda.current_stream(self.device).wait_event(self.copied[slot])

@@ -1,10 +1,10 @@
-"""The result on the hub: a repository, a card that says how to use it, the upload."""
+"""The result on the hub: its repository, the model card that says how to use it, the upload."""
 
 from pathlib import Path
 
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 
-from cogvideox.base_model import BaseModel
+from cogvideox.base_model import BaseModel, published_as
 from cogvideox.lora import Lora
 from cogvideox.lora_files import LORA_FILE, TRANSFORMER_FOLDER
 from files import publish
@@ -37,10 +37,6 @@ GALLERY = """
 
 {links}
 """
-# As their pages on the hub say; the organisation has been renamed, and the hub knows both names.
-PUBLISHERS = ("THUDM", "zai-org")
-APACHE = ("CogVideoX-2b",)
-COGVIDEOX_LICENSE = ("CogVideoX-5b", "CogVideoX-5b-I2V", "CogVideoX1.5-5B", "CogVideoX1.5-5B-I2V")
 LOAD_LORA = """pipe = {pipeline}.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights("{repo}")  # at the strength it was trained at"""
 LOAD_TRANSFORMER = """transformer = CogVideoXTransformer3DModel.from_pretrained(
@@ -50,13 +46,17 @@ pipe = {pipeline}.from_pretrained("{base}", transformer=transformer, torch_dtype
 
 
 def create_hub_repo(name: str, token: str | None) -> str:
-    """The full name of the repository, made at the start so that a wrong token is found before training."""
+    """Creates the repository, before training so that a wrong token is found then, and returns its full name.
+
+    Raises:
+        ValueError: it cannot be created.
+    """
     try:
         return create_repo(name, token=token, exist_ok=True).repo_id
-    except Exception as error:  # without a network it is one of the HTTP library below, which changes with versions
+    except Exception as error:  # the HTTP library's errors pass through, and which one it is depends on the version
         raise ValueError(
             f"--push_to_hub: cannot create {name} ({str(error).strip().splitlines()[0]}); log in with `hf auth login`, "
-            "or pass --hub_token, or leave --push_to_hub away"
+            "or pass --hub_token, or leave --push_to_hub out"
         ) from error
 
 
@@ -65,25 +65,23 @@ def _is_local(base_model: BaseModel) -> bool:
 
 
 def licence(base_model: BaseModel) -> dict:
-    """What a card's header says of the base model's licence: nothing unless it is one of those published."""
-    if _is_local(base_model):
+    """Returns the entries on the licence in a card's header: none unless the base model is a published one."""
+    published = None if _is_local(base_model) else published_as(base_model.name)
+    if not published:
         return {}
-    publisher, _, name = base_model.name.partition("/")
-    if publisher in PUBLISHERS and name in APACHE:
-        return {"license": "apache-2.0"}
-    if publisher in PUBLISHERS and name in COGVIDEOX_LICENSE:
-        link = f"https://huggingface.co/{base_model.name}/blob/main/LICENSE"
-        return {"license": "other", "license_name": "cogvideox-license", "license_link": link}
-    return {}
+    if published.licence == "apache-2.0":
+        return {"license": published.licence}
+    link = f"https://huggingface.co/{base_model.name}/blob/main/LICENSE"
+    return {"license": "other", "license_name": published.licence, "license_link": link}
 
 
 def last_validation(output_dir: Path) -> dict[str, str]:
-    """Path of each video of the last validation, relative to the run directory, and its prompt."""
+    """Returns path, relative to the run directory, and prompt of each video of the last validation."""
     validations = read_validation_videos(output_dir)
     if not validations:
         return {}
     folder = validations[-1].folder.relative_to(output_dir)
-    # In one line: a line of three dashes would end the card's header.
+    # Prompts become one line: a line of three dashes would end the card's header.
     return {f"{folder}/{name}": " ".join(prompt.split()) for name, prompt in sorted(validations[-1].prompts.items())}
 
 
@@ -91,8 +89,8 @@ def _header(base_model: BaseModel, options: dict, videos: dict[str, str]) -> str
     is_lora = options["training_type"] == "lora"
     data = {
         "library_name": "diffusers",
-        "pipeline_tag": "image-to-video" if base_model.takes_image else "text-to-video",
-        "tags": ["cogvideox", *["lora"] * is_lora],
+        "pipeline_tag": base_model.published.task,
+        "tags": ["cogvideox", "lora"] if is_lora else ["cogvideox"],
     }
     # The hub refuses a card whose base_model is not one of its own names.
     if not _is_local(base_model):
@@ -108,7 +106,7 @@ def _header(base_model: BaseModel, options: dict, videos: dict[str, str]) -> str
 def _licence_text(base_model: BaseModel) -> str:
     known = licence(base_model)
     if not known:
-        return "That of the base model applies; the training script does not know it."
+        return "The licence of the base model applies; the training script does not know it."
     name = "Apache-2.0" if known["license"] == "apache-2.0" else f"the [CogVideoX License]({known['license_link']})"
     return f"The base model is published under {name}, which applies to this, too."
 
@@ -119,22 +117,24 @@ def _example_prompt(options: dict) -> str:
 
 
 def model_card(repo: str, base_model: BaseModel, options: dict, videos: dict[str, str]) -> str:
-    """What stands on the repository's page.
+    """Returns the text of the repository's page.
 
     Args:
         options: of the training script.
-        videos: path in the repository and prompt.
+        videos: prompt of each video, by its path in the repository.
     """
     is_lora, takes_image = options["training_type"] == "lora", base_model.takes_image
     base = Path(base_model.name).name if _is_local(base_model) else base_model.name
     pipeline = "CogVideoXImageToVideoPipeline" if takes_image else "CogVideoXPipeline"
-    saved = Lora(**{name: options[name] for name in Lora._fields}).saved()
-    lora, sft = f"A LoRA for {base}, rank {saved['r']}, alpha {saved['lora_alpha']:g}.", f"All weights of {base}."
+    about = f"All weights of {base}."
+    if is_lora:
+        saved = Lora(**{name: options[name] for name in Lora._fields}).saved()
+        about = f"A LoRA for {base}, rank {saved['r']}, alpha {saved['lora_alpha']:g}."
     links = "\n".join(f"- [{Path(path).name}]({path}): {prompt}" for path, prompt in videos.items())
     return CARD.format(
         header=_header(base_model, options, videos),
         what="a LoRA" if is_lora else "fine-tuned",
-        about=lora if is_lora else sft,
+        about=about,
         imports=pipeline if is_lora else f"{pipeline}, CogVideoXTransformer3DModel",
         image_import=", load_image" if takes_image else "",
         load=(LOAD_LORA if is_lora else LOAD_TRANSFORMER).format(pipeline=pipeline, base=base, repo=repo),
@@ -147,7 +147,7 @@ def model_card(repo: str, base_model: BaseModel, options: dict, videos: dict[str
 
 
 def push_to_hub(repo: str, output_dir: Path, base_model: BaseModel, options: dict, token: str | None) -> None:
-    """Uploads the result, a card, the validation videos and the report; not the checkpoints."""
+    """Uploads the result, its card, the validation videos and the report; not the checkpoints."""
     card = model_card(repo, base_model, options, last_validation(output_dir))
     publish(output_dir / "README.md", card.encode())
     result = [LORA_FILE, f"{TRANSFORMER_FOLDER}/**"]

@@ -3,7 +3,6 @@
 import argparse
 import io
 import itertools
-import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import NamedTuple
 
 import imageio.v3 as iio
 import torch
-from diffusers.utils import export_to_video
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -20,7 +18,7 @@ from clips.frames import read_image
 from clips.order import Ranks
 from cogvideox.base_model import BaseModel
 from cogvideox.objective import generator_for, training_loss
-from cogvideox.sampling import sample_video
+from cogvideox.sampling import encode_mp4, sample_video
 from dataset import Data, load_prompt_embeds
 from files import at_least
 from run.run_directory import write_validation_videos
@@ -166,11 +164,6 @@ def validate(
     if accelerator.is_main_process:
         folder = write_validation_videos(output_dir, step, videos)
         log_videos(accelerator, folder, videos, step)
-
-
-def encode_mp4(frames: list, fps: int) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        return Path(export_to_video(frames, f"{folder}/video.mp4", fps=fps)).read_bytes()
 
 
 def log_videos(accelerator, folder: Path, videos: list[Video], step: int) -> None:

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
 import cli_demo
+from cogvideox.sampling import encode_mp4
 
 RECORDED = (
     "num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size_t",
@@ -71,7 +72,7 @@ def read_video(path):
 
 def load(*options):
     args = parse(*options)
-    return cli_demo.load_pipeline(cli_demo.make_plan(args), args)
+    return cli_demo.load_pipeline(cli_demo.make_request(args), args)
 
 
 def edit_json(path, **changes):
@@ -133,7 +134,7 @@ def test_sizes_frames_and_fps_default_to_the_checkpoint(variant, fps, checkpoint
 def test_sizes_frames_and_fps_can_be_asked_for(tiny_checkpoint, tmp_path, capsys):
     options = ["--height", 80, "--width", 64, "--num_frames", 13, "--fps", 10, "--enable_slicing"]
     frames, rate = make_video(tmp_path / "out.mp4", "--model_path", tiny_checkpoint, *options)
-    assert "--num_frames 13: the VAE gives 16 for it" in capsys.readouterr().out
+    assert "--num_frames 13: the VAE decodes to 16" in capsys.readouterr().out
     assert (frames.shape, rate) == ((16, 80, 64, 3), 10)
 
 
@@ -148,8 +149,8 @@ def test_a_video_in_tiles_has_the_size_asked_for(tiny_checkpoint, tmp_path):
 def test_the_published_size_of_1_5_is_768_x_1360_although_its_positions_go_further(checkpoint_of, tmp_path):
     checkpoint = shutil.copytree(checkpoint_of("1.5-5B"), tmp_path / "checkpoint")
     edit_json(checkpoint / "transformer" / "config.json", sample_height=300, sample_width=300)
-    plan = cli_demo.make_plan(parse("--model_path", checkpoint, "--output_path", tmp_path / "out.mp4"))
-    assert (plan.inputs["height"], plan.inputs["width"]) == (768, 1360)
+    request = cli_demo.make_request(parse("--model_path", checkpoint, "--output_path", tmp_path / "out.mp4"))
+    assert (request.inputs["height"], request.inputs["width"]) == (768, 1360)
 
 
 @pytest.mark.parametrize("variant", ["2b", "5b"])
@@ -278,7 +279,9 @@ def test_a_magnitude_vector_of_another_size_is_refused(tiny_checkpoint, tmp_path
     weights, name = load_file(file), "transformer.transformer_blocks.0.attn1.to_q.lora_magnitude_vector"
     weights[name] = weights[name][None]  # [1, out], as some write it
     save_file(weights, file)
-    cli_demo.make_plan(parse("--model_path", tiny_checkpoint, "--lora_path", file, "--output_path", tmp_path / "a.mp4"))
+    cli_demo.make_request(
+        parse("--model_path", tiny_checkpoint, "--lora_path", file, "--output_path", tmp_path / "a.mp4")
+    )
     weights[name] = torch.ones(63)
     save_file(weights, file)
     message = refusal(parse("--model_path", tiny_checkpoint, "--lora_path", file), capsys)
@@ -331,7 +334,7 @@ def test_a_tuned_transformer_makes_the_video_of_a_pipeline_with_it_in_its_place(
         "a red circle", height=64, width=96, num_frames=9, num_inference_steps=2,
         generator=torch.Generator().manual_seed(42),
     ).frames[0]  # fmt: skip
-    cli_demo.publish(frames, tmp_path / "by-hand.mp4", fps=8)
+    cli_demo.publish(tmp_path / "by-hand.mp4", encode_mp4(frames, fps=8))
     options = ["--model_path", tiny_checkpoint]
     base, _ = make_video(tmp_path / "base.mp4", *options)
     for folder in (tuned, tuned / "transformer"):
@@ -366,8 +369,8 @@ def test_a_tuned_transformer_of_an_image_model_starts_from_the_image(variant, ch
 def test_sizes_and_frames_are_those_of_the_tuned_transformer(checkpoint_of, tmp_path):
     folder = tune(checkpoint_of("5b"), tmp_path / "run")
     edit_json(folder / "transformer" / "config.json", sample_height=10, sample_frames=17)
-    plan = cli_demo.make_plan(parse("--transformer_path", folder, "--output_path", tmp_path / "out.mp4"))
-    assert plan.inputs == {"height": 80, "width": 96, "num_frames": 17}
+    request = cli_demo.make_request(parse("--transformer_path", folder, "--output_path", tmp_path / "out.mp4"))
+    assert request.inputs == {"height": 80, "width": 96, "num_frames": 17}
 
 
 @pytest.mark.parametrize("below", ["transformer", "."])
@@ -409,7 +412,7 @@ def test_lora_of_another_checkpoint_is_refused_before_weights_load(checkpoint_of
     of_5b = make_lora(checkpoint_of("5b"), tmp_path / "5b")
     to_image = ["--model_path", checkpoint_of("5b-I2V"), "--generate_type", "i2v", "--image_or_video_path", image]
     message = refusal(parse("--lora_path", of_5b, *to_image), capsys)
-    assert f"{of_5b}/pytorch_lora_weights.safetensors: trained on another checkpoint ({checkpoint_of('5b')})" in message
+    assert f"{of_5b}/pytorch_lora_weights.safetensors: trained on another base model ({checkpoint_of('5b')})" in message
     assert "in_channels 4, here 8" in message
 
     smaller = shutil.copytree(checkpoint_of("2b"), tmp_path / "smaller")
@@ -428,15 +431,15 @@ def test_lora_on_any_layer_fits_its_own_checkpoint(target, tiny_checkpoint, tmp_
 
 OPTIONS = {
     "lora scale without a lora": (["--lora_scale", "0.5"], "--lora_scale 0.5: there is no LoRA"),
-    "offload without a gpu": (["--cpu_offload", "model"], "--cpu_offload model: no GPU here"),
-    "t2v with an image": (["--generate_type", "t2v", "--image_or_video_path", "a.png"], "a.png: t2v uses none"),
+    "offload without a gpu": (["--cpu_offload", "model"], "--cpu_offload model: there is no GPU"),
+    "t2v with an image": (["--generate_type", "t2v", "--image_or_video_path", "a.png"], "a.png: t2v uses no file"),
     "i2v without an image": (["--generate_type", "i2v"], "--generate_type i2v: needs a file"),
     "v2v of one step": (
         ["--generate_type", "v2v", "--image_or_video_path", "a", "--num_inference_steps", "1"],
-        "--num_inference_steps 1: v2v runs 80 % of them",
+        "--num_inference_steps 1: v2v runs only 80 % of them",
     ),
     "not an mp4": (["--output_path", "video.gif"], "--output_path video.gif: must name an .mp4 file"),
-    "no frames": (["--num_frames", "0"], "0: must be 1 or more"),
+    "no frames": (["--num_frames", "0"], "0: must be a whole number of at least 1"),
     "abbreviated": (["--num_steps", "2"], "unrecognized arguments"),
 }
 
@@ -454,8 +457,8 @@ MISTAKES = {  # name: (options, parts of the message); {2b} is that tiny checkpo
     "no model": ("", "--model_path: not given, and there is no LoRA or transformer to tell it"),
     "no model in the transformer": ("--transformer_path {2b}", "--model_path: not given, and {2b} does not say what"),
     "no model in the lora": ("--lora_path {tmp}/foreign", "--model_path: not given", "does not say what it was"),
-    "model is nowhere": ("--model_path {tmp}/nowhere", "{tmp}/nowhere: no whole checkpoint", "the form owner/name"),
-    "model is on no hub": ("--model_path no/such-model", "no/such-model: no whole checkpoint", "cannot be reached"),
+    "model is nowhere": ("--model_path {tmp}/nowhere", "{tmp}/nowhere: no complete base model", "the form owner/name"),
+    "model is on no hub": ("--model_path no/such-model", "no/such-model: no complete base model", "cannot be reached"),
     "model is a lora": ("--model_path {tmp}/foreign", "no model_index.json", "give it as --lora_path"),
     "model is a transformer": ("--model_path {tmp}/sft", "no model_index.json", "give it as --transformer_path"),
     "model is a part": ("--model_path {2b}/transformer", "no model_index.json", "give its top folder"),
@@ -467,7 +470,7 @@ MISTAKES = {  # name: (options, parts of the message); {2b} is that tiny checkpo
     "lora is a transformer": ("--lora_path {tmp}/sft", "no pytorch_lora_weights", "give it as --transformer_path"),
     "lora is a checkpoint": ("--lora_path {2b}", "no pytorch_lora_weights", "give it as --model_path"),
     "lora without its base": (
-        "--lora_path {tmp}/pissa", "init_lora_weights pissa_niter_4 changed the checkpoint's own weights", "convert it"
+        "--lora_path {tmp}/pissa", "init_lora_weights pissa_niter_4 changed the base model's own weights", "convert it"
     ),
     "lora of another transformer": (
         "--transformer_path {tmp}/sft --lora_path {tmp}/of-5b",
@@ -501,18 +504,18 @@ MISTAKES = {  # name: (options, parts of the message); {2b} is that tiny checkpo
         "--transformer_path {tmp}/half-of-one", "proj_out.bias is missing, by its config.json (16,)", "as a whole"
     ),
     "transformer's base is nowhere": (
-        "--transformer_path {tmp}/moved", "--model_path {tmp}/away: no whole checkpoint"
+        "--transformer_path {tmp}/moved", "--model_path {tmp}/away: no complete base model"
     ),
     "i2v of a tuned text model": (
         "--transformer_path {tmp}/sft --generate_type i2v --image_or_video_path {image}",
-        "--generate_type i2v: --transformer_path {tmp}/sft/transformer is made to start from text alone",
+        "--generate_type i2v: --transformer_path {tmp}/sft/transformer is made to start from text only",
     ),
     "lora of other tools": ("--lora_path {tmp}/kohya.safetensors", "holds lora_unet_to_q.alpha", "convert it first"),
     "lora of the future": ("--lora_path {tmp}/future", "update peft", "of_tomorrow"),
     "frames": ("--model_path {2b} --num_frames 11", "--num_frames 11: must be 4k + 1; nearest is 9"),
     "size": ("--model_path {2b} --height 100", "--height 100: must be a multiple of 16; nearest is 96"),
     "fp16 with 1.5": ("--model_path {1.5-5B} --dtype float16", "--dtype float16: gives NaN", "use bfloat16"),
-    "1.5 too large": ("--model_path {1.5-5B} --width 112", "--width 112: this checkpoint's positions end at 96"),
+    "1.5 too large": ("--model_path {1.5-5B} --width 112", "--width 112: this base model's positions end at 96"),
     "1.5 v2v frames": (
         "--model_path {1.5-5B} --generate_type v2v --image_or_video_path {clip} --num_frames 9",
         "--num_frames 9: must be 8k + 5; nearest is 5",
@@ -531,11 +534,11 @@ MISTAKES = {  # name: (options, parts of the message); {2b} is that tiny checkpo
     "i2v of a text model": ("--model_path {5b} --generate_type i2v --image_or_video_path {image}", "use t2v or v2v"),
     "i2v size": (
         "--model_path {5b-I2V} --image_or_video_path {image} --height 80",
-        "--height 80: this checkpoint makes 64 only",
+        "--height 80: this base model makes only 64",
     ),
     "i2v frames": (
         "--model_path {5b-I2V} --generate_type i2v --image_or_video_path {image} --num_frames 17",
-        "--num_frames 17: this checkpoint makes 9 only",
+        "--num_frames 17: this base model makes only 9",
     ),
     "no image": ("--model_path {5b-I2V} --image_or_video_path no.png", "no.png: no such file"),
     "image is text": (
@@ -625,14 +628,12 @@ def test_a_failed_write_leaves_the_old_video_alone(tmp_path, monkeypatch):
     path = tmp_path / "out.mp4"
     path.write_text("the old video")
 
-    def stop_halfway(frames, name, fps):
-        with open(name, "w") as file:
-            file.write("half")
+    def stop(descriptor):
         raise OSError("disk full")
 
-    monkeypatch.setattr(cli_demo, "export_to_video", stop_halfway)
+    monkeypatch.setattr("files.os.fsync", stop)
     with pytest.raises(OSError, match="disk full"):
-        cli_demo.publish([], path, fps=8)
+        cli_demo.publish(path, b"half")
     assert [file.name for file in tmp_path.iterdir()] == ["out.mp4"]
     assert path.read_text() == "the old video"
 

@@ -13,7 +13,15 @@ from make_example import VARIANTS, make_clips
 from PIL import Image
 
 from clips.frames import View, read_frames
-from cogvideox.base_model import check_training, download_weights, read_base_model
+from cogvideox import base_model
+from cogvideox.base_model import (
+    PUBLISHED,
+    check_training,
+    download_weights,
+    published_as,
+    read_base_model,
+    read_text_encoder_config,
+)
 from cogvideox.encoders import (
     _fingerprint,
     caption_encoder,
@@ -328,7 +336,53 @@ def test_a_caption_that_is_too_long_is_cut_with_a_word(tiny_checkpoint):
         assert embeds.shape == (2, 226, 32)
 
 
-# ---- what a checkpoint is
+# ---- what a base model is
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path, monkeypatch):
+    """huggingface_hub 2.4 itself would ask six times, for 23 seconds."""
+    requests, loads = [], []
+    load_config = base_model.DiffusionPipeline.load_config
+
+    class Session:
+        def head(self, url, **options):
+            requests.append(url)
+            raise base_model.httpx.ConnectError("no network")
+
+    def load(name, **options):
+        loads.append(options["local_files_only"])
+        return load_config(name, **options)
+
+    monkeypatch.setattr(base_model, "get_session", Session)
+    monkeypatch.setattr(base_model.DiffusionPipeline, "load_config", load)
+    with pytest.raises(ValueError, match="no/such-model: .*no such folder; the hub cannot be reached"):
+        read_base_model("no/such-model", cache_dir=tmp_path)
+    assert len(requests) == 1 and loads == [True]
+
+
+def test_a_folder_is_read_without_asking_the_hub(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(base_model, "get_session", lambda: pytest.fail("the hub was asked"))
+    read_text_encoder_config(read_base_model(str(tiny_checkpoint)))
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [
+        ("2b", "CogVideoX-2b"),
+        ("5b-I2V", "CogVideoX-5b-I2V"),
+        ("1.5-5B", "CogVideoX1.5-5B"),
+        ("1.5-5B-I2V", "CogVideoX1.5-5B-I2V"),
+    ],
+)
+def test_a_base_model_is_compared_with_the_published_one_of_its_kind(checkpoint_of, variant, name):
+    base = read_base_model(str(checkpoint_of(variant)))
+    assert base.published == published_as(f"zai-org/{name}") == published_as(f"THUDM/{name}")
+    assert [bool(base.remarks(9, fps)) for fps in (8, 16)] == [variant.startswith("1.5"), False]
+
+
+def test_only_the_publishers_names_are_published_models():
+    assert len({row.name for row in PUBLISHED}) == 5
+    assert published_as("someone/CogVideoX-2b") is None and published_as("CogVideoX-2b") is None
 
 
 @pytest.mark.parametrize(
@@ -355,9 +409,9 @@ def test_the_variant_is_read_from_the_configs(checkpoint_of, variant, text, tmp_
             torch.bfloat16,
             (9, 64, 96),
             ["--image_column"],
-            "--image_column: .* text-to-video checkpoint .4 input",
+            "--image_column: .* text-to-video model .4 input",
         ),
-        ("5b-I2V", torch.bfloat16, (9, 64, 112), [], "learned positions for 9 frames of 64x96 pixels alone"),
+        ("5b-I2V", torch.bfloat16, (9, 64, 112), [], "learned positions for 9 frames of 64x96 pixels only"),
         ("5b-I2V", torch.bfloat16, (17, 64, 96), [], "--max_num_frames 17 .* learned positions for 9 frames"),
     ],
 )

@@ -440,5 +440,5 @@ def test_a_run_says_how_it_computes_and_that_swapping_saves_nothing_on_a_cpu(tin
     options = {"blocks_to_swap": 2, "gradient_checkpointing": "full", "attention_backend": "math"}
     train(tiny_checkpoint, tmp_path, max_train_steps=1, **options)
     printed = capsys.readouterr().out
-    assert "computed in float32, every block computed again on the way back, 2 blocks swapped (which saves" in printed
+    assert "computed in float32, every block recomputed in the backward pass, 2 blocks swapped (which saves" in printed
     assert "nothing without a GPU), math attention" in printed

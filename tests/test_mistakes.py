@@ -112,9 +112,9 @@ def test_clips_are_checked_before_weights_are_downloaded(tiny_checkpoint, clips,
 
 
 def test_a_folder_that_is_no_cogvideox_checkpoint_is_refused(tiny_checkpoint, tmp_path, train, capsys):
-    message = "no/such-model: found no model_index.json there (no such folder, the hub cannot be reached"
+    message = "no/such-model: found no model_index.json there (no such folder; the hub cannot be reached"
     assert_refused(capsys, lambda: train("no/such-model", tmp_path / "run"), [message])
-    message = "nowhere: found no model_index.json there (no such folder, and no name"
+    message = "nowhere: found no model_index.json there (no such folder; a hub name has the form"
     assert_refused(capsys, lambda: train(tmp_path / "nowhere", tmp_path / "run"), [message])
     assert_refused(
         capsys, lambda: train(tmp_path, tmp_path / "run"), ["found no model_index.json", "THUDM/CogVideoX-2b"]
@@ -124,8 +124,8 @@ def test_a_folder_that_is_no_cogvideox_checkpoint_is_refused(tiny_checkpoint, tm
     (other / "model_index.json").write_text(index.replace("CogVideoXPipeline", "StableDiffusionPipeline"))
     assert_refused(capsys, lambda: train(other, tmp_path / "run"), ["holds a StableDiffusionPipeline, not a CogVideoX"])
     for missing, message in {
-        "vae": "the checkpoint is not complete",
-        "transformer/diffusion_pytorch_model.safetensors": "no weights in transformer/; download the checkpoint again",
+        "vae": "the base model is not complete",
+        "transformer/diffusion_pytorch_model.safetensors": "no weights in transformer/; download the base model again",
         "text_encoder": "no weights in text_encoder/; download",
         "text_encoder/model.safetensors": "no weights in text_encoder/; download",
         "tokenizer/spiece.model": "no spiece.model in tokenizer/; download",
@@ -152,7 +152,7 @@ def test_a_damaged_file_of_the_cache_is_named(tiny_checkpoint, tmp_path, train, 
     [
         ("2b", {"validation_images": "a.png", "validation_prompt": "a"}, ["--validation_images: ", "sees no image"]),
         ("5b", {"image_column": "images.txt"}, ["--image_column: ", "sees no image", "CogVideoX-5b-I2V"]),
-        ("5b-I2V", {"height": 48}, ["--height 48", "learned positions for 9 frames of 64x96 pixels alone"]),
+        ("5b-I2V", {"height": 48}, ["--height 48", "learned positions for 9 frames of 64x96 pixels only"]),
         ("5b-I2V", {"max_num_frames": 5}, ["--max_num_frames 5", "learned positions for 9 frames"]),
         ("1.5-5B-I2V", {"mixed_precision": "fp16"}, ["in float16 an image's encoding can overflow", "bf16"]),
         ("1.5-5B", {"mixed_precision": "fp16"}, ["NaN in float16", "bf16"]),

@@ -241,8 +241,8 @@ def test_every_lora_weight_moves_and_nothing_else_does(tiny_checkpoint, tmp_path
         named = [*transformer.named_parameters(), *transformer.named_buffers()]
         return {name: tensor.view(torch.uint8) if tensor.dim() else tensor for name, tensor in named}
 
-    def keep(transformer, *args):
-        add_lora(transformer, *args)
+    def keep(transformer, *args, **options):
+        add_lora(transformer, *args, **options)
         prepared["transformer"] = transformer
         prepared["before"] = {name: tensor.detach().clone() for name, tensor in everything(transformer).items()}
 

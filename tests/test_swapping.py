@@ -43,14 +43,14 @@ class CopiedLate(swapping.Swapper):
         self.late = [None, None]
         super().__init__(*args)
 
-    def _copy(self, place, index):
-        self.places[place].fill_(255)  # NaN, to every dtype
-        self.late[place] = index
+    def _copy(self, slot, index):
+        self.slots[slot].fill_(255)  # NaN, to every dtype
+        self.late[slot] = index
 
-    def _wait(self, place):
-        if self.late[place] is not None:
-            super()._copy(place, self.late[place])
-            self.late[place] = None
+    def _wait(self, slot):
+        if self.late[slot] is not None:
+            super()._copy(slot, self.late[slot])
+            self.late[slot] = None
 
 
 def three_steps(folder, count, level, dtype=torch.float32, compiled=False, **changes):

@@ -11,7 +11,7 @@ from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 from safetensors.torch import load_file, safe_open, save
 
 from cogvideox.base_model import empty_transformer, load_transformer, read_base_model
-from cogvideox.lora import Lora, add_lora, check_lora, with_lora
+from cogvideox.lora import Lora, add_lora, check_lora, is_target, with_lora
 from cogvideox.lora_files import LORA_FILE
 from files import publish
 
@@ -54,6 +54,16 @@ def test_a_target_that_is_also_a_convolution_is_refused_with_the_name_of_the_lay
     check_lora(read_base_model(str(checkpoint_of("1.5-5B"))), Lora(4, 4, ["to_q", "proj"]), None)
 
 
+@pytest.mark.parametrize("target", ["to_q", "to_out.0", "attn1.to_k", "ff.net.2", "proj_out", "linear"])
+def test_a_target_means_the_layers_that_peft_takes(tiny_checkpoint, target):
+    transformer = empty_transformer(read_base_model(str(tiny_checkpoint)).transformer)
+    names = [name for name, _ in transformer.named_modules()]
+    with torch.device("meta"):
+        add_lora(transformer, Lora(4, 4, [target]), torch.float32)
+    taken = {name for name, module in transformer.named_modules() if hasattr(module, "lora_A")}
+    assert taken == {name for name in names if is_target(name, target)} != set()
+
+
 # ---- kinds of LoRA
 
 KINDS = {
@@ -76,8 +86,8 @@ def test_every_kind_of_lora_means_to_plain_diffusers_what_was_trained(
     trained = {}
     make = with_lora
 
-    def keep(*args):
-        trained["transformer"], export = make(*args)
+    def keep(*args, **options):
+        trained["transformer"], export = make(*args, **options)
         return trained["transformer"], export
 
     monkeypatch.setattr("cogvideox.lora.with_lora", keep)
@@ -172,7 +182,7 @@ def test_a_file_without_a_strength_starts_at_the_strength_that_diffusers_gives_i
     inputs = transformer_inputs(tiny_checkpoint)
     with torch.no_grad():
         assert torch.equal(transformer.eval()(**inputs)[0], pipeline.transformer(**inputs)[0])
-    with pytest.raises(ValueError, match="go on with --rank 4 --lora_alpha 4"):
+    with pytest.raises(ValueError, match="continue with --rank 4 --lora_alpha 4"):
         check_lora(checkpoint, Lora(4, 2, TARGETS), bare)
 
 
@@ -208,10 +218,14 @@ def test_a_run_that_resumes_does_not_need_what_it_started_from(tiny_checkpoint, 
 @pytest.mark.parametrize(
     ("trained", "options", "message"),
     [
-        ({}, {"rank": 8}, "rank 8, alpha 8.; go on with --rank 4 --lora_alpha 4, and"),
-        ({"lora_alpha": 2}, {}, "go on with --rank 4 --lora_alpha 2, and"),
-        ({"use_dora": True, "use_rslora": True}, {}, "go on with --rank 4 --lora_alpha 4 --use_dora --use_rslora, and"),
-        ({"init_lora_weights": "pissa"}, {}, "go on with --rank 8 --lora_alpha 8, and"),
+        ({}, {"rank": 8}, "rank 8, alpha 8.; continue with --rank 4 --lora_alpha 4, and"),
+        ({"lora_alpha": 2}, {}, "continue with --rank 4 --lora_alpha 2, and"),
+        (
+            {"use_dora": True, "use_rslora": True},
+            {},
+            "continue with --rank 4 --lora_alpha 4 --use_dora --use_rslora, and",
+        ),
+        ({"init_lora_weights": "pissa"}, {}, "continue with --rank 8 --lora_alpha 8, and"),
         ({}, {"lora_target_modules": ALL_LINEAR}, "--lora_target_modules: it has no .*ff.net.0.proj"),
         ({"lora_target_modules": ALL_LINEAR}, {}, "--lora_target_modules: it has .*ff.net"),
     ],
@@ -237,9 +251,7 @@ def test_an_init_that_a_layer_has_too_few_directions_for_is_refused(tiny_checkpo
     """Its file could not be loaded: the matrices would have another rank than the file says."""
     checkpoint = read_base_model(str(tiny_checkpoint))
     lora = Lora(32, 32, ["to_q", "proj_out"], init_lora_weights="olora")
-    with pytest.raises(
-        ValueError, match="--rank 32: proj_out has no more than 16 directions for --init_lora_weights olora"
-    ):
+    with pytest.raises(ValueError, match="--rank 32: proj_out has only 16 directions for --init_lora_weights olora"):
         check_lora(checkpoint, lora, None)
     check_lora(checkpoint, lora._replace(init_lora_weights="default"), None)
 

@@ -109,8 +109,8 @@ def test_every_lora_weight_moves_and_nothing_else_does(checkpoint_of, tmp_path, 
     prepared = {}
     add_lora = lora.add_lora
 
-    def keep(transformer, *args):
-        add_lora(transformer, *args)
+    def keep(transformer, *args, **options):
+        add_lora(transformer, *args, **options)
         prepared["transformer"] = transformer
         prepared["before"] = {name: weight.clone() for name, weight in transformer.state_dict().items()}
 
@@ -161,7 +161,9 @@ def test_adapter_loads_at_its_trained_strength_with_no_flags(checkpoint_of, tmp_
     trained = {}
     add_lora = lora.add_lora
     monkeypatch.setattr(
-        lora, "add_lora", lambda transformer, *args: trained.update(it=transformer) or add_lora(transformer, *args)
+        lora,
+        "add_lora",
+        lambda transformer, *args, **options: trained.update(it=transformer) or add_lora(transformer, *args, **options),
     )
     folder = checkpoint_of(variant)
     train(folder, tmp_path / "run", rank=8, lora_alpha=4, max_train_steps=5, learning_rate=1e-2)

@@ -19,12 +19,12 @@ seen = {"timesteps": [], "noisy": []}
 add_lora = lora.add_lora
 
 
-def watch(transformer, *args):
+def watch(transformer, *args, **options):
     def hook(module, args, inputs):
         seen["timesteps"].append(inputs["timestep"])
         seen["noisy"].append(inputs["hidden_states"])
 
-    add_lora(transformer, *args)
+    add_lora(transformer, *args, **options)
     transformer.register_forward_pre_hook(hook, with_kwargs=True)
     seen["transformer"] = transformer
 
