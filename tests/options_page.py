@@ -1,6 +1,6 @@
 """Writes the options of the training script into docs/options.md, as tables between two markers.
 
-    python tests/options_page.py
+python tests/options_page.py
 """
 
 import argparse
@@ -9,12 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_cogvideox_lora
 
-PAGE = ROOT / "docs" / "options.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 BEGIN, END = "<!-- options:begin -->\n", "<!-- options:end -->"
 
 
