@@ -1,96 +1,36 @@
-"""Files on disk -> clips and captions -> cached latents and embeddings -> batches.
+"""Clips and captions -> cached latents and embeddings, each encoded once -> micro-batches.
 
 Shapes: F frames, H height, W width, C channels; lower-case f c h w are latent sizes. L prompt tokens, D text width.
-
-What is wrong with a dataset is returned as sentences, not raised one by one, so that a person sees all of it at once.
 """
 
 import argparse
-import difflib
-import hashlib
 import itertools
-import json
-import math
 import os
 import random
-import re
 import runpy
-import secrets
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-import decord
-import numpy as np
 import torch
-import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-decord.logging.set_level(decord.logging.QUIET)
+from clips.facts import Facts, examine, headline, list_problems, remarks
+from clips.frames import View, decode, first_image
+from clips.listing import Clip
+from clips.order import Ranks, Timeline, count_held_out, epoch_batches, rank_batches
+from cogvideox.encoders import Encoder
+from files import file_hash, hash_of, publish
 
-SMALLEST_SIDE = 64  # decord 0.6 cannot give frames narrower than this
-FRAMES_READ_AT_ONCE = 8  # of the file's size, which may be much larger than the model's
 BYTES_DECODED_AHEAD = 2**30  # of all clips that are decoded before the encoder asks for them
-
-
-class Clip(NamedTuple):
-    video: Path
-    caption: str
-    line: int  # in the list files, counted from 1
-    image: Path | None = None  # that the video begins with; None: its own first frame
-
-
-class View(NamedTuple):
-    """How the model is to see a clip; all of it goes into the key of what is cached."""
-
-    height: int
-    width: int
-    fps: int
-    max_num_frames: int
-    skip_frames_start: int  # in frames of the file, not of the model
-    skip_frames_end: int
-    crop: str  # "center", or "random": one place per clip, drawn from `seed` and the video's content
-    seed: int
-    with_image: bool = False  # keep the image that the clip starts from, for image-to-video
-    whole: bool = False  # refuse a clip that does not give max_num_frames
-
-
-class Encoder(NamedTuple):
-    """A VAE or T5, not loaded yet."""
-
-    fingerprint: str  # tells encoders apart that encode differently
-    load: Callable[[], AbstractContextManager[Callable]]  # the function that encodes, for as long as it is needed
-    at_once: Callable[[tuple[int, ...]], int]  # how many, of a clip's [F, H, W, C] or a caption's (), it takes together
-
-
-class Ranks(NamedTuple):
-    """The processes that share the work; `gather` takes a list and gives the lists of all ranks as one."""
-
-    index: int = 0
-    count: int = 1
-    gather: Callable[[list], list] = list
-    wait: Callable[[], None] = lambda: None
-
-    def share(self, items: list) -> list:
-        return items[self.index :: self.count]
-
-    def gather_shares(self, items: list) -> list:
-        """Puts together what all ranks made of their `share`, in the order of the whole."""
-        shares = self.gather([items])
-        whole = [None] * sum(len(share) for share in shares)
-        for index, share in enumerate(shares):
-            whole[index :: self.count] = share
-        return whole
 
 
 class Data(NamedTuple):
@@ -99,7 +39,7 @@ class Data(NamedTuple):
     clips: "CachedClips"
     shapes: list[tuple[int, ...]]  # of each clip's cached latents, (2c, f, h, w)
     prompts: dict[str, Path]  # embeddings of the validation prompts, and of ""
-    facts: "Sequence[Facts]" = ()  # of each clip; none where clips are made up
+    facts: Sequence[Facts] = ()  # of each clip; none where clips are made up
     view: View | None = None
     remarks: tuple[str, ...] = ()  # on the dataset as a whole
 
@@ -137,51 +77,6 @@ class Data(NamedTuple):
         return "\n".join([headline(self.facts, self.view), *self.remarks])
 
 
-class Facts(NamedTuple):
-    """What the file of a video holds, and what the model gets of it."""
-
-    width: int
-    height: int
-    fps: float  # the mean, where frames are unevenly spaced
-    num_frames: int
-    indices: list[int]  # of the frames that the model gets
-    seen_until: float  # seconds from the start of the file
-    content: str  # a hash
-
-    @property
-    def seconds(self) -> float:
-        return self.num_frames / self.fps
-
-    @property
-    def unseen_seconds(self) -> float:
-        """At the end; what is skipped at the start is what was asked for."""
-        return max(self.seconds - self.seen_until, 0)
-
-    @property
-    def repeats(self) -> bool:
-        """Whether the model gets a frame twice, because the file is slower than the model."""
-        return len(set(self.indices)) < len(self.indices)
-
-    def scale(self, view: View) -> float:
-        return covering_scale(self.height, self.width, view.height, view.width)
-
-    def cropped(self, view: View) -> float:
-        """The share of the picture that is cut off."""
-        return 1 - view.height * view.width / (self.height * self.width * self.scale(view) ** 2)
-
-
-def count_held_out(held_out: float, videos: int) -> int:
-    """How many of the videos `--validation_split` takes.
-
-    Raises:
-        ValueError: none is left to train on.
-    """
-    count = round(held_out) if held_out >= 1 or not held_out else max(1, round(held_out * videos))
-    if 0 < videos <= count:
-        raise ValueError(f"--validation_split {held_out:g}: holds out all of the {videos} videos; hold out fewer")
-    return count
-
-
 class Probed(NamedTuple):
     """What is known of a clip before it is encoded: where its latents belong, or why it cannot be used."""
 
@@ -191,393 +86,7 @@ class Probed(NamedTuple):
     problem: str | None
 
 
-# ---- options ---------------------------------------------------------------------------------------------------------
-
-
-def add_options(parser: argparse.ArgumentParser):
-    """Those that decide what a model sees of the clips, for training and for looking at it; returns their group."""
-    count, positive = at_least(0), at_least(1)
-    group = parser.add_argument_group("data")
-    data = group.add_argument
-    data("--caption_column", default="prompts.txt", metavar="FILE", help="list of captions, one per line")
-    data("--video_column", default="videos.txt", metavar="FILE", help="list of videos, line n belongs to caption n")
-    data("--image_column", metavar="FILE", help="image-to-video: list of images to start from (default: first frames)")
-    data("--id_token", help="put before each caption, with a space: a name for the style or character to learn")
-    data("--height", type=positive, default=480, help="pixels, divisible by 16; clips are resized to cover, then cut")
-    data("--width", type=positive, default=720, help="pixels, divisible by 16")
-    data("--fps", type=positive, default=8, help="frames per second that the model sees; clips are resampled by time")
-    data("--max_num_frames", type=positive, default=49, metavar="N", help="frames per clip, 4k + 1, best 8k + 1")
-    data("--skip_frames_start", type=count, default=0, metavar="N", help="frames of the file to leave out at its start")
-    data("--skip_frames_end", type=count, default=0, metavar="N", help="frames of the file to leave out at its end")
-    data("--video_reshape_mode", choices=["center", "random"], default="center", help="where to cut what overhangs")
-    data("--random_flip", action="store_true", help="show each clip mirrored in half of its turns (encodes it twice)")
-    return group
-
-
-def expanded_path(text: str) -> Path:
-    """A type for argparse."""
-    return Path(text).expanduser()
-
-
-def at_least(lowest: int) -> Callable[[str], int]:
-    """A type for argparse."""
-
-    def whole_number(text: str) -> int:
-        if int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least {lowest}")
-        return int(text)
-
-    return whole_number
-
-
-def size_problems(height: int, width: int, max_num_frames: int) -> list[str]:
-    """What CogVideoX's VAE and transformer cannot take."""
-    problems = [
-        f"--{name} {value}: must be divisible by 16; nearest is {max(16, 16 * round(value / 16))}"
-        for name, value in (("height", height), ("width", width))
-        if value % 16
-    ]
-    if max_num_frames % 4 != 1:
-        nearest = 8 * round((max_num_frames - 1) / 8) + 1
-        problems.append(f"--max_num_frames {max_num_frames}: must be 4k + 1, best 8k + 1; nearest is {nearest}")
-    return problems
-
-
-# ---- the lists -------------------------------------------------------------------------------------------------------
-
-
-def download(name: str, cache_dir: Path | None) -> Path:
-    """The folder of a dataset repository, from the hub.
-
-    Raises:
-        ValueError: it cannot be had.
-    """
-    try:
-        return Path(snapshot_download(name, repo_type="dataset", cache_dir=cache_dir))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--dataset_name {name}: cannot be downloaded ({str(error).strip().splitlines()[0]}); check the name and "
-            "`hf auth login`, or download it yourself and pass its folder as --instance_data_root"
-        ) from error
-
-
-def read_clips(
-    root: Path, caption_file: str, video_file: str, image_file: str | None, id_token: str | None
-) -> tuple[list[Clip], list[str]]:
-    """Clips in the order of the lists, and what is wrong with the lists.
-
-    Line n of the captions belongs to line n of the videos, so a blank line is refused instead of skipped: skipping it
-    would give every later video the wrong caption. Blank lines at the very end are ignored.
-
-    Args:
-        image_file: list of the images that the videos begin with; None: their first frames.
-    """
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"{root}: no such folder; --instance_data_root (for a preview: FOLDER) is the one that holds {caption_file}"
-        )
-    captions, problems = _read_list(root, caption_file, "--caption_column")
-    videos, more_problems = _read_list(root, video_file, "--video_column")
-    images, image_problems = _read_list(root, image_file, "--image_column") if image_file else ([], [])
-    problems += more_problems + image_problems
-    lengths = {caption_file: len(captions), video_file: len(videos), image_file: len(images)}
-    lengths = {name: length for name, length in lengths.items() if length}
-    if len(set(lengths.values())) > 1:
-        (first, length), *others = lengths.items()
-        problems.append(
-            f"{first} has {length} lines and {' and '.join(f'{name} {length}' for name, length in others)}: "
-            "line n of one belongs to line n of the other; add or remove lines until they match"
-        )
-    prefix = f"{id_token} " if id_token else ""
-    lines = itertools.zip_longest(captions, videos, images, fillvalue="")
-    clips = [  # with a video but no caption too, so that its own problems are told as well
-        Clip(
-            root / Path(video).expanduser(), prefix + caption, line, root / Path(image).expanduser() if image else None
-        )
-        for line, (caption, video, image) in enumerate(lines, start=1)
-        if video
-    ]
-    return clips, problems
-
-
-def _read_list(root: Path, name: str, option: str) -> tuple[list[str], list[str]]:
-    """Stripped lines, and problems; reads UTF-8 with or without a byte order mark, any of the three line ends."""
-    path = root / name
-    if not path.is_file():
-        return [], [f"{path}: no such file{_near_names(root, name, option)}"]
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        return [], [f"{name}:{line}: not UTF-8 text (byte 0x{content[error.start]:02x}); save the file as UTF-8"]
-    # Not str.splitlines: it also splits at form feeds and U+2028, which shifts captions against videos.
-    lines = [line.strip() for line in re.split(r"\r\n|\n|\r", text)]
-    while lines and not lines[-1]:
-        lines.pop()
-    if not lines:
-        return [], [f"{name}: the file is empty; write one line per clip"]
-    blank = [
-        f"{name}:{number}: blank line; write what is missing, or delete it, in the other lists, too, where its pair is"
-        for number, line in enumerate(lines, start=1)
-        if not line
-    ]
-    return lines, blank
-
-
-def _near_names(root: Path, name: str, option: str) -> str:
-    near = difflib.get_close_matches(name, [path.name for path in root.glob("*.txt")], n=1, cutoff=0.5)
-    return (
-        f", but there is {near[0]}: pass {option} {near[0]}" if near else f"; write it, or name another with {option}"
-    )
-
-
-# ---- frames ----------------------------------------------------------------------------------------------------------
-
-
-def trainable_length(available: int, max_num_frames: int) -> int:
-    """How many of `available` frames a clip gives: 8k + 1 wherever it allows, since the VAE gives just those back.
-
-    The encoder takes any 4k + 1, but the decoder makes 4f frames of an even number f of latents (5 -> 2 -> 8). A clip
-    of fewer than 9 frames gives 5 or 1; `max_num_frames` itself is kept as asked.
-    """
-    if available >= max_num_frames:
-        return max_num_frames
-    if available >= 9:
-        return 8 * ((available - 1) // 8) + 1
-    return 5 if available >= 5 else 1
-
-
-def choose_frames(timestamps: np.ndarray, view: View) -> list[int]:
-    """Indices of the frames nearest to 0, 1/fps, 2/fps ... seconds after the first one that is not skipped.
-
-    Args:
-        timestamps: of every frame in the file, seconds, ascending; may be unevenly spaced.
-
-    Raises:
-        ValueError: nothing is left after the skips.
-    """
-    end = len(timestamps) - view.skip_frames_end
-    kept = timestamps[view.skip_frames_start : max(end, 0)]
-    if not len(kept):
-        raise ValueError(
-            f"has {len(timestamps)} frames and nothing is left after --skip_frames_start {view.skip_frames_start} "
-            f"and --skip_frames_end {view.skip_frames_end}; skip fewer, or remove the clip from the lists"
-        )
-    # Half a step of tolerance: the last frame of a 24 fps file stands for the time up to its end.
-    available = int((kept[-1] - kept[0]) * view.fps + 0.5) + 1
-    wanted = kept[0] + np.arange(trainable_length(available, view.max_num_frames)) / view.fps
-    after = np.searchsorted(kept, wanted).clip(1, max(len(kept) - 1, 1))
-    before = after - 1
-    nearest = np.where(wanted - kept[before] <= kept[np.minimum(after, len(kept) - 1)] - wanted, before, after)
-    return [view.skip_frames_start + int(i) for i in nearest.clip(0, len(kept) - 1)]
-
-
-def covering_scale(height: int, width: int, to_height: int, to_width: int) -> float:
-    """What a picture's sides are multiplied by to cover another."""
-    return max(to_height / height, to_width / width)
-
-
-def resize_and_crop(frames: torch.Tensor, height: int, width: int, place: tuple[float, float]) -> torch.Tensor:
-    """Frames scaled to cover height x width with their aspect kept, then cropped.
-
-    Args:
-        frames: uint8 [F, H, W, C].
-        place: where in the overhang to crop, each from 0 (top, left) to 1; (0.5, 0.5) is the centre.
-    """
-    video = frames.permute(0, 3, 1, 2)  # [F, C, H, W]
-    scale = covering_scale(video.shape[2], video.shape[3], height, width)
-    size = [max(height, round(video.shape[2] * scale)), max(width, round(video.shape[3] * scale))]
-    if size != list(video.shape[2:]):
-        video = F.interpolate(video, size, mode="bicubic", antialias=True)
-    top, left = round((size[0] - height) * place[0]), round((size[1] - width) * place[1])
-    return video[:, :, top : top + height, left : left + width].permute(0, 2, 3, 1).contiguous()
-
-
-def read_frames(video: Path, view: View, mirrored: bool) -> torch.Tensor:
-    """The frames that the model sees, uint8 [F, H, W, C]."""
-    reader = decord.VideoReader(str(video))
-    indices = choose_frames(_timestamps(reader), view)
-    place, parts = _place(video, view), []
-    for i in range(0, len(indices), FRAMES_READ_AT_ONCE):
-        part = torch.from_numpy(reader.get_batch(indices[i : i + FRAMES_READ_AT_ONCE]).asnumpy())
-        parts.append(resize_and_crop(part, view.height, view.width, place))
-    frames = torch.cat(parts)
-    return frames.flip(2) if mirrored else frames
-
-
-def decode(clip: Clip, view: View, mirrored: bool) -> torch.Tensor:
-    """`read_frames` of a clip.
-
-    Raises:
-        ValueError: the problem, as `examine` tells those that it finds.
-    """
-    try:
-        return read_frames(clip.video, view, mirrored)
-    except (RuntimeError, decord.DECORDError) as error:
-        problem = _problem(clip, f"stopped in the middle of decoding: {str(error).splitlines()[0]}")
-        raise ValueError(problem) from error
-
-
-def _place(video: Path, view: View) -> tuple[float, float]:
-    if view.crop == "center":
-        return 0.5, 0.5
-    draw = random.Random(f"{view.seed} {file_hash(video)}")
-    return draw.random(), draw.random()
-
-
-def read_image(path: Path, height: int, width: int, place: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
-    """An image scaled and cropped as frames are, uint8 [H, W, C].
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    if not path.is_file():
-        raise ValueError("no such image; correct the path")
-    try:
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except OSError as error:
-        raise ValueError("cannot be read as an image; open it to check, and save it as PNG or JPEG") from error
-    return resize_and_crop(torch.from_numpy(np.array(image))[None], height, width, place)[0]
-
-
-def image_problems(paths: list[Path], option: str) -> list[str]:
-    """What is wrong with image files that an option names."""
-    problems = []
-    for path in paths:
-        try:
-            read_image(path, SMALLEST_SIDE, SMALLEST_SIDE)
-        except ValueError as error:
-            problems.append(f"{option} {path}: {error}")
-    return problems
-
-
-def first_image(clip: Clip, frames: torch.Tensor, view: View, mirrored: bool) -> torch.Tensor:
-    """What an image-to-video model is given to start from, uint8 [H, W, C].
-
-    Args:
-        frames: of the clip, from `read_frames`.
-    """
-    if clip.image is None:
-        return frames[0]
-    image = read_image(clip.image, view.height, view.width, _place(clip.video, view))
-    return image.flip(1) if mirrored else image
-
-
-def _timestamps(reader) -> np.ndarray:
-    return reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
-
-
-# ---- what is known of a clip before it is encoded --------------------------------------------------------------------
-
-
-def examine(clip: Clip, view: View) -> tuple[Facts | None, str | None]:
-    """What the model gets of a clip, or why it cannot be used."""
-    for file in filter(None, (clip.video, clip.image)):
-        if not file.is_file():
-            return None, _problem(clip, "no such file; correct the path, which starts at the dataset's folder", file)
-    try:
-        facts = read_facts(clip.video, view)
-    except ValueError as error:
-        return None, _problem(clip, str(error))
-    if clip.image:
-        try:
-            read_image(clip.image, view.height, view.width)
-        except ValueError as error:
-            return None, _problem(clip, str(error), clip.image)
-    return facts, None
-
-
-def read_facts(video: Path, view: View) -> Facts:
-    """Facts of a file that is there.
-
-    Raises:
-        ValueError: it cannot be read, or not as `view` asks for.
-    """
-    if video.stat().st_size == 0:
-        raise ValueError("the file is empty; copy it again, or remove the clip from the lists")
-    try:
-        reader = decord.VideoReader(str(video))  # reads to the end of the file, so a truncated one fails here
-        timestamps = _timestamps(reader)
-        indices = choose_frames(timestamps, view)
-        height, width, _ = reader[indices[-1]].shape
-    except (RuntimeError, decord.DECORDError) as error:
-        remedy = "play it to check, and re-encode it (ffmpeg -i in -c:v libx264 out.mp4) or remove it from the lists"
-        raise ValueError(f"cannot be read as a video, the file is damaged or not a video; {remedy}") from error
-    if min(height, width) < SMALLEST_SIDE:
-        raise ValueError(f"is {width}x{height} pixels; decord reads videos from {SMALLEST_SIDE} pixels a side")
-    if view.whole and len(indices) < view.max_num_frames:
-        raise ValueError(
-            f"gives {len(indices)} frames at --fps {view.fps}, and this checkpoint takes {view.max_num_frames}, no "
-            "fewer; use a longer clip, or remove it from the lists"
-        )
-    span, intervals = timestamps[-1] - timestamps[0], len(timestamps) - 1
-    fps = float(intervals / span) if span else reader.get_avg_fps()
-    seen_until = float(timestamps[indices[0]] - timestamps[0]) + len(indices) / view.fps
-    return Facts(width, height, fps, len(timestamps), indices, seen_until, file_hash(video))
-
-
-def headline(facts: list[Facts], view: View) -> str:
-    """What clips are, and what the model gets of them."""
-    sizes = sorted({(fact.width, fact.height) for fact in facts}, key=math.prod)
-    rates = sorted({round(fact.fps, 2) for fact in facts})
-    lengths = sorted(Counter(len(fact.indices) for fact in facts).items(), reverse=True)
-    return (
-        f"{count_clips(len(facts))} of {_range([f'{width}x{height}' for width, height in sizes])} at "
-        f"{_range([f'{rate:g}' for rate in rates])} fps -> {view.width}x{view.height} at {view.fps} fps; "
-        + ", ".join(f"{count} of {length}{' frames' * (i == 0)}" for i, (length, count) in enumerate(lengths))
-    )
-
-
-def remarks(clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
-    """What the model does not see of clips, and what of them looks like an oversight, a line each.
-
-    Args:
-        facts: of each clip.
-    """
-    unseen = [fact.unseen_seconds for fact in facts if fact.unseen_seconds >= 0.05]
-    cropped = [fact.cropped(view) for fact in facts if fact.cropped(view) >= 0.005]
-    parts = [f"up to {max(unseen):.1f} s at the end ({count_clips(len(unseen))})"] if unseen else []
-    parts += [f"up to {100 * max(cropped):.0f} % of the picture ({count_clips(len(cropped))})"] if cropped else []
-    lines = [f"not seen: {', '.join(parts)}"] if parts else []
-    larger = sum(fact.scale(view) > 1 for fact in facts)
-    slower = sum(fact.repeats for fact in facts)
-    lines += [f"scaled up, so less sharp than others of this size: {count_clips(larger)}"] if larger else []
-    lines += [f"slower than {view.fps} fps, so some frames are seen twice: {count_clips(slower)}"] if slower else []
-    return lines + _repetitions(clips, facts)
-
-
-def _repetitions(clips: list[Clip], facts: list[Facts]) -> list[str]:
-    """Videos and captions that stand in the lists more than once, the most frequent first."""
-    videos, captions = {}, {}
-    for clip, fact in zip(clips, facts):
-        videos.setdefault(fact.content, []).append(clip.line)
-        captions.setdefault(clip.caption, []).append(clip.line)
-    lines = []
-    for what, found in (("video", videos), ("caption", captions)):
-        repeated = sorted((group for group in found.values() if len(group) > 1), key=len, reverse=True)
-        if repeated:
-            groups = [_and(group[:6], len(group)) for group in repeated[:5]]
-            more = f"; and {len(repeated) - 5} more" if len(repeated) > 5 else ""
-            lines.append(f"the same {what} more than once: lines {'; '.join(groups)}{more}")
-    return lines
-
-
-def count_clips(count: int) -> str:
-    return f"{count} clip{'s' * (count != 1)}"
-
-
-def _range(ascending: list[str]) -> str:
-    return ascending[0] if len(ascending) == 1 else f"{ascending[0]} to {ascending[-1]}"
-
-
-def _and(numbers: list[int], count: int) -> str:
-    """The numbers in words, of `count` that there are."""
-    *most, last = [*map(str, numbers), *([f"{count - len(numbers)} others"] if count > len(numbers) else [])]
-    return f"{', '.join(most)} and {last}"
-
-
-# ---- the cache -------------------------------------------------------------------------------------------------------
+# ---- encode what the cache does not hold -----------------------------------------------------------------------------
 
 
 def encode_dataset(
@@ -650,7 +159,9 @@ def _missing(clips: list[Clip], probed: list[Probed]) -> list[tuple[Clip, bool, 
     return [work for _, work in sorted(new.values(), key=itemgetter(0))]
 
 
-def check_clips(root: Path, clips: list[Clip], problems: list[str], view: View, ranks: Ranks, everyone: Ranks) -> None:
+def check_clips(
+    root: Path, clips: list[Clip], problems: list[str], view: View, *, ranks: Ranks, everyone: Ranks
+) -> None:
     """Refuses what `encode_dataset` would, which has to know the VAE first; the arguments are its own."""
     with ThreadPoolExecutor() as threads:
         found = list(threads.map(lambda clip: examine(clip, view)[1], ranks.share(clips)))
@@ -663,28 +174,6 @@ def _refuse(root: Path, everyone: Ranks, problems: list[str]) -> None:
         raise ValueError(list_problems(root, problems, "nothing is trained"))
 
 
-def list_problems(root: Path, problems: list[str], consequence: str) -> str:
-    count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-    return f"{root}: {count} in the dataset, {consequence}:\n  " + "\n  ".join(problems)
-
-
-def file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def cache_path(cache: Path, kind: str, **content) -> Path:
-    """File for what is made from `content`: whatever changes the result must be in it."""
-    return cache / kind / f"{hash_of(content)}.safetensors"
-
-
-def hash_of(content) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:40]
-
-
 def probe_clips(clips: list[Clip], view: View, cache: Path, encoder: str, random_flip: bool) -> list[Probed]:
     """Opens each clip, and says where its latents belong."""
     with ThreadPoolExecutor() as threads:
@@ -695,19 +184,12 @@ def _probe(clip: Clip, view: View, cache: Path, encoder: str, random_flip: bool)
     facts, problem = examine(clip, view)
     if problem:
         return Probed([], [], None, problem)
-    what = view._asdict() | ({"seed": None} if view.crop == "center" else {})  # the centre does not depend on it
-    for name in ("with_image", "whole"):  # what is not asked for changes nothing
-        if not what[name]:
-            del what[name]
-    what |= {"video": facts.content, "encoder": encoder}
+    key = view.cache_key() | {"video": facts.content, "encoder": encoder}
     if view.with_image and clip.image:
-        what["image"] = file_hash(clip.image)
-    paths = [cache_path(cache, "latents", **what, mirrored=mirrored) for mirrored in (False, True)[: 1 + random_flip]]
+        key["image"] = file_hash(clip.image)
+    views = [False, True] if random_flip else [False]
+    paths = [cache_path(cache, "latents", **key, mirrored=mirrored) for mirrored in views]
     return Probed(paths, [not path.exists() for path in paths], facts, None)
-
-
-def _problem(clip: Clip, what: str, file: Path | None = None) -> str:
-    return f"line {clip.line}: {file or clip.video}: {what}"
 
 
 def cache_captions(
@@ -806,7 +288,7 @@ def _write_latents(clip: Clip, path: Path, parameters: torch.Tensor, image: dict
     """Returns the line and what is wrong with it, if something is."""
     parameters = parameters.cpu()
     if not torch.isfinite(parameters).all():
-        return clip.line, _problem(clip, "the VAE made NaN or infinity of it; train with --mixed_precision bf16")
+        return clip.line, clip.problem("the VAE made NaN or infinity of it; train with --mixed_precision bf16")
     write_cached(path, {"parameters": parameters} | image)
     return None
 
@@ -847,28 +329,12 @@ def _written_behind(returned: list) -> Iterator[Callable]:
         finish(0)
 
 
-def publish(path: Path, content: bytes) -> None:
-    """Writes a file that is complete or absent, also when the disk is full, the process killed or the power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+# ---- files of the cache ----------------------------------------------------------------------------------------------
 
 
-def publish_folder(temporary: Path, final: Path) -> None:
-    """Gives a folder that is complete its name; its files are on the disk by then."""
-    for path in (*temporary.rglob("*"), temporary):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    os.rename(temporary, final)
+def cache_path(cache: Path, kind: str, **content) -> Path:
+    """File for what is made from `content`: whatever changes the result must be in it."""
+    return cache / kind / f"{hash_of(content)}.safetensors"
 
 
 def write_cached(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -925,92 +391,30 @@ class CachedClips(torch.utils.data.Dataset):
         return load_file(self.latents[clip][mirrored]) | {"prompt_embeds": load_prompt_embeds(self.captions[clip])}
 
 
-def epoch_batches(shapes: list, batch_size: int, seed: int, epoch: int, random_flip: bool) -> list[list]:
-    """Batches of items (clip, mirrored) of one epoch: every clip once, and only clips of one shape together."""
-    draw = random.Random(f"{seed} {epoch}")
-    order = draw.sample(range(len(shapes)), len(shapes))
-    buckets = {}
-    for clip in order:
-        buckets.setdefault(shapes[clip], []).append((clip, random_flip and draw.random() < 0.5))
-    batches = [bucket[i : i + batch_size] for bucket in buckets.values() for i in range(0, len(bucket), batch_size)]
-    draw.shuffle(batches)
-    return batches
-
-
-class Plan(NamedTuple):
-    """A run in whole numbers. Micro-batches are counted over all ranks, and over all epochs laid end to end."""
-
-    first_step: int  # updates that were done before this start
-    first_batch: int  # micro-batches that were seen before this start
-    batches_per_step: int
-    batches_per_epoch: int
-    total_steps: int
-
-    def batches_seen(self, step: int) -> int:
-        return self.first_batch + (step - self.first_step) * self.batches_per_step
-
-    def position(self, step: int) -> dict:
-        """What a run that goes on from here has to know."""
-        return {"step": step, "batches_seen": self.batches_seen(step)}
-
-    def epoch(self, step: int) -> float:
-        return self.batches_seen(step) / self.batches_per_epoch
-
-    @property
-    def last_epoch(self) -> float:
-        return self.epoch(self.total_steps)
-
-    def summary(self, batch_size: int) -> str:
-        if self.first_step >= self.total_steps:
-            return f"{self.first_step} updates are done, {self.total_steps} were asked for; ask for more to go on"
-        clips, epochs = self.batches_per_step * batch_size, self.last_epoch
-        return f"updates {self.first_step + 1} to {self.total_steps}, clips in each: {clips}, epochs: {epochs:.4g}"
-
-    def ends_epochs(self, step: int, every: int) -> bool:
-        """Whether the update passes the end of epoch `every`, 2 * `every`, ..."""
-        return self.epoch(step) // every > self.epoch(step - 1) // every
-
-    def due(self, step: int, every_steps: int | None, every_epochs: int) -> bool:
-        """Whether what happens every so many updates or epochs, and at the end, happens after this update."""
-        by_steps = every_steps is not None and step % every_steps == 0
-        return by_steps or self.ends_epochs(step, every_epochs) or step == self.total_steps
-
-
-def make_plan(
-    batches_per_epoch: int, batches_per_step: int, epochs: int, max_steps: int | None, *, step: int, batches_seen: int
-) -> Plan:
-    """The plan of a run that stands at `step`; the epochs that are left are turned into updates of today's size."""
-    left = max(epochs * batches_per_epoch - batches_seen, 0)
-    total_steps = max_steps or step + math.ceil(left / batches_per_step)
-    return Plan(step, batches_seen, batches_per_step, batches_per_epoch, total_steps)
-
-
-def rank_batches(shapes, batch_size: int, seed: int, random_flip: bool, numbers: Iterable[int]) -> Iterator[list]:
-    """The micro-batches with these (ascending) numbers.
-
-    The sequence is the same for every number of ranks, they only share it out: N ranks see in one turn what one rank
-    sees in N, no clip is ever left out or seen more often than another, and a number is all there is to resume.
-    """
-    epoch, per_epoch = None, len(epoch_batches(shapes, batch_size, seed, 0, random_flip))
-    for number in numbers:
-        if number // per_epoch != epoch:
-            epoch = number // per_epoch
-            batches = epoch_batches(shapes, batch_size, seed, epoch, random_flip)
-        yield batches[number % per_epoch]
-
-
-def micro_batches(data: Data, plan: Plan, ranks: Ranks, batch_size, seed, random_flip, num_workers) -> Iterator[tuple]:
+def micro_batches(
+    data: Data, timeline: Timeline, ranks: Ranks, *, batch_size: int, seed: int, random_flip: bool, num_workers: int
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Endless (number, batch) of this rank; a batch is what `CachedClips` gives, stacked."""
-    first = plan.first_batch + ranks.index
-    order = rank_batches(data.shapes, batch_size, seed, random_flip, itertools.count(first, ranks.count))
+    first = timeline.first_batch + ranks.index
+    numbers = itertools.count(first, ranks.count)
     loader = torch.utils.data.DataLoader(
         data.clips,
-        batch_sampler=order,
+        batch_sampler=rank_batches(data.shapes, batch_size, seed, random_flip, numbers),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or it would draw from the global one
     )
-    return zip(itertools.count(first, ranks.count), loader)
+    return _read_ahead(zip(itertools.count(first, ranks.count), loader))
+
+
+def _read_ahead(items: Iterator) -> Iterator:
+    """The items of an endless iterator; a thread reads the next one while the GPU computes with this one."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items)
+        while True:
+            item = following.result()
+            following = thread.submit(next, items)
+            yield item
 
 
 if __name__ == "__main__":
@@ -1019,4 +423,4 @@ if __name__ == "__main__":
     parser.add_argument("command", choices=["preview"])
     parser.parse_args(sys.argv[1:2])
     del sys.argv[1]
-    runpy.run_module("preview", run_name="__main__")  # not imported: it stands on this module, and on model libraries
+    runpy.run_module("pages.preview", run_name="__main__")  # not imported: pages/ is a floor above

@@ -9,7 +9,8 @@ and epochs; the number decides which clips and which noise it holds, so N ranks,
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,59 +20,93 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
-import checkpoints
-import cogvideox
-import compute
 import dataset
-import hub
-import memory
-import optimizers
-import processes
-import report
-import trainable
-import validation
+from clips import frames, listing
+from clips.frames import image_problems
+from clips.order import Ranks, Timeline, count_held_out, make_timeline
+from cogvideox import compute, encoders, lora, memory
+from cogvideox.base_model import (
+    BaseModel,
+    check_training,
+    download_weights,
+    read_base_model,
+    read_text_encoder_config,
+)
+from cogvideox.objective import generator_for, training_loss
+from dataset import Data
+from files import at_least, expanded_path
+from pages import report
+from run import checkpoints, hub, optimizers, processes, run_directory, validation
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-START_OPTIONS = (
-    "mixed_precision", "gradient_accumulation_steps", "report_to", "output_dir", "logging_dir", "ddp_timeout"
-)  # fmt: skip
 # What a resumed run must share with its checkpoint: it comes back with the optimizer, or counts the place in the data.
 FIXED = (
-    "training_type", *trainable.OPTIONS, *optimizers.OPTIONS, "scale_lr", "seed", "train_batch_size",
-    "validation_split", "ema_decay",
+    "training_type", *lora.OPTIONS, *optimizers.OPTIONS, "scale_lr", "seed", "train_batch_size", "validation_split",
+    "ema_decay",
 )  # fmt: skip
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PLR0915 - a statement per option
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(usage="%(prog)s OPTIONS (see --help)", allow_abbrev=False)
     parser.description = __doc__.split("\n")[0]
-    count, positive, path = dataset.at_least(0), dataset.at_least(1), dataset.expanded_path
+    add_model_options(parser)
+    add_data_options(parser)
+    lora.add_options(parser)
+    add_training_options(parser)
+    compute.add_options(parser)
+    optimizers.add_options(parser)
+    validation.add_options(parser)
+    add_output_options(parser)
+
+    args = parser.parse_args(argv)
+    args.hub_model_id = args.hub_model_id or args.output_dir.absolute().name
+    if args.learning_rate is None:
+        args.learning_rate = optimizers.default_learning_rate(args.optimizer, args.training_type)
+    lora.check_options(args, parser.error)
+    args.rank = args.rank or lora.DEFAULT_RANK
+    args.lora_target_modules = sorted(args.lora_target_modules or lora.DEFAULT_TARGETS)
+    args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
+    frames.check_options(args, parser.error)
+    optimizers.check_options(args, parser.error)
+    compute.check_options(args, parser.error)
+    validation.check_options(args, parser.error)
+    return args
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model").add_argument
     model("--pretrained_model_name_or_path", required=True, metavar="NAME", help="CogVideoX folder or hub name")
     model("--revision", help="branch, tag or commit of the hub repository")
     model("--variant", help="weight files to take where the repository has several, such as fp16")
-    model("--cache_dir", type=path, help="folder for downloads (default: that of huggingface_hub)")
+    model("--cache_dir", type=expanded_path, help="folder for downloads (default: that of huggingface_hub)")
 
-    data_group = dataset.add_options(parser)
-    data, source = data_group.add_argument, data_group.add_mutually_exclusive_group(required=True).add_argument
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    listing.add_options(group)
+    frames.add_options(group)
+    source = group.add_mutually_exclusive_group(required=True).add_argument
+    path, tilings = expanded_path, ["never", "auto", "always"]
     source("--instance_data_root", type=path, metavar="FOLDER", help="folder with the two list files and the videos")
     source("--dataset_name", metavar="NAME", help="hub dataset repository to download and read like a folder")
+    data = group.add_argument
     data("--latents_cache_dir", type=path, metavar="FOLDER", help="default: .cogvideox_cache in the data's folder")
+    count = at_least(0)
     data("--dataloader_num_workers", type=count, default=0, metavar="N", help="processes that read the cache; 0: none")
     data("--text_encoder_precision", choices=["bf16", "int8"], default="bf16", help="int8: T5 in half the memory")
     data("--text_encoder_device", choices=["accelerator", "cpu"], default="accelerator", help="cpu: T5 slowly there")
     tiling = "VAE in tiles: less memory, slower, slightly other latents; auto: where memory asks for it"
-    tilings = ["never", "auto", "always"]
     data("--enable_tiling", nargs="?", const="always", default="never", choices=tilings, help=tiling)
     data("--enable_slicing", action="store_true", help="VAE: small clips one by one, images too: less memory")
 
-    trainable.add_options(parser)
-    train = parser.add_argument_group("training").add_argument
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    train, positive = parser.add_argument_group("training").add_argument, at_least(1)
     train("--training_type", choices=["lora", "sft"], default="lora", help="a LoRA, or all weights of the transformer")
-    train("--seed", type=count, default=42, help="of order, noise, timesteps, LoRA weights, validation")
+    train("--seed", type=at_least(0), default=42, help="of order, noise, timesteps, LoRA weights, validation")
     train("--mixed_precision", choices=list(DTYPES), help="default: what accelerate's config file says")
     train("--train_batch_size", type=positive, default=1, metavar="N", help="clips per micro-batch and GPU")
     train("--gradient_accumulation_steps", type=positive, default=1, metavar="N", help="micro-batches per update")
@@ -81,11 +116,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     train("--ddp_timeout", type=positive, default=1800, metavar="SECONDS", help="longest wait for another process")
     train("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere GPUs and later")
 
-    compute.add_options(parser)
-    optimizers.add_options(parser)
-    validation.add_options(parser)
 
-    out = parser.add_argument_group("output").add_argument
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    out, path, positive = parser.add_argument_group("output").add_argument, expanded_path, at_least(1)
     out("--output_dir", type=path, default=Path("cogvideox-lora"), help="run directory")
     out("--checkpointing_steps", type=positive, default=500, metavar="N", help="save every N updates and at the end")
     out("--checkpoints_total_limit", type=positive, metavar="N", help="keep the newest N (default: all)")
@@ -98,139 +131,186 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # noqa: PL
     out("--hub_model_id", help="repository for it (default: the name of --output_dir)")
     out("--hub_token", help="better HF_TOKEN or `hf auth login`: trackers may log commands")
 
-    args = parser.parse_args(argv)
-    args.hub_model_id = args.hub_model_id or args.output_dir.absolute().name
-    if args.learning_rate is None:
-        args.learning_rate = 1.0 if args.optimizer == "prodigy" else {"lora": 1e-4, "sft": 1e-5}[args.training_type]
-    trainable.check_options(args, parser.error)
-    args.rank = args.rank or 128
-    args.lora_target_modules = sorted(args.lora_target_modules or trainable.DEFAULT_TARGETS)
-    args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
-    check_args(args, parser.error)
-    return args
-
-
-def check_args(args: argparse.Namespace, refuse) -> None:
-    """Refuses values and combinations that cannot work; `refuse` ends the program with a message."""
-    for problem in dataset.size_problems(args.height, args.width, args.max_num_frames):
-        refuse(problem)
-    for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
-        if not getattr(args, name) > 0:
-            refuse(f"--{name} {getattr(args, name)}: must be above 0")
-    optimizers.check_options(args, refuse)
-    compute.check_options(args, refuse)
-    validation.check_options(args, refuse)
-
 
 # ---- launch ----------------------------------------------------------------------------------------------------------
 
 
-def start(args: argparse.Namespace) -> tuple[Accelerator, dataset.Ranks]:
+def start(args: argparse.Namespace) -> tuple[Accelerator, Ranks]:
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    options = {name: getattr(args, name) for name in START_OPTIONS}
-    # Only where float32 weights do most of the work: it runs and stores the LayerNorms in float32, too.
-    accelerator, ranks = processes.start(**options, autocast=args.training_type == "sft" or args.use_dora)
-    if accelerator.is_fsdp2 and args.use_8bit_adam:
-        raise ValueError("--use_8bit_adam: bitsandbytes cannot work on shards; leave it out, they are small already")
-    if accelerator.is_fsdp2 and args.gradient_checkpointing == "auto":
-        raise ValueError("--gradient_checkpointing auto: knows nothing of shards; pass none, attention or full")
-    if accelerator.is_fsdp2 and args.blocks_to_swap:
-        raise ValueError("--blocks_to_swap: FSDP spreads the weights over the GPUs already; leave it out")
-    if accelerator.is_fsdp2 and args.base_precision != "bf16":
-        raise ValueError(f"--base_precision {args.base_precision}: FSDP shards no quantised weights; leave one out")
+    accelerator, ranks = processes.start(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        report_to=args.report_to,
+        output_dir=args.output_dir,
+        logging_dir=args.logging_dir,
+        ddp_timeout=args.ddp_timeout,
+        # Only where float32 weights do most of the work: it runs and stores the LayerNorms in float32, too.
+        autocast=args.training_type == "sft" or args.use_dora,
+    )
+    if accelerator.is_fsdp2:
+        check_sharding(args)
     if args.training_type == "sft":  # of whose checkpoints each rank writes a part
         processes.check_shared(ranks, args.output_dir, "--output_dir")
     return accelerator, ranks
 
 
-def plan_memory(args, accelerator: Accelerator, ranks, checkpoint: cogvideox.Checkpoint, dtype) -> memory.Plan:
+def check_sharding(args: argparse.Namespace) -> None:
+    """Refuses what cannot work where FSDP2 shards the weights."""
+    if args.use_8bit_adam:
+        raise ValueError("--use_8bit_adam: bitsandbytes cannot work on shards; leave it out, they are small already")
+    if args.gradient_checkpointing == "auto":
+        raise ValueError("--gradient_checkpointing auto: knows nothing of shards; pass none, attention or full")
+    if args.blocks_to_swap:
+        raise ValueError("--blocks_to_swap: FSDP spreads the weights over the GPUs already; leave it out")
+    if args.base_precision != "bf16":
+        raise ValueError(f"--base_precision {args.base_precision}: FSDP shards no quantised weights; leave one out")
+
+
+def read_base(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> BaseModel:
+    """The base model's configs, checked: everything that is asked for is possible with it."""
+    base = read_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
+    image_options = [f"--{name}" for name in ("image_column", "validation_images") if getattr(args, name)]
+    check_training(base, dtype, args.max_num_frames, args.height, args.width, image_options)
+    compute.check_possible(args, base.transformer, dtype, device)
+    if args.training_type == "lora":
+        lora.check_lora(base, lora.lora_of(args), start_of(args))
+    return base
+
+
+def start_of(args: argparse.Namespace) -> Path | None:
+    """The LoRA that training starts from; none where a run is resumed, which has come further."""
+    return None if args.resume_from_checkpoint else args.lora_path
+
+
+def fixed_options(args: argparse.Namespace, mixed_precision: str, base: BaseModel) -> dict:
+    """What a checkpoint records of the options, and a resumed run must share."""
+    fixed = {name: getattr(args, name) for name in FIXED}
+    return fixed | {"mixed_precision": mixed_precision, "transformer": base.identity}
+
+
+def create_hub_repo(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
+    """The hub repository for the result; None where nothing is to be pushed."""
+    if not args.push_to_hub:
+        return None
+    return processes.from_main(accelerator, hub.create_hub_repo, args.hub_model_id, args.hub_token)
+
+
+def plan_memory(args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, dtype: torch.dtype) -> memory.Plan:
     """Says what each phase will need, and decides what is "auto" among the options: for all ranks the same."""
     free_gib = memory.free_gpu_gib(accelerator.device)
     free_gib = None if free_gib is None else min(ranks.gather([free_gib]))
     settings = memory.Settings.of(args, dtype, samples=bool(args.validation_prompt))
-    text_encoder = cogvideox.read_text_encoder_config(checkpoint)
-    plan = memory.plan(checkpoint, text_encoder, settings, args.enable_tiling, free_gib)
+    plan = memory.plan(base, read_text_encoder_config(base), settings, args.enable_tiling, free_gib)
     # Under FSDP2 GPUs share the weights, and need less for all phases but the clips: tiles on the safe side.
-    accelerator.print(*plan.lines[accelerator.is_fsdp2 :], sep="\n")
+    lines = plan.lines[1:] if accelerator.is_fsdp2 else plan.lines
+    accelerator.print(*lines, sep="\n")
     return plan
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def prepare_data(args, accelerator, checkpoint, dtype, ranks, memory_plan: memory.Plan) -> tuple:
-    """The checkpoint with its weights, what is trained on, and what is held out; T5 and VAE are gone from memory."""
-    root = args.instance_data_root or dataset.download(args.dataset_name, args.cache_dir)
-    clips, problems = dataset.read_clips(root, args.caption_column, args.video_column, args.image_column, args.id_token)
-    dataset.count_held_out(args.validation_split, len(clips))  # before hours of encoding
-    problems += dataset.image_problems([image for image in validation.images(args) if image], "--validation_images")
-    view = dataset.View(
-        args.height, args.width, args.fps, args.max_num_frames, args.skip_frames_start, args.skip_frames_end,
-        args.video_reshape_mode, args.seed, checkpoint.takes_image, checkpoint.fixed_size is not None,
-    )  # fmt: skip
+def prepare_data(
+    args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, dtype: torch.dtype, memory_plan: memory.Plan
+) -> tuple[BaseModel, Data, Data]:
+    """The base model with its weights on disk, the training data and the held-out data.
+
+    T5 and the VAE have left memory when it returns.
+    """
+    root = args.instance_data_root or listing.download_dataset(args.dataset_name, args.cache_dir)
+    clips, problems = listing.read_clips(root, args.caption_column, args.video_column, args.image_column, args.id_token)
+    count_held_out(args.validation_split, len(clips))  # before hours of encoding
+    problems += image_problems([image for image in validation.images(args) if image], "--validation_images")
+    view = frames.view_of(args, with_image=base.takes_image, whole=base.fixed_size is not None)
     cache = args.latents_cache_dir or root / ".cogvideox_cache"
     sharing = processes.sharing(ranks, cache, "--latents_cache_dir")
-    if not checkpoint.folder:  # no weights are downloaded for clips that cannot be trained on
-        dataset.check_clips(root, clips, problems, view, sharing, ranks)
-    checkpoint = cogvideox.download(checkpoint)
-    video_encoder, text_encoder = cogvideox.encoders(
-        checkpoint, dtype, accelerator.device, memory_plan.tile_encoding, args.enable_slicing,
-        args.text_encoder_precision, "cpu" if args.text_encoder_device == "cpu" else accelerator.device,
-    )  # fmt: skip
+    if not base.folder:  # no weights are downloaded for clips that cannot be trained on
+        dataset.check_clips(root, clips, problems, view, ranks=sharing, everyone=ranks)
+    base = download_weights(base)
+    video_encoder, text_encoder = encoders.encoders(
+        base,
+        dtype,
+        accelerator.device,
+        tiling=memory_plan.tile_encoding,
+        slicing=args.enable_slicing,
+        text_precision=args.text_encoder_precision,
+        text_device="cpu" if args.text_encoder_device == "cpu" else accelerator.device,
+    )
     data = dataset.encode_dataset(
-        root, clips, problems, view, cache=cache,
+        root,
+        clips,
+        problems,
+        view,
+        cache=cache,
         prompts=[*validation.prompts(args), ""],  # "": what guidance moves away from
-        random_flip=args.random_flip, video_encoder=video_encoder, text_encoder=text_encoder,
-        progress=partial(bar, accelerator), ranks=sharing, everyone=ranks,
-    )  # fmt: skip
+        random_flip=args.random_flip,
+        video_encoder=video_encoder,
+        text_encoder=text_encoder,
+        progress=partial(progress_bar, accelerator),
+        ranks=sharing,
+        everyone=ranks,
+    )
     if accelerator.device.type == "cuda":  # from here on it is the peak of training
-        accelerator.print(f"peak memory of encoding: {checkpoints.peak_memory_gib(accelerator.device):.1f} GiB")
+        peak_gib = run_directory.peak_memory_gib(accelerator.device)
+        accelerator.print(f"peak memory of encoding: {peak_gib:.1f} GiB")
         torch.cuda.reset_peak_memory_stats(accelerator.device)
-    return checkpoint, *data.split(args.validation_split, args.seed)
+    return base, *data.split(args.validation_split, args.seed)
 
 
-def bar(accelerator: Accelerator, items, description: str, unit: str, **options) -> tqdm:
+def plan_updates(args, data: Data, ranks: Ranks, position: dict) -> Timeline:
+    """The run in whole numbers, from the position that it starts or is resumed at."""
+    return make_timeline(
+        batches_per_epoch=data.batches_per_epoch(args.train_batch_size),
+        batches_per_step=ranks.count * args.gradient_accumulation_steps,
+        epochs=args.num_train_epochs,
+        max_steps=args.max_train_steps,
+        **position,
+    )
+
+
+def progress_bar(accelerator: Accelerator, items: Iterable | None, description: str, unit: str, **options) -> tqdm:
     return tqdm(items, description, unit=unit, disable=not accelerator.is_main_process, **options)
 
 
 # ---- what is trained -------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> cogvideox.Checkpoint:
-    """The checkpoint's configs, of which all that is asked for can be had."""
-    checkpoint = cogvideox.read_checkpoint(
-        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir
-    )
-    image_options = [f"--{name}" for name in ("image_column", "validation_images") if getattr(args, name)]
-    cogvideox.check_training(checkpoint, dtype, args.max_num_frames, args.height, args.width, image_options)
-    compute.check_possible(args, checkpoint.transformer, dtype, device)
-    if args.training_type == "lora":
-        trainable.check_lora(checkpoint, *lora_of(args))
-    return checkpoint
-
-
-def lora_of(args: argparse.Namespace) -> tuple[trainable.Lora, Path | None]:
-    """And what it starts from; one that is resumed has come further."""
-    lora = trainable.Lora(**{name: getattr(args, name) for name in trainable.Lora._fields})
-    return lora, None if args.resume_from_checkpoint else args.lora_path
-
-
-def prepare_transformer(args, checkpoint, dtype, device, memory_plan) -> tuple[torch.nn.Module, trainable.Export]:
-    """The transformer, of which just what is trained requires gradients, and what writes that as a result."""
+def prepare_transformer(
+    args, base: BaseModel, dtype: torch.dtype, device: torch.device, memory_plan: memory.Plan
+) -> tuple[torch.nn.Module, lora.Export]:
+    """The transformer, in which only what is trained requires gradients, and the function that writes the result."""
     set_seed(args.seed)
     if args.training_type == "lora":
-        transformer, export = trainable.with_lora(checkpoint, dtype, *lora_of(args), device)
+        transformer, export = lora.with_lora(base, dtype, lora.lora_of(args), start_of(args), device)
     else:
-        transformer, export = trainable.whole(checkpoint, dtype)
-    level = memory_plan.gradient_checkpointing
-    compute.prepare(transformer, level, args.compile, args.attention_backend, args.blocks_to_swap, device)
+        transformer, export = lora.whole(base, dtype)
+    compute.prepare(
+        transformer,
+        memory_plan.gradient_checkpointing,
+        compiled=args.compile,
+        backend=args.attention_backend,
+        blocks_to_swap=args.blocks_to_swap,
+        device=device,
+    )
     return transformer.train(), export
 
 
-def make_optimizer(args, weights: list[torch.nn.Parameter], clips_per_step: int) -> torch.optim.Optimizer:
+def make_optimizer(args, parameters: list[torch.nn.Parameter], batches_per_step: int) -> torch.optim.Optimizer:
     options = {name: getattr(args, name) for name in optimizers.OPTIONS}
-    options["learning_rate"] *= clips_per_step if args.scale_lr else 1
-    return optimizers.make_optimizer(weights, **options)
+    if args.scale_lr:
+        options["learning_rate"] *= batches_per_step * args.train_batch_size
+    return optimizers.make_optimizer(parameters, **options)
+
+
+def make_lr_scheduler(args, optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    return optimizers.make_lr_scheduler(
+        optimizer,
+        args.lr_scheduler,
+        warmup_steps=args.lr_warmup_steps,
+        total_steps=total_steps,
+        cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -241,85 +321,145 @@ class Run(NamedTuple):
 
     args: argparse.Namespace
     accelerator: Accelerator
-    ranks: dataset.Ranks
-    checkpoint: cogvideox.Checkpoint
+    ranks: Ranks
+    base: BaseModel
     dtype: torch.dtype
     memory_plan: memory.Plan
-    data: dataset.Data
-    held_out: dataset.Data
-    plan: dataset.Plan
+    data: Data
+    held_out: Data
+    timeline: Timeline
     state: checkpoints.State
-    export: trainable.Export
+    export: lora.Export
 
-    def image_encoder(self):
-        vae_options = self.accelerator.device, self.memory_plan.tile_encoding, self.args.enable_slicing
-        return cogvideox.image_encoder(self.checkpoint, self.dtype, *vae_options)
+    def image_encoder(self) -> AbstractContextManager[Callable | None]:
+        return encoders.image_encoder(
+            self.base,
+            self.dtype,
+            self.accelerator.device,
+            tiling=self.memory_plan.tile_encoding,
+            slicing=self.args.enable_slicing,
+        )
+
+    def micro_batches(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        return dataset.micro_batches(
+            self.data,
+            self.timeline,
+            self.ranks,
+            batch_size=self.args.train_batch_size,
+            seed=self.args.seed,
+            random_flip=self.args.random_flip,
+            num_workers=self.args.dataloader_num_workers,
+        )
 
 
-def losses(run: Run) -> Iterator[torch.Tensor]:
-    """The loss of each micro-batch of this rank, in order; its noise depends on the seed and its number alone."""
-    args, device = run.args, run.accelerator.device
-    micro_batches = dataset.micro_batches(
-        run.data, run.plan, run.ranks, args.train_batch_size, args.seed, args.random_flip, args.dataloader_num_workers
-    )
-    with run.image_encoder() as encode:
-        number, batch = next(micro_batches)
-        while True:
-            generator = cogvideox.generator_for(device, args.seed, number)
-            torch.manual_seed(generator.initial_seed() % 2**63)  # dropout draws from the global generator
-            loss = cogvideox.training_loss(run.checkpoint, run.state.transformer, batch, generator, run.dtype, encode)
-            number, batch = next(micro_batches)  # read while the GPU computes
-            yield loss
+class Update(NamedTuple):
+    """What an update measured, on the device."""
+
+    loss: torch.Tensor  # the mean of this rank's micro-batches
+    grad_norm: torch.Tensor  # of all ranks, before clipping
+    learning_rate: float
 
 
-def update(run: Run, micro_batch_losses: Iterator[torch.Tensor]) -> dict:
-    """One optimizer update; returns its "loss" on this rank, its "lr", and its "grad_norm", which is that of all."""
-    accelerator, micro_batches = run.accelerator, run.args.gradient_accumulation_steps
+def update(run: Run, micro_batches: Iterator[tuple[int, dict]], encode_images: Callable | None) -> Update:
+    """Makes one update of the weights."""
+    args, accelerator = run.args, run.accelerator
     transformer, optimizer, lr_scheduler, average = run.state
-    total, weights = 0.0, optimizer.param_groups[0]["params"]
-    for _ in range(micro_batches):
+    parameters = optimizer.param_groups[0]["params"]
+    mean_loss = 0.0
+    for _ in range(args.gradient_accumulation_steps):
+        number, batch = next(micro_batches)
+        generator = generator_for(accelerator.device, args.seed, number)  # of all noise in this micro-batch
+        torch.manual_seed(generator.initial_seed() % 2**63)  # dropout draws from the global generator
         with accelerator.accumulate(transformer):
-            with compute.attention_kernel(run.args.attention_backend):
-                loss = next(micro_batch_losses)
+            with compute.attention_kernel(args.attention_backend):
+                loss = training_loss(run.base, transformer, batch, generator, run.dtype, encode_images)
                 accelerator.backward(loss)  # divides by the number of micro-batches
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(weights, run.args.max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        total += loss.detach() / micro_batches
-    done = {"loss": total, "lr": lr_scheduler.get_last_lr()[0], "grad_norm": grad_norm}
+        mean_loss += loss.detach() / args.gradient_accumulation_steps
+    learning_rate = lr_scheduler.get_last_lr()[0]
     lr_scheduler.step()
     average.step()
-    return done
+    return Update(mean_loss, grad_norm, learning_rate)
 
 
-def log(run: Run, step: int, done: dict, since: tuple[int, float], smoothed: float | None) -> float:
-    """Writes one row; `since` is an earlier step and its time, with nothing but updates in between.
+def train(run: Run, fixed: dict) -> None:
+    """Trains to the last update: one turn is one update.
 
-    Returns the smoothed loss, after that of the row before: a mean at first, of about 50 rows later on.
+    Args:
+        fixed: what checkpoints record of the options.
     """
-    loss = run.accelerator.reduce(done["loss"], "mean").item()  # waits for the GPU
-    seconds = (time.perf_counter() - since[1]) / (step - since[0])
+    args, timeline = run.args, run.timeline
+    smoothed = start_records(run)
+    progress = progress_bar(
+        run.accelerator, None, "Training", "update", total=timeline.total_steps, initial=timeline.first_step
+    )
+    micro_batches = run.micro_batches()
+    if begins_with_validation(run):
+        validate(run, timeline.first_step)
+    last_step, last_time = timeline.first_step, time.perf_counter()
+    with run.image_encoder() as encode_images:
+        for step in range(timeline.first_step + 1, timeline.total_steps + 1):
+            done = update(run, micro_batches, encode_images)
+            if logs := step % args.logging_steps == 0:
+                smoothed = log(run, step, done, last_step=last_step, last_time=last_time, smoothed=smoothed)
+                progress.set_postfix(loss=f"{smoothed:.4f}", lr=f"{done.learning_rate:.2e}", refresh=False)
+            progress.update()
+            if saves := step % args.checkpointing_steps == 0 or step == timeline.total_steps:
+                save(run, step, fixed)
+            if validates := timeline.due(step, args.validation_steps, args.validation_epochs):
+                validate(run, step)
+            if logs or saves or validates:
+                last_step, last_time = step, time.perf_counter()
+    progress.close()
+
+
+def log(run: Run, step: int, done: Update, *, last_step: int, last_time: float, smoothed: float | None) -> float:
+    """Writes one row of metrics; returns the smoothed loss: a mean at first, of about the last 50 rows later on.
+
+    Args:
+        last_step, last_time: an earlier step and its time, with nothing but updates in between.
+        smoothed: what the row before returned.
+    """
+    loss = run.accelerator.reduce(done.loss, "mean").item()  # waits for the GPU
+    seconds = (time.perf_counter() - last_time) / (step - last_step)
     smoothed = loss if smoothed is None else smoothed + (loss - smoothed) * max(run.args.logging_steps / step, 0.02)
-    row = {"step": step, "epoch": round(run.plan.epoch(step), 4), "loss": loss, "loss_smoothed": smoothed}
-    row |= {"lr": done["lr"], "grad_norm": done["grad_norm"].item(), "seconds": round(seconds, 4)}
-    checkpoints.log_row(run.accelerator, run.args.output_dir, row)
+    row = {
+        "step": step,
+        "epoch": round(run.timeline.epoch(step), 4),
+        "loss": loss,
+        "loss_smoothed": smoothed,
+        "lr": done.learning_rate,
+        "grad_norm": done.grad_norm.item(),
+        "seconds": round(seconds, 4),
+    }
+    run_directory.log_row(run.accelerator, run.args.output_dir, row)
     return smoothed
 
 
 def save(run: Run, step: int, fixed: dict) -> None:
-    output_dir, position, limit = run.args.output_dir, run.plan.position(step), run.args.checkpoints_total_limit
-    checkpoints.save_checkpoint(run.accelerator, run.state, run.export, output_dir, position, fixed, limit)
+    checkpoints.save_checkpoint(
+        run.accelerator,
+        run.state,
+        run.export,
+        run.args.output_dir,
+        position=run.timeline.position(step),
+        fixed=fixed,
+        total_limit=run.args.checkpoints_total_limit,
+    )
     if run.accelerator.is_main_process:
-        report.write_report(output_dir)
+        report.write_report(run.args.output_dir)
 
 
 def begins_with_validation(run: Run) -> bool:
     """For a fresh run, if asked for; for a resumed one, if the first was stopped before it got to that."""
-    args, step = run.args, run.plan.first_step
-    wanted = run.plan.due(step, args.validation_steps, args.validation_epochs) if step else args.validate_first
-    place = args.output_dir, step, bool(run.held_out.shapes)
-    return wanted and not processes.from_main(run.accelerator, checkpoints.validated, *place)
+    args, step = run.args, run.timeline.first_step
+    wanted = run.timeline.due(step, args.validation_steps, args.validation_epochs) if step else args.validate_first
+    return wanted and not processes.from_main(
+        run.accelerator, run_directory.validated, args.output_dir, step, bool(run.held_out.shapes)
+    )
 
 
 def validate(run: Run, step: int) -> None:
@@ -329,45 +469,93 @@ def validate(run: Run, step: int) -> None:
             sample_videos(run, step)
         losses = held_out_losses(run, step) if run.held_out.shapes else None
     if losses and step:  # the base model is not one of those to choose from
-        checkpoints.save_best(run.accelerator, run.state, run.export, run.args.output_dir, step, losses)
+        checkpoints.save_best(run.accelerator, run.state, run.export, run.args.output_dir, step=step, losses=losses)
     if run.accelerator.is_main_process:
         report.write_report(run.args.output_dir)
 
 
-def held_out_losses(run: Run, step: int) -> dict:
-    what = run.checkpoint, run.state.transformer, run.held_out
-    with run.image_encoder() as encode:
-        losses = validation.held_out_losses(run.accelerator, run.ranks, *what, encode, run.args.seed, run.dtype)
-    row = {"step": step, "epoch": round(run.plan.epoch(step), 4), **losses}
-    checkpoints.log_row(run.accelerator, run.args.output_dir, row, group="validation")
+def held_out_losses(run: Run, step: int) -> dict[str, float]:
+    with run.image_encoder() as encode_images:
+        losses = validation.held_out_losses(
+            run.accelerator,
+            run.ranks,
+            run.base,
+            run.state.transformer,
+            data=run.held_out,
+            encode_images=encode_images,
+            seed=run.args.seed,
+            dtype=run.dtype,
+        )
+    row = {"step": step, "epoch": round(run.timeline.epoch(step), 4), **losses}
+    run_directory.log_row(run.accelerator, run.args.output_dir, row, group="validation")
     run.accelerator.print(f"\nupdate {step}: loss on held-out clips {losses['validation_loss']:.4f}")
     return losses
 
 
 def sample_videos(run: Run, step: int) -> None:
-    args, device = run.args, run.accelerator.device
-    vae = cogvideox.loaded_vae(run.checkpoint, run.dtype, device, run.memory_plan.tile_decoding, args.enable_slicing)
-    cases = validation.cases(run.data, validation.prompts(args), validation.images(args), args.height, args.width)
+    args = run.args
+    vae = encoders.loaded_vae(
+        run.base,
+        run.dtype,
+        run.accelerator.device,
+        tiling=run.memory_plan.tile_decoding,
+        slicing=args.enable_slicing,
+    )
     validation.validate(
-        run.accelerator, run.ranks, run.checkpoint, run.state.transformer, vae, cases, run.data.prompts,
-        args.output_dir, step, seeds=range(args.seed, args.seed + args.num_validation_videos), fps=args.fps,
-        num_frames=args.max_num_frames, height=args.height, width=args.width, guidance_scale=args.guidance_scale,
+        run.accelerator,
+        run.ranks,
+        run.base,
+        run.state.transformer,
+        vae=vae,
+        cases=validation.cases(run.data, validation.prompts(args), validation.images(args), args.height, args.width),
+        prompt_embeds=run.data.prompts,
+        output_dir=args.output_dir,
+        step=step,
+        seeds=range(args.seed, args.seed + args.num_validation_videos),
+        fps=args.fps,
+        num_frames=args.max_num_frames,
+        height=args.height,
+        width=args.width,
+        guidance_scale=args.guidance_scale,
         use_dynamic_cfg=args.use_dynamic_cfg,
-    )  # fmt: skip
+    )
 
 
 def start_records(run: Run) -> float | None:
-    """Says what is going to happen, on paper and in the trackers; returns the smoothed loss of an earlier start."""
-    args, plan, checkpoint = run.args, run.plan, run.checkpoint
-    what = f"{args.training_type}, {trainable.count(run.state.transformer)}, learning rate {args.learning_rate:g}"
-    data = [run.data.summary()] + ([f"held out: {run.held_out.summary()}"] if run.held_out.shapes else [])
-    how = compute.describe(args, run.dtype, run.memory_plan.gradient_checkpointing, run.accelerator.device)
-    lines = [checkpoint.describe(), *data, what, how, plan.summary(args.train_batch_size)]
-    run.accelerator.print(*lines, *checkpoint.remarks(args.max_num_frames, args.fps), sep="\n")
-    about = {"checkpoint": lines[0], "clips": len(run.data.shapes), "processes": run.ranks.count, "data": data}
-    about |= {"memory_plan": run.memory_plan._asdict()}
-    checkpoints.start_records(run.accelerator, args.output_dir, args.tracker_name, about, vars(args), plan.first_step)
-    return checkpoints.smoothed_loss(args.output_dir)
+    """Says what is going to happen, in the terminal, args.json and the trackers.
+
+    Returns the smoothed loss of the run that is resumed, if one is.
+    """
+    args, timeline, base = run.args, run.timeline, run.base
+    trained = lora.count_trained(run.state.transformer)
+    data = [run.data.summary()]
+    if run.held_out.shapes:
+        data.append(f"held out: {run.held_out.summary()}")
+    lines = [
+        base.describe(),
+        *data,
+        f"{args.training_type}, {trained}, learning rate {args.learning_rate:g}",
+        compute.describe(args, run.dtype, run.memory_plan.gradient_checkpointing, run.accelerator.device),
+        timeline.summary(args.train_batch_size),
+        *base.remarks(args.max_num_frames, args.fps),
+    ]
+    run.accelerator.print(*lines, sep="\n")
+    about = {
+        "checkpoint": base.describe(),
+        "clips": len(run.data.shapes),
+        "processes": run.ranks.count,
+        "data": data,
+        "memory_plan": run.memory_plan._asdict(),
+    }
+    run_directory.start_records(
+        run.accelerator,
+        args.output_dir,
+        tracker_name=args.tracker_name,
+        about=about,
+        options=vars(args),
+        step=timeline.first_step,
+    )
+    return run_directory.smoothed_loss(args.output_dir)
 
 
 # ---- the story -------------------------------------------------------------------------------------------------------
@@ -376,63 +564,37 @@ def start_records(run: Run) -> float | None:
 @processes.lost_processes_explained()
 def main(args: argparse.Namespace) -> None:
     with processes.explained():
-        # Data: read, checked and encoded, before the transformer comes in.
+        # Start: what can be refused is refused before anything is loaded.
         accelerator, ranks = start(args)
         dtype = DTYPES[accelerator.mixed_precision]
-        checkpoint = read_checkpoint(args, dtype, accelerator.device)
-        fixed = {name: getattr(args, name) for name in FIXED}
-        fixed |= {"mixed_precision": accelerator.mixed_precision, "transformer": checkpoint.identity}
+        base = read_base(args, dtype, accelerator.device)
+        fixed = fixed_options(args, accelerator.mixed_precision, base)
         resume_from, position = processes.from_main(
             accelerator, checkpoints.starting_point, args.output_dir, args.resume_from_checkpoint, fixed
         )
         make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], 1)  # a missing package or a bad value shows here
-        hub_repo = args.push_to_hub and processes.from_main(
-            accelerator, hub.create_hub_repo, args.hub_model_id, args.hub_token
-        )
-        memory_plan = plan_memory(args, accelerator, ranks, checkpoint, dtype)
-        checkpoint, data, held_out = prepare_data(args, accelerator, checkpoint, dtype, ranks, memory_plan)
-        plan = dataset.make_plan(
-            data.batches_per_epoch(args.train_batch_size), ranks.count * args.gradient_accumulation_steps,
-            args.num_train_epochs, args.max_train_steps, **position,
-        )  # fmt: skip
+        hub_repo = create_hub_repo(args, accelerator)
+        memory_plan = plan_memory(args, accelerator, ranks, base, dtype)
+
+        # Data: read, checked and encoded, before the transformer comes in.
+        base, data, held_out = prepare_data(args, accelerator, ranks, base, dtype, memory_plan)
+        timeline = plan_updates(args, data, ranks, position)
 
         # What is trained: weights in float32; what is frozen is in the compute dtype.
-        transformer, export = prepare_transformer(args, checkpoint, dtype, accelerator.device, memory_plan)
-        clips_per_step = plan.batches_per_step * args.train_batch_size
+        transformer, export = prepare_transformer(args, base, dtype, accelerator.device, memory_plan)
         # Nothing else may hold the weights: FSDP2 would keep them whole on every GPU, beside its shards.
-        optimizer = make_optimizer(args, trainable.weights_of(transformer), clips_per_step)
-        lr_scheduler = optimizers.make_lr_scheduler(
-            optimizer, args.lr_scheduler, args.lr_warmup_steps, plan.total_steps, args.lr_num_cycles, args.lr_power
-        )
+        optimizer = make_optimizer(args, lora.trained_parameters(transformer), timeline.batches_per_step)
+        lr_scheduler = make_lr_scheduler(args, optimizer, timeline.total_steps)
 
     # Where to start. The schedule is not prepared: accelerate would advance it once per rank.
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    average = trainable.Average(trainable.weights_of(transformer), args.ema_decay)
+    average = optimizers.WeightAverage(lora.trained_parameters(transformer), args.ema_decay)
     state = checkpoints.State(transformer, optimizer, lr_scheduler, average)
     if resume_from:
         checkpoints.load_checkpoint(accelerator, state, resume_from)
-    run = Run(args, accelerator, ranks, checkpoint, dtype, memory_plan, data, held_out, plan, state, export)
-    smoothed = start_records(run)
+    run = Run(args, accelerator, ranks, base, dtype, memory_plan, data, held_out, timeline, state, export)
 
-    # Train: one turn is one update.
-    micro_batch_losses = losses(run)
-    progress = bar(accelerator, None, "Training", "update", total=plan.total_steps, initial=plan.first_step)
-    if begins_with_validation(run):
-        validate(run, plan.first_step)
-    since = plan.first_step, time.perf_counter()
-    for step in range(plan.first_step + 1, plan.total_steps + 1):
-        done = update(run, micro_batch_losses)
-        if logs := step % args.logging_steps == 0:
-            smoothed = log(run, step, done, since, smoothed)
-            progress.set_postfix(loss=f"{smoothed:.4f}", lr=f"{done['lr']:.2e}", refresh=False)
-        progress.update()
-        if saves := step % args.checkpointing_steps == 0 or step == plan.total_steps:
-            save(run, step, fixed)
-        if validates := plan.due(step, args.validation_steps, args.validation_epochs):
-            validate(run, step)
-        if logs or saves or validates:
-            since = step, time.perf_counter()
-    progress.close()
+    train(run, fixed)
 
     # Result.
     result = checkpoints.averaged_weights(state)
@@ -442,7 +604,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if hub_repo and accelerator.is_main_process:  # nobody waits for the upload
-        hub.push_to_hub(hub_repo, args.output_dir, checkpoint, vars(args), args.hub_token)
+        hub.push_to_hub(hub_repo, args.output_dir, base, vars(args), args.hub_token)
 
 
 if __name__ == "__main__":

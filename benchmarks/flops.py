@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from memory import LEVELS
+from cogvideox.compute import LEVELS
 
 # Dense bfloat16 TFLOP/s of the tensor cores with float32 sums, as NVIDIA's data sheets and whitepapers have them, by
 # what torch.cuda.get_device_name says without "NVIDIA ". Whole names: a slice of a GPU (MIG) is named after it, too.
@@ -164,8 +164,8 @@ def main(argv: list[str] | None = None) -> None:
 
     given = [f"--{name}={value}" for name, value in vars(options).items() if value is not None]
     args = step.training_args(step.parse_args(given))
-    checkpoint = step.random_checkpoint(options.model)
-    tokens = step.tokens_per_clip(checkpoint, step.parameters_shape(checkpoint, args))
+    checkpoint = step.random_base_model(options.model)
+    tokens = checkpoint.num_tokens(*checkpoint.latent_shape(args.max_num_frames, args.height, args.width))
     print(f"{options.model}, {args.training_type}, {tokens:,} tokens a clip; TFLOP of its step:")
     for name, count in rows(step_flops(checkpoint.transformer, tokens, Trained.of(args))).items():
         print(f"{name:<24}{count / 1e12:10,.1f}")

@@ -16,13 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this fold
 
 import step
 
-import checkpoints
-import cogvideox
-import dataset
-import memory
-import quantized
 import train_cogvideox_lora as train
-import trainable
+from clips.frames import check_size
+from cogvideox import compute, memory, quantized
+from cogvideox.base_model import empty_transformer
+from cogvideox.lora import DEFAULT_TARGETS
+from files import at_least, write_json
 
 CARDS = (12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB, as sold
 
@@ -38,17 +37,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what("--table", action="store_true", help="peak of training of every model, level and base precision, in Markdown")
     what("--output", type=Path, metavar="FILE", help="also write it as JSON there")
 
-    positive = dataset.at_least(1)
+    positive = at_least(1)
     same = parser.add_argument_group("as in train_cogvideox_lora.py").add_argument
     same("--training_type", choices=["lora", "sft"], default="lora", help="a LoRA, or all weights")
     same("--rank", type=positive, default=128, help="rank of the LoRA matrices")
-    same("--lora_target_modules", nargs="+", metavar="NAME", default=trainable.DEFAULT_TARGETS, help="layers")
+    same("--lora_target_modules", nargs="+", metavar="NAME", default=DEFAULT_TARGETS, help="layers")
     same("--height", type=positive, help="pixels (default: the model's)")
     same("--width", type=positive, help="pixels (default: the model's)")
     same("--num_frames", "--max_num_frames", dest="max_num_frames", type=positive, help="4k + 1 (default: the model's)")
     same("--train_batch_size", type=positive, default=1, metavar="N", help="clips per micro-batch and GPU")
     same("--gradient_accumulation_steps", type=positive, default=1, metavar="N", help="micro-batches per update")
-    levels = [*memory.LEVELS, "auto"]
+    levels = [*compute.LEVELS, "auto"]
     same("--gradient_checkpointing", nargs="?", choices=levels, const="full", default="none", help="recompute")
     same("--mixed_precision", choices=list(train.DTYPES), default="bf16", help="no: float32")
     same("--base_precision", choices=quantized.PRECISIONS, default="bf16", help="of the blocks' frozen linear layers")
@@ -58,18 +57,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     tilings = {"nargs": "?", "const": "always", "default": "never", "choices": ["never", "auto", "always"]}
     same("--enable_tiling", **tilings, help="VAE in tiles")
     swapped = "blocks whose frozen weights stay in main memory"
-    same("--blocks_to_swap", type=dataset.at_least(0), default=0, metavar="N", help=swapped)
+    same("--blocks_to_swap", type=at_least(0), default=0, metavar="N", help=swapped)
     options = parser.parse_args(argv)
     model = step.MODELS[options.model]
     for name in ("height", "width", "max_num_frames"):
         setattr(options, name, getattr(options, name) or getattr(model, name))
     if "auto" in (options.gradient_checkpointing, options.enable_tiling) and (options.table or not options.free_gib):
         parser.error("auto: depends on the GPU; pass --free_gib, its free memory, and no --table")
-    layers = cogvideox.empty_transformer(model.transformer).config.num_layers
+    layers = empty_transformer(model.transformer).config.num_layers
     if options.blocks_to_swap > layers or options.blocks_to_swap and options.table:
         parser.error(f"--blocks_to_swap {options.blocks_to_swap}: {options.model} has {layers}, and --table swaps none")
-    for problem in dataset.size_problems(options.height, options.width, options.max_num_frames):
-        parser.error(problem)
+    check_size(options.height, options.width, options.max_num_frames, parser.error)
     if options.blocks_to_swap and (options.training_type == "sft" or options.gradient_checkpointing == "none"):
         parser.error(
             f"--blocks_to_swap {options.blocks_to_swap}: of a LoRA with --gradient_checkpointing; leave it out"
@@ -81,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def one_run(options: argparse.Namespace) -> dict:
     """Prints the phases of a run, and the parts of training; the same as a result."""
-    checkpoint, text_encoder = step.random_checkpoint(options.model), t5(options.model)
+    checkpoint, text_encoder = step.random_base_model(options.model), t5(options.model)
     settings = memory.Settings.of(options, train.DTYPES[options.mixed_precision])
     plan = memory.plan(checkpoint, text_encoder, settings, options.enable_tiling, options.free_gib)
     settings = settings._replace(**{name: value for name, value in plan._asdict().items() if name != "lines"})
@@ -120,7 +118,7 @@ def against_measurements(files: list[Path]) -> list[dict]:
         if "peak_memory_gib" not in result or result["device"].startswith("CPU"):
             print(f"{file.stem:<36}{'no peak of a GPU in it':>28}")
             continue
-        predicted = memory.training_parts(step.random_checkpoint(result["model"]), settings_of_result(result))["peak"]
+        predicted = memory.training_parts(step.random_base_model(result["model"]), settings_of_result(result))["peak"]
         measured = result["peak_memory_gib"]
         rows.append({"result": file.stem, "predicted_gib": round(predicted, 3), "measured_gib": measured})
         print(f"{file.stem:<36}{predicted:10.2f}{measured:10.2f}{predicted / measured - 1:+8.1%}")
@@ -135,7 +133,7 @@ def table(options: argparse.Namespace) -> list[dict]:
     for name, model in step.MODELS.items():
         if name.startswith("tiny"):
             continue
-        checkpoint = step.random_checkpoint(name)
+        checkpoint = step.random_base_model(name)
         size = {"height": model.height, "width": model.width, "max_num_frames": model.max_num_frames}
         for precision in quantized.PRECISIONS:
             settings = memory.Settings.of(options, train.DTYPES[options.mixed_precision])
@@ -146,7 +144,7 @@ def table(options: argparse.Namespace) -> list[dict]:
             )
             levels = {
                 level: memory.training_parts(checkpoint, settings._replace(gradient_checkpointing=level))["peak"]
-                for level in memory.LEVELS
+                for level in compute.LEVELS
             }
             others = {"text": phases["text"], "clips": phases["clips"], "clips, tiled": tiled["clips"]}
             others |= {"validation": phases["validation"], "validation, tiled": tiled["validation"]}
@@ -169,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         result = table(options) if options.table else one_run(options)
     if options.output:
-        checkpoints.write_json(options.output, result)
+        write_json(options.output, result)
 
 
 if __name__ == "__main__":

@@ -46,9 +46,14 @@ import make_example
 import reference
 from step import T5S, VAES
 
-import checkpoints
-import cogvideox
 import dataset
+from clips import frames
+from clips.frames import View, check_size
+from clips.listing import read_clips
+from clips.order import Ranks
+from cogvideox import encoders
+from cogvideox.encoders import TOKENS_AT_ONCE, Encoder, clips_at_once
+from files import at_least, expanded_path, write_json
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 MAX_LENGTH = 226  # tokens of a caption
@@ -56,8 +61,8 @@ SIZES = {"2b": (49, 480, 720), "tiny": (9, 64, 96)}  # frames, height, width
 # What is timed on its own: where it is found, and what it is called in the result.
 STAGES = (
     (dataset, "probe_clips", "probe"),
-    (dataset, "read_frames", "decode"),  # with the resizing, which is taken off it
-    (dataset, "resize_and_crop", "resize"),
+    (frames, "read_frames", "decode"),  # with the resizing, which is taken off it
+    (frames, "resize_and_crop", "resize"),
     (dataset, "write_cached", "write"),
 )
 
@@ -74,7 +79,7 @@ class Work(NamedTuple):
     """What both ways are given."""
 
     folder: Path
-    view: dataset.View
+    view: View
     models: Models
 
     @property
@@ -84,7 +89,7 @@ class Work(NamedTuple):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    positive, path = dataset.at_least(1), dataset.expanded_path
+    positive, path = at_least(1), expanded_path
     add = parser.add_argument
     add("--model", choices=list(SIZES), default="2b", help="VAE and T5: those of all CogVideoX, or tiny ones for a CPU")
     add("--t5_layers", type=positive, metavar="N", help="layers of T5 (default: the model's); all have 9.5 GB in bf16")
@@ -102,8 +107,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     names = "num_frames", "height", "width"
     for name, default in zip(names, SIZES[options.model]):
         setattr(options, name, getattr(options, name) or default)
-    for problem in dataset.size_problems(options.height, options.width, options.num_frames):
-        parser.error(problem.replace("--max_num_frames", "--num_frames"))
+    check_size(
+        options.height,
+        options.width,
+        options.num_frames,
+        refuse=lambda problem: parser.error(problem.replace("--max_num_frames", "--num_frames")),
+    )
     if options.reference and not options.reference.is_file():
         parser.error(f"--reference {options.reference}: no such file; give examples/cogvideo/train_cogvideox_lora.py")
     return options
@@ -148,7 +157,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> Work:
     clips = options.data or make_example.make_clips(
         folder / "clips", options.clips, 3 * options.num_frames, 24, 3 * options.height // 2, 3 * options.width // 2
     )
-    view = dataset.View(options.height, options.width, 8, options.num_frames, 0, 0, "center", 0)
+    view = View(options.height, options.width, 8, options.num_frames, 0, 0, "center", 0)
     return Work(clips, view, random_models(options, device, folder / "tokenizer"))
 
 
@@ -157,21 +166,21 @@ def prepare(options: argparse.Namespace, folder: Path) -> Work:
 
 def preprocess(work: Work, cache: Path, encode_videos: Callable, encode_captions: Callable) -> None:
     """As train_cogvideox_lora.py does it, into a cache of its own, but for the loading of models."""
-    clips, problems = dataset.read_clips(work.folder, "prompts.txt", "videos.txt", None, None)
-    captions_at_once = cogvideox.TOKENS_AT_ONCE // MAX_LENGTH
+    clips, problems = read_clips(work.folder, "prompts.txt", "videos.txt", None, None)
+    captions_at_once = TOKENS_AT_ONCE // MAX_LENGTH
     dataset.encode_dataset(
         work.folder, clips, problems, work.view, cache=cache, prompts=[], random_flip=False,
-        video_encoder=dataset.Encoder("vae", lambda: contextlib.nullcontext(encode_videos), cogvideox.clips_at_once),
-        text_encoder=dataset.Encoder("t5", lambda: contextlib.nullcontext(encode_captions), lambda _: captions_at_once),
-        progress=lambda items, *_: items, ranks=dataset.Ranks(), everyone=dataset.Ranks(),
+        video_encoder=Encoder("vae", lambda: contextlib.nullcontext(encode_videos), clips_at_once),
+        text_encoder=Encoder("t5", lambda: contextlib.nullcontext(encode_captions), lambda _: captions_at_once),
+        progress=lambda items, *_: items, ranks=Ranks(), everyone=Ranks(),
     )  # fmt: skip
 
 
 def run_ours(work: Work, stages: dict | None = None) -> float:
     """Seconds; `stages` takes those of its parts, which other parts may run beside."""
     vae, tokenizer, text_encoder = work.models
-    encode_videos = functools.partial(cogvideox.encode_videos, vae)
-    encode_captions = functools.partial(cogvideox.encode_captions, tokenizer, text_encoder, max_length=MAX_LENGTH)
+    encode_videos = functools.partial(encoders.encode_videos, vae)
+    encode_captions = functools.partial(encoders.encode_captions, tokenizer, text_encoder, max_length=MAX_LENGTH)
     with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
         if stages is not None:
             encode_videos = timed(encode_videos, "vae", stages, synchronize)
@@ -299,7 +308,7 @@ def report(options: argparse.Namespace, work: Work) -> dict:
         "cores": cores,
         "torch_threads": torch.get_num_threads(),
         "decoding_threads": dataset.decoding_threads(work.view),
-        "clips_at_once": cogvideox.clips_at_once((options.num_frames, options.height, options.width, 3)),
+        "clips_at_once": clips_at_once((options.num_frames, options.height, options.width, 3)),
         "versions": {package: version(package) for package in packages},
         "options": {name: getattr(options, name) for name in names},
         "clips": work.num_clips,
@@ -318,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
         result = report(options, prepare(options, Path(folder)))
     print(json.dumps(result, indent=2))
     if options.output:
-        checkpoints.write_json(options.output, result)
+        write_json(options.output, result)
 
 
 if __name__ == "__main__":

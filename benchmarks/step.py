@@ -22,7 +22,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -40,16 +41,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import flops
 
-import checkpoints
-import cogvideox
-import compute
 import dataset
-import memory
-import optimizers
-import processes
-import quantized
 import train_cogvideox_lora as train
-import trainable
+from cogvideox import compute, memory, quantized
+from cogvideox.base_model import BaseModel, check_training, empty_transformer
+from cogvideox.lora import add_lora, lora_of, trained_parameters
+from files import write_json
+from run import checkpoints, processes, run_directory
+from run.optimizers import WeightAverage
 
 # Options of the training script that are passed on to it.
 TRAINING = (
@@ -166,13 +165,13 @@ def training_args(options: argparse.Namespace) -> argparse.Namespace:
 # ---- a checkpoint and a cache that were never on disk ----------------------------------------------------------------
 
 
-def random_checkpoint(name: str, num_layers: int | None = None) -> cogvideox.Checkpoint:
+def random_base_model(name: str, num_layers: int | None = None) -> BaseModel:
     """The configs of a model, as `cogvideox.read_checkpoint` gives them."""
     model = MODELS[name]
     config = model.transformer | ({"num_layers": num_layers} if num_layers else {})
-    return cogvideox.Checkpoint(
+    return BaseModel(
         name=name,
-        transformer=dict(cogvideox.empty_transformer(config).config),
+        transformer=dict(empty_transformer(config).config),
         vae=model.vae | {"block_out_channels": (128, 256, 256, 512)},
         scheduler=model.scheduler(
             prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
@@ -183,11 +182,11 @@ def random_checkpoint(name: str, num_layers: int | None = None) -> cogvideox.Che
     )  # fmt: skip
 
 
-def write_random_vae(checkpoint: cogvideox.Checkpoint, folder: Path) -> cogvideox.Checkpoint:
+def write_random_vae(base: BaseModel, folder: Path) -> BaseModel:
     """The checkpoint with a folder, in which lies a VAE as published, 0.4 GB; of a few channels for a tiny one."""
-    vae = AutoencoderKLCogVideoX(**VAES["tiny" if checkpoint.transformer["out_channels"] == 4 else "published"])
+    vae = AutoencoderKLCogVideoX(**VAES["tiny" if base.transformer["out_channels"] == 4 else "published"])
     vae.to(torch.bfloat16).save_pretrained(folder / "vae")
-    return checkpoint._replace(folder=folder)
+    return base._replace(folder=folder)
 
 
 def random_transformer(config: dict, dtype: torch.dtype, device: torch.device) -> CogVideoXTransformer3DModel:
@@ -201,32 +200,19 @@ def random_transformer(config: dict, dtype: torch.dtype, device: torch.device) -
         torch.set_default_dtype(default)
 
 
-def parameters_shape(checkpoint: cogvideox.Checkpoint, args: argparse.Namespace) -> tuple[int, ...]:
-    """(2c, f, h, w) of a cached clip."""
-    channels, factor = checkpoint.transformer["out_channels"], checkpoint.spatial_factor
-    return 2 * channels, (args.max_num_frames - 1) // 4 + 1, args.height // factor, args.width // factor
-
-
-def random_data(checkpoint: cogvideox.Checkpoint, args: argparse.Namespace, dtype: torch.dtype) -> dataset.Data:
+def random_data(base: BaseModel, args: argparse.Namespace, dtype: torch.dtype) -> dataset.Data:
     """One batch of clips, such as the cache would hold them."""
-    config, shape = checkpoint.transformer, parameters_shape(checkpoint, args)
-    shape = (shape[0] // 2, *shape[1:])  # of the mean, and of the log-variance
+    config = base.transformer
+    shape = (config["out_channels"], *base.latent_shape(args.max_num_frames, args.height, args.width))  # (c, f, h, w)
     clips = {}
     for i in range(args.train_batch_size):
         mean, log_variance = torch.randn(shape, dtype=dtype), torch.full(shape, -10.0, dtype=dtype)
         prompt_embeds = torch.randn(config["max_text_seq_length"], config["text_embed_dim"], dtype=dtype)
         # (clip, mirrored), as the batches of training ask for it
         clips[i, False] = {"parameters": torch.cat([mean, log_variance]), "prompt_embeds": prompt_embeds}
-        if checkpoint.takes_image:
+        if base.takes_image:
             clips[i, False]["image"] = torch.randint(0, 256, (args.height, args.width, 3), dtype=torch.uint8)
     return dataset.Data(clips, [tuple(clip["parameters"].shape) for clip in clips.values()], prompts={})
-
-
-def tokens_per_clip(checkpoint: cogvideox.Checkpoint, parameters_shape: tuple[int, ...]) -> int:
-    """Text and video tokens that the transformer attends to, for cached latents of shape (2c, f, h, w)."""
-    config, (_, f, h, w) = checkpoint.transformer, parameters_shape
-    frames = math.ceil(f / (config["patch_size_t"] or 1))
-    return config["max_text_seq_length"] + frames * (h // config["patch_size"]) * (w // config["patch_size"])
 
 
 # ---- the measurement -------------------------------------------------------------------------------------------------
@@ -241,33 +227,36 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> train.Ru
     args = training_args(options)
     accelerator, ranks = train.start(args)
     dtype = train.DTYPES[accelerator.mixed_precision]
-    checkpoint = random_checkpoint(options.model, options.num_layers)
-    cogvideox.check_training(checkpoint, dtype, args.max_num_frames, args.height, args.width, [])
-    compute.check_possible(args, checkpoint.transformer, dtype, accelerator.device)
+    base = random_base_model(options.model, options.num_layers)
+    check_training(base, dtype, args.max_num_frames, args.height, args.width, [])
+    compute.check_possible(args, base.transformer, dtype, accelerator.device)
     quantized.check_packages(args.base_precision, "--base_precision")
     set_seed(args.seed)
-    if checkpoint.takes_image:
-        checkpoint = write_random_vae(checkpoint, folder)
-    data = random_data(checkpoint, args, dtype)
-    plan = dataset.make_plan(
-        data.batches_per_epoch(args.train_batch_size), ranks.count * args.gradient_accumulation_steps,
-        args.num_train_epochs, args.max_train_steps, step=0, batches_seen=0,
-    )  # fmt: skip
+    if base.takes_image:
+        base = write_random_vae(base, folder)
+    data = random_data(base, args, dtype)
+    timeline = train.plan_updates(args, data, ranks, position={"step": 0, "batches_seen": 0})
 
     is_lora = args.training_type == "lora"
-    transformer = random_transformer(checkpoint.transformer, dtype if is_lora else torch.float32, accelerator.device)
+    transformer = random_transformer(base.transformer, dtype if is_lora else torch.float32, accelerator.device)
     if is_lora:
-        trainable.add_lora(transformer, train.lora_of(args)[0], dtype)
+        add_lora(transformer, lora_of(args), dtype)
     level = args.gradient_checkpointing
-    compute.prepare(transformer, level, args.compile, args.attention_backend, args.blocks_to_swap, accelerator.device)
-    clips_per_step = plan.batches_per_step * args.train_batch_size
-    optimizer = train.make_optimizer(args, trainable.weights_of(transformer), clips_per_step)
-    lr_scheduler = optimizers.make_lr_scheduler(optimizer, "constant", 0, plan.total_steps, 1, 1.0)
+    compute.prepare(
+        transformer,
+        level,
+        compiled=args.compile,
+        backend=args.attention_backend,
+        blocks_to_swap=args.blocks_to_swap,
+        device=accelerator.device,
+    )
+    optimizer = train.make_optimizer(args, trained_parameters(transformer), timeline.batches_per_step)
+    lr_scheduler = train.make_lr_scheduler(args, optimizer, timeline.total_steps)
     transformer, optimizer = accelerator.prepare(transformer.train(), optimizer)
-    average = trainable.Average(trainable.weights_of(transformer), None)
+    average = WeightAverage(trained_parameters(transformer), None)
     state = checkpoints.State(transformer, optimizer, lr_scheduler, average)
     held_out, memory_plan = data._replace(shapes=[]), memory.Plan(level, False, False, [])
-    return train.Run(args, accelerator, ranks, checkpoint, dtype, memory_plan, data, held_out, plan, state, export=None)
+    return train.Run(args, accelerator, ranks, base, dtype, memory_plan, data, held_out, timeline, state, export=None)
 
 
 class Measured(NamedTuple):
@@ -283,30 +272,30 @@ def measure(run: train.Run, warmup: int, steps: int, profiled: int = 0) -> Measu
     """Times updates, and then profiles some more."""
     on_gpu = run.accelerator.device.type == "cuda"
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
-    micro_batch_losses = train.losses(run)
     seconds, losses = [], []
-    for step in range(warmup + steps):
-        if on_gpu and step == warmup:
-            torch.cuda.reset_peak_memory_stats()
-        synchronize()
-        start = time.perf_counter()
-        loss = train.update(run, micro_batch_losses)["loss"]
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-        losses.append(loss.item())
-    peak_memory_gib = checkpoints.peak_memory_gib(run.accelerator.device)  # the profiler takes some, too
-    return Measured(seconds, losses, peak_memory_gib, kernel_times(run, micro_batch_losses, profiled))
+    with run.image_encoder() as encode_images:
+        update = partial(train.update, run, run.micro_batches(), encode_images)
+        for step in range(warmup + steps):
+            if on_gpu and step == warmup:
+                torch.cuda.reset_peak_memory_stats()
+            synchronize()
+            start = time.perf_counter()
+            loss = update().loss
+            synchronize()
+            seconds.append(time.perf_counter() - start)
+            losses.append(loss.item())
+        peak_memory_gib = run_directory.peak_memory_gib(run.accelerator.device)  # the profiler takes some, too
+        return Measured(seconds, losses, peak_memory_gib, kernel_times(update, profiled, on_gpu))
 
 
-def kernel_times(run: train.Run, micro_batch_losses: Iterator[torch.Tensor], steps: int, most: int = 30) -> list[dict]:
+def kernel_times(update: Callable[[], train.Update], steps: int, on_gpu: bool, most: int = 30) -> list[dict]:
     """The kernels that take most of an update on a GPU, or operators on a CPU: milliseconds and calls of one update."""
     if not steps:
         return []
-    on_gpu = run.accelerator.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
         for _ in range(steps):
-            train.update(run, micro_batch_losses)["loss"].item()
+            update().loss.item()
     rows = []
     for event in profiler.key_averages():
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
@@ -320,8 +309,8 @@ def utilization(run: train.Run, device_name: str, seconds: float) -> dict:
 
     None where the peak is not known, and in float32, which tensor cores compute at other peaks or not at all.
     """
-    args, tokens = run.args, tokens_per_clip(run.checkpoint, run.data.shapes[0])
-    clip = flops.step_flops(run.checkpoint.transformer, tokens, flops.Trained.of(args))
+    args, tokens = run.args, run.base.num_tokens(*run.data.shapes[0][1:])
+    clip = flops.step_flops(run.base.transformer, tokens, flops.Trained.of(args))
     clips = args.train_batch_size * args.gradient_accumulation_steps
     model, hardware = clips * clip.model, clips * clip.hardware(args.gradient_checkpointing)
     peak = None if run.dtype == torch.float32 else flops.peak_tflops(device_name)
@@ -332,13 +321,13 @@ def utilization(run: train.Run, device_name: str, seconds: float) -> dict:
 def report(run: train.Run, options: argparse.Namespace, measured: Measured) -> dict:
     device, seconds = run.accelerator.device, measured.seconds[options.warmup :]
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}"
-    tokens, median = tokens_per_clip(run.checkpoint, run.data.shapes[0]), statistics.median(seconds)
-    clips = run.plan.batches_per_step * run.args.train_batch_size
+    tokens, median = run.base.num_tokens(*run.data.shapes[0][1:]), statistics.median(seconds)
+    clips = run.timeline.batches_per_step * run.args.train_batch_size
     own = {name: getattr(options, name) for name in ("num_layers", "steps", "warmup", "compile")}
     packages = ("torch", "diffusers", "peft", "accelerate", "transformers")
     return {
         "model": options.model,
-        "checkpoint": run.checkpoint.describe(),
+        "checkpoint": run.base.describe(),
         "device": device_name,
         "processes": run.ranks.count,
         "versions": {package: version(package) for package in packages} | {"cudnn": torch.backends.cudnn.version()},
@@ -370,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
         result = report(run, options, measured)
         print(json.dumps(result, indent=2))
         if options.output:
-            checkpoints.write_json(options.output, result)
+            write_json(options.output, result)
     # Without it torch 2.13 can hang at exit: gloo's thread and the end of DDP wait for each other.
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()

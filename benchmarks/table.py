@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import dataset
+from files import publish
 
 RESULTS = Path(__file__).with_name("results")
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     for file, text in texts.items():
-        dataset.publish(file, text.encode())
+        publish(file, text.encode())
     if not texts:
         print(content)
 

@@ -136,7 +136,7 @@ def replayed_draws(records: list[dict], theirs: list[dict], folder: Path):
         folder: where our modules lie.
     """
     sys.path.insert(0, str(folder))
-    cogvideox = import_module("cogvideox")
+    objective = import_module("cogvideox.objective")
     sys.path.pop(0)
 
     def velocity_loss(original, transformer, scheduler, latents, prompt_embeds, *args, **options):
@@ -147,13 +147,13 @@ def replayed_draws(records: list[dict], theirs: list[dict], folder: Path):
                 weight.copy_(update["before"][name])
         noise = update["noise"].to(device, latents.dtype)
         options["timesteps"] = update["timesteps"].to(device)
-        with wrapped(cogvideox, "randn_tensor", lambda *_, **__: noise):
+        with wrapped(objective, "randn_tensor", lambda *_, **__: noise):
             return original(
                 transformer, scheduler, update["latents"].to(device, latents.dtype),
                 update["encoder_hidden_states"].to(device), *args, **options,
             )  # fmt: skip
 
-    with wrapped(cogvideox, "velocity_loss", velocity_loss):
+    with wrapped(objective, "velocity_loss", velocity_loss):
         yield
 
 

@@ -39,8 +39,8 @@ import make_example
 from reference import sha256
 from step import TINY
 
-import checkpoints
 import train_cogvideox_lora as train
+from files import write_json
 
 OURS = Path(__file__).resolve().parents[1] / "train_cogvideox_lora.py"
 TRIAL = Path(__file__).with_name("trial.py")
@@ -381,7 +381,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
 
 def keep(args: argparse.Namespace, result: dict) -> None:
     if args.output:
-        checkpoints.write_json(args.output, result)
+        write_json(args.output, result)
 
 
 def main(argv: list[str] | None = None) -> None:

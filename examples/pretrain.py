@@ -36,7 +36,9 @@ sys.path.insert(0, str(ROOT))
 import shapes  # noqa: E402
 from make_example import make_tokenizer  # noqa: E402
 
-import cogvideox  # noqa: E402
+from cogvideox.base_model import load_transformer, read_base_model  # noqa: E402
+from cogvideox.encoders import caption_encoder, encode_videos, loaded_vae  # noqa: E402
+from cogvideox.objective import training_loss  # noqa: E402
 
 FRAMES, HEIGHT, WIDTH = 17, 64, 96
 MAX_TOKENS = 24
@@ -183,7 +185,7 @@ def deviation_of_latents(vae, seed, count=32):
     with torch.autocast(vae.device.type, torch.bfloat16):  # ten times as fast on a CPU
         for _ in range(count):
             clip = drawn(shapes.random_scene(rng), rng, vae.device)
-            latents.append(cogvideox.encode_videos(vae, clip[None])[0, :16])
+            latents.append(encode_videos(vae, clip[None])[0, :16])
     return torch.stack(latents).float().std().item()
 
 
@@ -230,13 +232,13 @@ def make_text_encoder(folder, seed):
 def train_transformer(args, device, batch_size=16):
     if not args.resume:
         make_pipeline(args.output_dir, args.seed)
-    checkpoint = cogvideox.read_checkpoint(str(args.output_dir))
+    base = read_base_model(str(args.output_dir))
     rng = np.random.default_rng(args.seed + 10)
     scenes = [shapes.random_scene(rng) for _ in range(args.clips)]
-    parameters, embeds = encoded(checkpoint, scenes, rng, device)
+    parameters, embeds = encoded(base, scenes, rng, device)
     print(f"{args.clips} clips encoded", flush=True)
 
-    transformer = cogvideox.load_transformer(checkpoint, torch.float32).to(device).train()
+    transformer = load_transformer(base, torch.float32).to(device).train()
     ema = EMAModel(transformer.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
     steps = args.steps or (8000 if args.resume else 5000)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4)
@@ -250,7 +252,7 @@ def train_transformer(args, device, batch_size=16):
             "prompt_embeds": torch.stack([embeds[text] for text in texts]),
         }
         with torch.autocast(device.type, torch.bfloat16):
-            loss = cogvideox.training_loss(checkpoint, transformer, batch, generator, torch.float32)
+            loss = training_loss(base, transformer, batch, generator, torch.float32)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         optimizer.step()
@@ -295,13 +297,11 @@ def make_pipeline(folder, seed):
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def encoded(checkpoint, scenes, rng, device):
+def encoded(base, scenes, rng, device):
     """Of each scene a clip's parameters [2c, f, h, w], of each caption its embedding [L, D], as training reads them."""
-    with cogvideox.loaded_vae(checkpoint, torch.bfloat16, device, False, False) as vae:
-        parameters = [
-            cogvideox.encode_videos(vae, drawn(scene, rng, device)[None])[0].float().cpu() for scene in scenes
-        ]
-    with cogvideox.caption_encoder(checkpoint, torch.float32, device) as encode:
+    with loaded_vae(base, torch.bfloat16, device, tiling=False, slicing=False) as vae:
+        parameters = [encode_videos(vae, drawn(scene, rng, device)[None])[0].float().cpu() for scene in scenes]
+    with caption_encoder(base, torch.float32, device) as encode:
         embeds = {text: encode([text])[0].cpu() for text in {scene.caption for scene in scenes} | {""}}
     return parameters, embeds
 

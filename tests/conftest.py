@@ -11,9 +11,10 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from make_example import make_checkpoint, make_clips
 
-import checkpoints
-import cogvideox
 import train_cogvideox_lora
+from cogvideox.base_model import read_base_model
+from cogvideox.objective import rotary_embedding
+from run.run_directory import read_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,7 +86,7 @@ def training_options(checkpoint, clips, output_dir, **options):
 
 def transformer_inputs(folder):
     """Random ones of the right shapes."""
-    checkpoint = cogvideox.read_checkpoint(str(folder))
+    checkpoint = read_base_model(str(folder))
     config = checkpoint.transformer
     f = 4 if config["patch_size_t"] else 3
     return {
@@ -93,7 +94,7 @@ def transformer_inputs(folder):
         "encoder_hidden_states": torch.randn(1, 226, 32),
         "timestep": torch.tensor([500]),
         "ofs": torch.full((1,), 2.0) if config["ofs_embed_dim"] else None,
-        "image_rotary_emb": cogvideox.rotary_embedding(checkpoint, f, 8, 12, "cpu"),
+        "image_rotary_emb": rotary_embedding(checkpoint, f, 8, 12, "cpu"),
         "return_dict": False,
     }
 
@@ -107,6 +108,6 @@ def train(clips):
         args = train_cogvideox_lora.parse_args(training_options(checkpoint, data, output_dir, **options))
         train_cogvideox_lora.main(args)
         reset_accelerate()
-        return checkpoints.read_metrics(output_dir)
+        return read_metrics(output_dir)
 
     return run

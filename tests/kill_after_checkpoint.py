@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import checkpoints
 import train_cogvideox_lora
+from run import checkpoints
 
 moment, step, *options = sys.argv[1:]
 original_save = checkpoints.save_checkpoint
@@ -21,10 +21,10 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def save(accelerator, state, export, output_dir, position, *others):
+def save(*args, position, **options):
     if moment == "saving" and position["step"] == int(step):
         checkpoints.publish_folder = lambda *_: die()
-    original_save(accelerator, state, export, output_dir, position, *others)
+    original_save(*args, position=position, **options)
     if position["step"] == int(step):
         die()
 

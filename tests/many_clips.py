@@ -14,10 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-import checkpoints
-import cogvideox
-import dataset
 import train_cogvideox_lora
+from clips import facts, frames
+from clips.facts import Facts
+from cogvideox import encoders, objective
+from files import file_hash
+from run.run_directory import peak_memory_gib
 
 checkpoint, folder, clips, updates = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 folder.mkdir()
@@ -29,16 +31,16 @@ for name in names:
 
 
 @contextlib.contextmanager
-def encoder(*_):
+def encoder(*_, **__):
     yield lambda frames: torch.randn(len(frames), 8, 13, 16, 24)  # 156 KiB: 1,000 of them cannot hide in the process
 
 
-dataset.read_facts = lambda video, view: dataset.Facts(720, 480, 8.0, 49, [0] * 49, 6.125, dataset.file_hash(video))
-dataset.read_frames = lambda video, view, mirrored: torch.zeros(1, 1, 1, 3, dtype=torch.uint8)
-cogvideox.video_encoder = encoder
-sample_latents = cogvideox.sample_latents
-cogvideox.sample_latents = lambda parameters, *others: sample_latents(parameters[..., :2, :2], *others)
+facts.read_facts = lambda video, view: Facts(720, 480, 8.0, 49, [0] * 49, 6.125, file_hash(video))
+frames.read_frames = lambda video, view, mirrored: torch.zeros(1, 1, 1, 3, dtype=torch.uint8)
+encoders.video_encoder = encoder
+sample_latents = objective.sample_latents
+objective.sample_latents = lambda parameters, *others: sample_latents(parameters[..., :2, :2], *others)
 options = ["--pretrained_model_name_or_path", checkpoint, "--instance_data_root", str(folder), "--rank", "4"]
 options += ["--output_dir", str(folder / "run"), "--max_train_steps", updates, "--train_batch_size", "8"]
 train_cogvideox_lora.main(train_cogvideox_lora.parse_args([*options, "--mixed_precision", "no"]))
-print(checkpoints.peak_memory_gib(torch.device("cpu")))
+print(peak_memory_gib(torch.device("cpu")))

@@ -12,8 +12,25 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from make_example import VARIANTS, make_clips
 from PIL import Image
 
-import cogvideox
-import dataset
+from clips.frames import View, read_frames
+from cogvideox.base_model import check_training, download_weights, read_base_model
+from cogvideox.encoders import (
+    _fingerprint,
+    caption_encoder,
+    encode_videos,
+    image_encoder,
+    text_fingerprint,
+    vae_fingerprint,
+    video_encoder,
+)
+from cogvideox.objective import (
+    condition_on_images,
+    generator_for,
+    noisy_images,
+    sample_latents,
+    training_loss,
+    velocity_loss,
+)
 
 HEIGHT, WIDTH, PROMPT = 64, 96, "a red circle moves left"
 
@@ -72,15 +89,15 @@ def test_what_training_feeds_the_transformer_is_what_the_pipeline_feeds_it(
         output_type="latent",
     )  # fmt: skip
 
-    checkpoint = cogvideox.read_checkpoint(str(folder))
-    with cogvideox.video_encoder(checkpoint, torch.float32, "cpu", False, False) as encode:
+    checkpoint = read_base_model(str(folder))
+    with video_encoder(checkpoint, torch.float32, "cpu", tiling=False, slicing=False) as encode:
         parameters = encode(clip[None])
-    with cogvideox.caption_encoder(checkpoint, torch.float32, "cpu") as encode:
+    with caption_encoder(checkpoint, torch.float32, "cpu") as encode:
         prompt_embeds = encode([PROMPT])
     monkeypatch.setattr(torch, "randint", lambda *_, **__: theirs[0]["timestep"])
     recorder = Recorder(checkpoint.transformer)
     batch = {"parameters": parameters, "prompt_embeds": prompt_embeds}
-    cogvideox.training_loss(checkpoint, recorder, batch, torch.Generator().manual_seed(3), torch.float32)
+    training_loss(checkpoint, recorder, batch, torch.Generator().manual_seed(3), torch.float32)
     assert_same_inputs(recorder.calls[0], theirs[0])
 
 
@@ -95,25 +112,23 @@ def test_what_image_to_video_training_feeds_the_transformer_is_what_the_pipeline
     every draw is the mean.
     """
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda distribution, generator: distribution.mode())
-    monkeypatch.setattr(cogvideox, "noisy_images", lambda images, generator: images)
+    monkeypatch.setattr("cogvideox.objective.noisy_images", lambda images, generator: images)
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.ones(shape))
     folder, clip = checkpoint_of(variant), frames(num_frames)
     pipeline = CogVideoXImageToVideoPipeline.from_pretrained(folder)
     channels, mean = 4, pipeline.vae.encode(clip.permute(3, 0, 1, 2)[None] / 127.5 - 1).latent_dist.mode()
 
-    checkpoint = cogvideox.read_checkpoint(str(folder))
-    with cogvideox.video_encoder(checkpoint, torch.float32, "cpu", False, False) as encode:
+    checkpoint = read_base_model(str(folder))
+    with video_encoder(checkpoint, torch.float32, "cpu", tiling=False, slicing=False) as encode:
         parameters = encode(clip[None])
-    with cogvideox.caption_encoder(checkpoint, torch.float32, "cpu") as encode:
+    with caption_encoder(checkpoint, torch.float32, "cpu") as encode:
         prompt_embeds = encode([PROMPT])
     batch = {"parameters": parameters, "prompt_embeds": prompt_embeds, "image": clip[:1]}
     recorder = Recorder(checkpoint.transformer)
-    with cogvideox.image_encoder(checkpoint, torch.float32, "cpu", False, False) as encode:
+    with image_encoder(checkpoint, torch.float32, "cpu", tiling=False, slicing=False) as encode:
         for timestep in (999, 499):
             monkeypatch.setattr(torch, "randint", lambda *_, t=timestep, **__: torch.tensor([t]))
-            cogvideox.training_loss(
-                checkpoint, recorder, batch, torch.Generator().manual_seed(3), torch.float32, encode
-            )
+            training_loss(checkpoint, recorder, batch, torch.Generator().manual_seed(3), torch.float32, encode)
     noise, noisy = (call["hidden_states"][:, :, :channels] for call in recorder.calls)
     assert torch.equal(noise, torch.randn(noise.shape, generator=torch.Generator().manual_seed(3)))
     latents = mean.transpose(1, 2) * pipeline.vae.config.scaling_factor
@@ -150,7 +165,7 @@ def test_what_the_training_script_feeds_a_transformer_is_what_the_pipeline_feeds
 
     monkeypatch.setattr(CogVideoXTransformer3DModel, "forward", watch)
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda distribution, generator: distribution.mode())
-    monkeypatch.setattr(cogvideox, "noisy_images", lambda images, generator: images)
+    monkeypatch.setattr("cogvideox.objective.noisy_images", lambda images, generator: images)
     clips, takes_image = make_clips(tmp_path / "clips", count=1), variant.endswith("I2V")
     num_frames = 5 if variant == "1.5-5B" else 9  # the video-to-video pipeline of 1.5 takes even numbers of latents
     timestep = 999 if takes_image else 499  # the image-to-video pipeline begins with noise alone
@@ -161,12 +176,12 @@ def test_what_the_training_script_feeds_a_transformer_is_what_the_pipeline_feeds
             checkpoint_of(variant), tmp_path / "run", instance_data_root=clips, max_num_frames=num_frames,
             max_train_steps=1, id_token="STYLE", enable_slicing=True,
         )  # fmt: skip
-    view = dataset.View(HEIGHT, WIDTH, 8, num_frames, 0, 0, "center", 0)
-    frames = dataset.read_frames(clips / (clips / "videos.txt").read_text().strip(), view, mirrored=False)
+    view = View(HEIGHT, WIDTH, 8, num_frames, 0, 0, "center", 0)
+    frames = read_frames(clips / (clips / "videos.txt").read_text().strip(), view, mirrored=False)
     images = [Image.fromarray(frame.numpy()) for frame in frames]
     options = {"height": HEIGHT, "width": WIDTH, "guidance_scale": 1, "output_type": "latent"}
     options["prompt"] = "STYLE " + (clips / "prompts.txt").read_text().strip()
-    options["generator"] = cogvideox.generator_for(torch.device("cpu"), 3407, 0)
+    options["generator"] = generator_for(torch.device("cpu"), 3407, 0)
     if takes_image:
         pipeline = CogVideoXImageToVideoPipeline.from_pretrained(checkpoint_of(variant))
         pipeline(image=images[0], num_frames=num_frames, num_inference_steps=1, **options)
@@ -180,17 +195,17 @@ def test_what_the_training_script_feeds_a_transformer_is_what_the_pipeline_feeds
 def test_the_image_gets_noise_of_a_scale_of_its_own():
     """exp(N(-3, 0.5)), other for each image and each draw."""
     images = torch.zeros(400, 8, 8, 3)
-    noisy = cogvideox.noisy_images(images, torch.Generator().manual_seed(0))
+    noisy = noisy_images(images, torch.Generator().manual_seed(0))
     scales = noisy.flatten(1).std(dim=1).log()
     assert scales.mean().item() == pytest.approx(-3, abs=0.1) and scales.std().item() == pytest.approx(0.5, abs=0.1)
-    assert not torch.equal(noisy, cogvideox.noisy_images(images, torch.Generator().manual_seed(1)))
+    assert not torch.equal(noisy, noisy_images(images, torch.Generator().manual_seed(1)))
 
 
 def test_one_image_in_twenty_is_dropped_whole(checkpoint_of):
-    checkpoint = cogvideox.read_checkpoint(str(checkpoint_of("5b-I2V")))
+    checkpoint = read_base_model(str(checkpoint_of("5b-I2V")))
     images = torch.zeros(2000, 2, 2, 3, dtype=torch.uint8)
     encode = lambda images: torch.ones(len(images), 8, 1, 2, 2)  # noqa: E731
-    latents = cogvideox.condition_on_images(checkpoint, encode, images, 3, torch.Generator().manual_seed(0))
+    latents = condition_on_images(checkpoint, encode, images, 3, torch.Generator().manual_seed(0))
     assert latents.shape == (2000, 3, 4, 2, 2) and not latents[:, 1:].any()
     empty = [not latent.any() for latent in latents]
     assert 70 < sum(empty) < 130
@@ -215,13 +230,13 @@ def test_shapes_and_positions_are_those_of_the_text_to_video_pipeline(
         PROMPT, height=height, width=width, num_frames=num_frames, num_inference_steps=1, guidance_scale=1,
         output_type="latent",
     )  # fmt: skip
-    checkpoint = cogvideox.read_checkpoint(str(folder))
+    checkpoint = read_base_model(str(folder))
     recorder = Recorder(checkpoint.transformer)
     batch = {
         "parameters": torch.zeros(1, 8, (num_frames - 1) // 4 + 1, height // 8, width // 8),
         "prompt_embeds": theirs[0]["encoder_hidden_states"],
     }
-    cogvideox.training_loss(checkpoint, recorder, batch, torch.Generator(), torch.float32)
+    training_loss(checkpoint, recorder, batch, torch.Generator(), torch.float32)
     ours = recorder.calls[0]
     assert ours["hidden_states"].shape == theirs[0]["hidden_states"].shape
     assert_same_inputs(*({k: v for k, v in x.items() if k == "image_rotary_emb" and v} for x in (ours, theirs[0])))
@@ -230,9 +245,9 @@ def test_shapes_and_positions_are_those_of_the_text_to_video_pipeline(
 def test_latents_decode_to_the_clip_that_they_came_from(tiny_checkpoint, frames):
     """The scale that training applies is the one that the pipeline takes off."""
     pipeline = CogVideoXPipeline.from_pretrained(tiny_checkpoint)
-    parameters = cogvideox.encode_videos(pipeline.vae, frames(9)[None])
+    parameters = encode_videos(pipeline.vae, frames(9)[None])
     mean = parameters.chunk(2, dim=1)[0]
-    latents = cogvideox.sample_latents(
+    latents = sample_latents(
         torch.cat([mean, torch.full_like(mean, -30.0)], 1), pipeline.vae.config.scaling_factor, torch.Generator()
     )
     assert torch.allclose(pipeline.decode_latents(latents), pipeline.vae.decode(mean).sample, atol=1e-4)
@@ -240,7 +255,7 @@ def test_latents_decode_to_the_clip_that_they_came_from(tiny_checkpoint, frames)
 
 def test_cached_parameters_give_fresh_latents_of_the_right_spread():
     parameters = torch.cat([torch.full((1, 4, 3, 16, 16), 2.0), torch.full((1, 4, 3, 16, 16), -2.0)], 1)
-    draws = [cogvideox.sample_latents(parameters, 0.7, torch.Generator().manual_seed(seed)) for seed in range(2)]
+    draws = [sample_latents(parameters, 0.7, torch.Generator().manual_seed(seed)) for seed in range(2)]
     assert draws[0].shape == (1, 3, 4, 16, 16) and not torch.equal(*draws)
     assert draws[0].mean().item() == pytest.approx(1.4, abs=0.05)
     assert draws[0].std().item() == pytest.approx(0.7 * torch.tensor(-1.0).exp().item(), abs=0.02)
@@ -249,7 +264,7 @@ def test_cached_parameters_give_fresh_latents_of_the_right_spread():
 @pytest.mark.parametrize("variant", ["2b", "5b"])
 def test_the_loss_is_the_weighted_denoising_loss_of_the_reference(checkpoint_of, variant):
     """mean((x0_predicted - x0)^2 / (1 - a)) in float64 on the same draws."""
-    scheduler = cogvideox.read_checkpoint(str(checkpoint_of(variant))).scheduler
+    scheduler = read_base_model(str(checkpoint_of(variant))).scheduler
     latents = torch.randn(4, 3, 4, 8, 12, generator=torch.Generator().manual_seed(0))
     prediction = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
     seen = {}
@@ -259,7 +274,7 @@ def test_the_loss_is_the_weighted_denoising_loss_of_the_reference(checkpoint_of,
         return (prediction,)
 
     args = latents, torch.zeros(4, 226, 32), None, torch.Generator().manual_seed(2), torch.float32
-    loss = cogvideox.velocity_loss(transformer, scheduler, *args)
+    loss = velocity_loss(transformer, scheduler, *args)
     a = scheduler.alphas_cumprod.double()[seen["timestep"]].view(-1, 1, 1, 1, 1)
     predicted = a.sqrt() * seen["noisy"] - (1 - a).sqrt() * prediction.double()
     reference = ((predicted - latents.double()) ** 2 / (1 - a)).mean()
@@ -268,7 +283,7 @@ def test_the_loss_is_the_weighted_denoising_loss_of_the_reference(checkpoint_of,
 
 def test_noising_stays_in_float32_under_a_half_precision_transformer(tiny_checkpoint):
     """In bfloat16 the first timesteps would get no noise at all."""
-    scheduler = cogvideox.read_checkpoint(str(tiny_checkpoint)).scheduler
+    scheduler = read_base_model(str(tiny_checkpoint)).scheduler
     seen = {}
 
     def transformer(hidden_states, **_):
@@ -277,7 +292,7 @@ def test_noising_stays_in_float32_under_a_half_precision_transformer(tiny_checkp
 
     latents = torch.zeros(64, 1, 4, 8, 12)
     losses = [
-        cogvideox.velocity_loss(
+        velocity_loss(
             transformer, scheduler, latents, torch.zeros(64, 226, 32), None, torch.Generator().manual_seed(2), dtype
         )
         for dtype in (torch.float32, torch.bfloat16)
@@ -287,7 +302,7 @@ def test_noising_stays_in_float32_under_a_half_precision_transformer(tiny_checkp
 
 
 def test_timesteps_cover_the_schedule_one_per_sample(tiny_checkpoint):
-    scheduler = cogvideox.read_checkpoint(str(tiny_checkpoint)).scheduler
+    scheduler = read_base_model(str(tiny_checkpoint)).scheduler
     seen = []
 
     def transformer(hidden_states, timestep, **_):
@@ -295,8 +310,8 @@ def test_timesteps_cover_the_schedule_one_per_sample(tiny_checkpoint):
         return (torch.zeros_like(hidden_states),)
 
     for number in range(40):
-        generator = cogvideox.generator_for(torch.device("cpu"), 42, number)
-        cogvideox.velocity_loss(
+        generator = generator_for(torch.device("cpu"), 42, number)
+        velocity_loss(
             transformer, scheduler, torch.zeros(50, 1, 4, 2, 2), torch.zeros(50, 1, 32), None, generator, torch.float32
         )
     drawn = torch.cat(seen)
@@ -306,8 +321,8 @@ def test_timesteps_cover_the_schedule_one_per_sample(tiny_checkpoint):
 
 
 def test_a_caption_that_is_too_long_is_cut_with_a_word(tiny_checkpoint):
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(str(tiny_checkpoint)))
-    with cogvideox.caption_encoder(checkpoint, torch.float32, "cpu") as encode:
+    checkpoint = download_weights(read_base_model(str(tiny_checkpoint)))
+    with caption_encoder(checkpoint, torch.float32, "cpu") as encode:
         with pytest.warns(UserWarning, match="the last 75 are cut off of: a circle"):
             embeds = encode(["a circle", "a circle " * 150])
         assert embeds.shape == (2, 226, 32)
@@ -327,7 +342,7 @@ def test_a_caption_that_is_too_long_is_cut_with_a_word(tiny_checkpoint):
 )
 def test_the_variant_is_read_from_the_configs(checkpoint_of, variant, text, tmp_path):
     (tmp_path / "CogVideoX-2b-really").symlink_to(checkpoint_of(variant))
-    assert text in cogvideox.read_checkpoint(str(tmp_path / "CogVideoX-2b-really")).describe()
+    assert text in read_base_model(str(tmp_path / "CogVideoX-2b-really")).describe()
 
 
 @pytest.mark.parametrize(
@@ -347,27 +362,27 @@ def test_the_variant_is_read_from_the_configs(checkpoint_of, variant, text, tmp_
     ],
 )
 def test_what_a_checkpoint_cannot_do_is_refused(checkpoint_of, variant, dtype, size, options, message):
-    checkpoint = cogvideox.read_checkpoint(str(checkpoint_of(variant)))
+    checkpoint = read_base_model(str(checkpoint_of(variant)))
     with pytest.raises(ValueError, match=message):
-        cogvideox.check_training(checkpoint, dtype, *size, options)
+        check_training(checkpoint, dtype, *size, options)
 
 
 def test_a_checkpoint_with_other_conditions_is_refused(checkpoint_of):
-    checkpoint = cogvideox.read_checkpoint(str(checkpoint_of("2b")))
+    checkpoint = read_base_model(str(checkpoint_of("2b")))
     checkpoint = checkpoint._replace(transformer=checkpoint.transformer | {"in_channels": 12})
     with pytest.raises(ValueError, match="12 input channels for 4 output channels: neither text-to-video nor image"):
-        cogvideox.check_training(checkpoint, torch.bfloat16, 9, 64, 96, [])
+        check_training(checkpoint, torch.bfloat16, 9, 64, 96, [])
 
 
 def test_encoders_that_encode_differently_have_different_fingerprints(checkpoint_of):
-    two, five = (cogvideox.read_checkpoint(str(checkpoint_of(variant))) for variant in ("2b", "5b"))
+    two, five = (read_base_model(str(checkpoint_of(variant))) for variant in ("2b", "5b"))
     prints = [
-        cogvideox.vae_fingerprint(two, torch.float32, False),
-        cogvideox.vae_fingerprint(two, torch.float32, True),
-        cogvideox.vae_fingerprint(two, torch.bfloat16, False),
-        cogvideox.vae_fingerprint(five, torch.float32, False),
-        cogvideox.text_fingerprint(two, torch.float32),
-        cogvideox.text_fingerprint(two, torch.bfloat16),
+        vae_fingerprint(two, torch.float32, False),
+        vae_fingerprint(two, torch.float32, True),
+        vae_fingerprint(two, torch.bfloat16, False),
+        vae_fingerprint(five, torch.float32, False),
+        text_fingerprint(two, torch.float32),
+        text_fingerprint(two, torch.bfloat16),
     ]
     assert len(set(prints)) == len(prints)
 
@@ -376,7 +391,7 @@ def test_a_large_weight_file_that_changed_in_part_has_another_fingerprint(tmp_pa
     path = tmp_path / "model.safetensors"
     content = bytearray(torch.arange(5_000_000).numpy().tobytes())
     path.write_bytes(content)
-    before = cogvideox._fingerprint(tmp_path)
+    before = _fingerprint(tmp_path)
     content[10_000_000:11_000_000] = bytes(1_000_000)
     path.write_bytes(content)
-    assert cogvideox._fingerprint(tmp_path) != before
+    assert _fingerprint(tmp_path) != before

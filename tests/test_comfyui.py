@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import transformer_inputs
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file, safe_open
+from safetensors.torch import load_file, safe_open, save
 
-import cogvideox
-import trainable
-from trainable import LORA_FILE, Lora
+from cogvideox.base_model import empty_transformer, read_base_model
+from cogvideox.lora import Lora, with_lora
+from cogvideox.lora_files import LORA_FILE
+from files import publish
 
 # kijai/ComfyUI-CogVideoXWrapper at fdb8abd, model_loading.py: a file with "lora_B" in a key goes to diffusers'
 # load_lora_weights, any other is taken for one of another trainer. diffusers then looks for modules of the transformer
@@ -28,9 +29,9 @@ KINDS = {"plain": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}
 def saved(tmp_path):
     def save(folder, **options):
         """The checkpoint, and the file of a LoRA of random weights."""
-        checkpoint = cogvideox.read_checkpoint(str(folder))
+        checkpoint = read_base_model(str(folder))
         lora = Lora(**{"rank": 8, "lora_alpha": 4, "lora_target_modules": ALL_LINEAR} | options)
-        transformer, export = trainable.with_lora(checkpoint, torch.float32, lora, None)
+        transformer, export = with_lora(checkpoint, torch.float32, lora, None)
         weights = {name: weight.data for name, weight in transformer.named_parameters() if weight.requires_grad}
         for name, weight in weights.items():
             if "lora_B" in name:
@@ -53,7 +54,7 @@ def node_loads(folder, file, strength):
 @pytest.mark.parametrize("variant", ["2b", "1.5-5B-I2V"])
 def test_every_key_of_the_file_is_one_that_the_loader_node_finds(checkpoint_of, saved, variant, kind):
     checkpoint, file = saved(checkpoint_of(variant), **KINDS[kind])
-    found, modules = {}, dict(cogvideox.empty_transformer(checkpoint.transformer).named_modules())
+    found, modules = {}, dict(empty_transformer(checkpoint.transformer).named_modules())
     for name, weight in load_file(file).items():
         match = KEY.fullmatch(name)
         assert match, name
@@ -85,7 +86,7 @@ def test_a_loader_that_ignores_the_metadata_wants_the_strength_that_it_holds(tin
         settings = json.loads(weights.metadata()["lora_adapter_metadata"])
     strength = settings["transformer.lora_alpha"] / settings["transformer.r"] ** (0.5 if use_rslora else 1)
     bare = file.parent / "bare" / LORA_FILE
-    trainable.publish(bare, trainable.save(load_file(file)))
+    publish(bare, save(load_file(file)))
     inputs = transformer_inputs(tiny_checkpoint)
     with torch.no_grad():
         trained = node_loads(tiny_checkpoint, file, 1.0)(**inputs)[0]

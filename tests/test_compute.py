@@ -14,18 +14,18 @@ from peft.tuners.lora import Linear as LoraLinear
 from test_step_benchmark import check_same_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cogvideox
-import compute
-import memory
-import trainable
+from cogvideox import compute, lora, memory
+from cogvideox.base_model import download_weights, empty_transformer, read_base_model
+from cogvideox.lora import FusedLora, Lora
+from cogvideox.objective import _rotary_tables, generator_for, rotary_embedding, training_loss
 
-LORA = trainable.Lora(rank=4, lora_alpha=4, lora_target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+LORA = Lora(rank=4, lora_alpha=4, lora_target_modules=["to_q", "to_k", "to_v", "to_out.0"])
 
 
 def with_lora(checkpoint, dtype=torch.float32, **changes):
     """A transformer whose LoRA does something, always the same."""
     torch.manual_seed(0)
-    transformer, _ = trainable.with_lora(checkpoint, dtype, LORA._replace(**changes), None)
+    transformer, _ = lora.with_lora(checkpoint, dtype, LORA._replace(**changes), None)
     for name, weight in transformer.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
@@ -59,7 +59,7 @@ def error(result, expected):
 
 @pytest.mark.parametrize("variant", ["2b", "5b", "1.5-5B-I2V"])
 def test_bf16_without_autocast_is_as_near_to_float32_as_with_it(checkpoint_of, variant):
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(checkpoint_of(variant)))
+    checkpoint = download_weights(read_base_model(checkpoint_of(variant)))
     torch.manual_seed(2)
     inputs = transformer_inputs(checkpoint_of(variant))
     _, exact = step(with_lora(checkpoint), inputs)
@@ -71,7 +71,7 @@ def test_bf16_without_autocast_is_as_near_to_float32_as_with_it(checkpoint_of, v
 
 
 def test_no_product_runs_in_float32_over_a_bf16_base(tiny_checkpoint):
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    checkpoint = download_weights(read_base_model(tiny_checkpoint))
     with Recorded() as ran:
         step(with_lora(checkpoint, torch.bfloat16), transformer_inputs(tiny_checkpoint), torch.bfloat16)
     products = [dtype for name, dtype in ran.calls if name in ("aten.mm", "aten.addmm", "aten.bmm")]
@@ -104,7 +104,7 @@ class Recorded(TorchDispatchMode):
 
 @pytest.mark.parametrize(("level", "passes"), [("none", 1), ("attention", 1), ("full", 2)])
 def test_attention_is_computed_again_only_where_its_outputs_are_not_kept(tiny_checkpoint, level, passes):
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    checkpoint = download_weights(read_base_model(tiny_checkpoint))
     transformer = with_lora(checkpoint)
     compute.prepare(transformer, level, compiled=False, backend="auto")
     with Recorded() as ran:
@@ -115,7 +115,7 @@ def test_attention_is_computed_again_only_where_its_outputs_are_not_kept(tiny_ch
 
 @pytest.mark.parametrize("level", ["attention", "full"])
 def test_dropout_is_the_same_when_computed_again(tiny_checkpoint, level):
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    checkpoint = download_weights(read_base_model(tiny_checkpoint))
     results = []
     for chosen in ("none", level):
         transformer = with_lora(checkpoint, lora_dropout=0.5)
@@ -131,7 +131,7 @@ def test_dropout_is_the_same_when_computed_again(tiny_checkpoint, level):
 
 @pytest.mark.parametrize("backend", ["flash", "math"])
 def test_the_kernel_of_attention_that_was_asked_for_runs_and_changes_nothing(tiny_checkpoint, backend):
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    checkpoint = download_weights(read_base_model(tiny_checkpoint))
     inputs = transformer_inputs(tiny_checkpoint)
     _, expected = step(with_lora(checkpoint), inputs)
     with compute.attention_kernel(backend), Recorded() as ran:
@@ -158,7 +158,7 @@ def test_flash3_attends_as_diffusers_does(checkpoint_of, monkeypatch, variant, g
     package = types.ModuleType("flash_attn_interface")
     package.flash_attn_func = flash_attn_func
     monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(checkpoint_of(variant)))
+    checkpoint = download_weights(read_base_model(checkpoint_of(variant)))
     inputs = transformer_inputs(checkpoint_of(variant))
     _, expected = step(with_lora(checkpoint), inputs)
     transformer = with_lora(checkpoint)
@@ -199,7 +199,7 @@ def test_flash3_without_its_package_is_refused_with_the_line_to_install_it():
 
 @pytest.mark.parametrize("variant", ["2b", "5b", "1.5-5B"])
 def test_attention_by_tokens_is_that_of_diffusers_bit_for_bit(checkpoint_of, variant):
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(checkpoint_of(variant)))
+    checkpoint = download_weights(read_base_model(checkpoint_of(variant)))
     inputs = transformer_inputs(checkpoint_of(variant))
     expected, expected_gradients = step(with_lora(checkpoint), inputs)
     transformer = with_lora(checkpoint)
@@ -211,7 +211,7 @@ def test_attention_by_tokens_is_that_of_diffusers_bit_for_bit(checkpoint_of, var
 
 def test_attention_by_tokens_copies_less_between_the_projections(tiny_checkpoint):
     """But the two streams of tokens into one, and apart again."""
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    checkpoint = download_weights(read_base_model(tiny_checkpoint))
     copies = []
     for by_tokens in (False, True):
         transformer = with_lora(checkpoint)
@@ -229,7 +229,7 @@ def test_attention_by_tokens_copies_less_between_the_projections(tiny_checkpoint
 
 def as_peft_computes(transformer):
     for layer in transformer.modules():
-        if isinstance(layer, trainable.FusedLora):
+        if isinstance(layer, FusedLora):
             layer.__class__ = LoraLinear
     return transformer
 
@@ -239,7 +239,7 @@ KINDS = [{"lora_alpha": 2}, {"use_rslora": True}, {"lora_dropout": 0.5}, {"lora_
 
 @pytest.mark.parametrize("changes", KINDS, ids=lambda changes: next(iter(changes)))
 def test_a_fused_lora_is_that_of_peft_up_to_rounding(tiny_checkpoint, changes):
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    checkpoint = download_weights(read_base_model(tiny_checkpoint))
     torch.manual_seed(2)
     inputs, results = transformer_inputs(tiny_checkpoint), []
     for change in (as_peft_computes, lambda transformer: transformer):
@@ -252,7 +252,7 @@ def test_a_fused_lora_is_that_of_peft_up_to_rounding(tiny_checkpoint, changes):
 
 
 def test_a_fused_lora_is_no_further_from_float32_and_passes_over_the_outputs_fewer_times(tiny_checkpoint):
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    checkpoint = download_weights(read_base_model(tiny_checkpoint))
     torch.manual_seed(2)
     inputs = transformer_inputs(tiny_checkpoint)
     _, exact = step(with_lora(checkpoint), inputs)
@@ -268,7 +268,7 @@ def test_a_fused_lora_is_no_further_from_float32_and_passes_over_the_outputs_few
 
 
 def test_samples_are_those_of_peft_bit_for_bit(tiny_checkpoint):
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    checkpoint = download_weights(read_base_model(tiny_checkpoint))
     inputs = transformer_inputs(tiny_checkpoint)
     with torch.no_grad():
         expected = as_peft_computes(with_lora(checkpoint))(**inputs)[0]
@@ -297,7 +297,7 @@ def test_compiled_blocks_change_neither_loss_nor_gradients(compiled_without_a_co
 def test_compiled_blocks_compute_attention_again_only_where_it_is_not_kept(
     compiled_without_a_compiler, tiny_checkpoint, level, passes
 ):
-    transformer = with_lora(cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint)))
+    transformer = with_lora(download_weights(read_base_model(tiny_checkpoint)))
     compute.prepare(transformer, level, compiled=True, backend="auto")
     inputs = transformer_inputs(tiny_checkpoint)
     counters = torch._dynamo.utils.counters
@@ -314,7 +314,7 @@ def test_compiled_blocks_compute_attention_again_only_where_it_is_not_kept(
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor writes C++ for a CPU")
 def test_what_a_compiled_block_keeps_of_attention_is_not_written_over(tiny_checkpoint):
     """By Inductor itself, which reuses memory, where no target makes the first block's attention need a gradient."""
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    checkpoint = download_weights(read_base_model(tiny_checkpoint))
     inputs, ff = transformer_inputs(tiny_checkpoint), {"lora_target_modules": ["ff.net.2"]}
     _, expected = step(with_lora(checkpoint, **ff), inputs)
     transformer = with_lora(checkpoint, **ff)
@@ -328,7 +328,7 @@ def test_what_a_compiled_block_keeps_of_attention_is_not_written_over(tiny_check
 
 @pytest.mark.parametrize("level", ["attention", "full"])
 def test_compiled_blocks_run_under_ddp(compiled_without_a_compiler, tiny_checkpoint, level):
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(tiny_checkpoint))
+    checkpoint = download_weights(read_base_model(tiny_checkpoint))
     inputs = transformer_inputs(tiny_checkpoint)
     _, expected = step(with_lora(checkpoint), inputs)
     transformer = with_lora(checkpoint)
@@ -351,8 +351,8 @@ def test_two_compilations_serve_all_blocks_for_each_shape(compiled_without_a_com
     for num_latent_frames in (3, 2, 3, 2):
         shorter = batch | {"parameters": batch["parameters"][:, :, :num_latent_frames]}
         for number in range(2):
-            generator = cogvideox.generator_for(torch.device("cpu"), number)
-            cogvideox.training_loss(run.checkpoint, run.state.transformer, shorter, generator, run.dtype).backward()
+            generator = generator_for(torch.device("cpu"), number)
+            training_loss(run.base, run.state.transformer, shorter, generator, run.dtype).backward()
         compiled.append(counters["stats"]["unique_graphs"])
     assert compiled == [2, 4, 4, 4]
     assert not counters["graph_break"]
@@ -365,18 +365,18 @@ def test_two_compilations_serve_all_blocks_for_each_shape(compiled_without_a_com
 def test_the_table_of_positions_is_made_once_for_each_shape(checkpoint_of, monkeypatch, variant):
     made = []
     maker = "get_3d_sincos_pos_embed" if variant == "2b" else "get_3d_rotary_pos_embed"
-    module = "diffusers.models.embeddings" if variant == "2b" else "cogvideox"
+    module = "diffusers.models.embeddings" if variant == "2b" else "cogvideox.objective"
     module = sys.modules[module]
     original = getattr(module, maker)
     monkeypatch.setattr(module, maker, lambda *args, **options: made.append(1) or original(*args, **options))
-    cogvideox._rotary_tables.cache_clear()
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(checkpoint_of(variant)))
+    _rotary_tables.cache_clear()
+    checkpoint = download_weights(read_base_model(checkpoint_of(variant)))
     transformer = with_lora(checkpoint)
     compute.prepare(transformer, "none", compiled=False, backend="auto")
     inputs = transformer_inputs(checkpoint_of(variant))
     made.clear()  # those of the checkpoint's own size
     for width in (12, 8, 10, 8, 10):  # the first is the checkpoint's own
-        rotary = cogvideox.rotary_embedding(checkpoint, 3, 8, width, "cpu")
+        rotary = rotary_embedding(checkpoint, 3, 8, width, "cpu")
         step(transformer, inputs | {"hidden_states": torch.randn(1, 3, 4, 8, width), "image_rotary_emb": rotary})
     assert len(made) == 2
 
@@ -390,7 +390,7 @@ def test_the_table_of_positions_is_made_once_for_each_shape(checkpoint_of, monke
 ])  # fmt: skip
 def test_auto_keeps_as_much_as_the_free_memory_of_the_gpu_allows(free_gib, level, tiled):
     settings = memory.Settings(480, 720, 49, gradient_checkpointing="auto")
-    plan = memory.plan(benchmark.random_checkpoint("2b"), benchmark.T5S["tiny"], settings, "auto", free_gib)
+    plan = memory.plan(benchmark.random_base_model("2b"), benchmark.T5S["tiny"], settings, "auto", free_gib)
     assert plan.gradient_checkpointing == level
     assert (plan.tile_encoding, plan.tile_decoding) == ("encoding" in tiled, "decoding" in tiled)
     assert f"this GPU has {free_gib}.0" in plan.lines[0] and f"auto: {level} needs" in plan.lines[1]
@@ -400,19 +400,19 @@ def test_auto_keeps_as_much_as_the_free_memory_of_the_gpu_allows(free_gib, level
 def test_tiles_that_were_asked_for_or_not_are_not_for_the_plan_to_decide(tiling):
     tiled = tiling == "always"
     settings = memory.Settings(480, 720, 49, tile_encoding=tiled, tile_decoding=tiled)
-    plan = memory.plan(benchmark.random_checkpoint("2b"), benchmark.T5S["tiny"], settings, tiling, 1.0)
+    plan = memory.plan(benchmark.random_base_model("2b"), benchmark.T5S["tiny"], settings, tiling, 1.0)
     assert plan.tile_encoding == plan.tile_decoding == tiled
 
 
 def test_swapped_blocks_are_recomputed_and_two_of_them_are_on_the_gpu():
-    checkpoint = benchmark.random_checkpoint("5b")
+    checkpoint = benchmark.random_base_model("5b")
     settings = memory.Settings(480, 720, 49, gradient_checkpointing="full")
     weights = memory.count_weights(checkpoint.transformer, settings)
     whole, swapped = (
         memory.training_parts(checkpoint, settings._replace(blocks_to_swap=count), weights)["frozen weights"]
         for count in (0, 42)
     )
-    transformer = cogvideox.empty_transformer(checkpoint.transformer)
+    transformer = empty_transformer(checkpoint.transformer)
     block = sum(weight.numel() for weight in transformer.transformer_blocks[0].parameters()) * 2 / memory.GIB
     assert whole - swapped == pytest.approx(40 * block, rel=1e-3)
     assert memory.choose_checkpointing(80, checkpoint, settings._replace(blocks_to_swap=1))[0] == "attention"
@@ -420,7 +420,7 @@ def test_swapped_blocks_are_recomputed_and_two_of_them_are_on_the_gpu():
 
 
 def test_t5_in_8_bits_takes_half_the_memory_and_on_the_cpu_none():
-    checkpoint, settings = benchmark.random_checkpoint("2b"), memory.Settings(480, 720, 49)
+    checkpoint, settings = benchmark.random_base_model("2b"), memory.Settings(480, 720, 49)
     whole, half, none = (
         memory.predict(checkpoint, benchmark.T5S["published"], settings._replace(**changes))["text"]
         for changes in ({}, {"text_encoder_precision": "int8"}, {"text_encoder_device": "cpu"})

@@ -8,15 +8,19 @@ import pytest
 import torch
 
 import dataset
+from clips.frames import View, choose_frames, read_frames, resize_and_crop, trainable_length
+from clips.listing import Clip, read_clips
+from clips.order import Ranks, epoch_batches, make_timeline, rank_batches
+from cogvideox.encoders import Encoder
 
-VIEW = dataset.View(64, 96, 8, 49, 0, 0, "center", 0)
+VIEW = View(64, 96, 8, 49, 0, 0, "center", 0)
 
 
 def write(folder, prompts, videos):
     folder.mkdir(exist_ok=True)
     for name, content in (("prompts.txt", prompts), ("videos.txt", videos)):
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return dataset.read_clips(folder, "prompts.txt", "videos.txt", None, None)
+    return read_clips(folder, "prompts.txt", "videos.txt", None, None)
 
 
 def make_video(path, num_frames=16, fps=8, height=96, width=128, value=None):
@@ -62,7 +66,7 @@ def test_paths_may_be_relative_absolute_from_home_and_hold_spaces_and_umlauts(tm
 
 def test_the_id_token_stands_before_each_caption_with_one_space(tmp_path):
     write(tmp_path, "a cat\n", "a.mp4\n")
-    clips, _ = dataset.read_clips(tmp_path, "prompts.txt", "videos.txt", None, "DISNEY")
+    clips, _ = read_clips(tmp_path, "prompts.txt", "videos.txt", None, "DISNEY")
     assert clips[0].caption == "DISNEY a cat"
 
 
@@ -95,7 +99,7 @@ def test_a_blank_line_drops_no_caption_onto_another_video(tmp_path):
 def test_a_near_file_name_is_named_with_the_option_that_takes_it(tmp_path):
     (tmp_path / "prompt.txt").write_text("a cat\n")
     (tmp_path / "videos.txt").write_text("a.mp4\n")
-    _, problems = dataset.read_clips(tmp_path, "prompts.txt", "videos.txt", None, None)
+    _, problems = read_clips(tmp_path, "prompts.txt", "videos.txt", None, None)
     assert "there is prompt.txt: pass --caption_column prompt.txt" in problems[0]
 
 
@@ -108,35 +112,35 @@ def test_a_near_file_name_is_named_with_the_option_that_takes_it(tmp_path):
      (200, 49, 49), (100, 13, 13), (12, 13, 9), (100, 81, 81)],
 )  # fmt: skip
 def test_clips_are_cut_to_8k_plus_1_frames(available, most, expected):
-    assert dataset.trainable_length(available, most) == expected
+    assert trainable_length(available, most) == expected
 
 
 @pytest.mark.parametrize("rate", [8, 24, 25, 29.97, 60])
 def test_frames_are_chosen_by_their_time(rate):
     timestamps = np.arange(int(rate * 7)) / rate
-    indices = dataset.choose_frames(timestamps, VIEW)
+    indices = choose_frames(timestamps, VIEW)
     assert len(indices) == 49
     assert np.abs(timestamps[indices] - np.arange(49) / 8).max() <= 0.5 / rate + 1e-9
 
 
 def test_unevenly_spaced_frames_are_chosen_by_their_time_too():
     timestamps = np.array([0, 0.1, 0.2, 0.33, 1.0, 1.1, 1.125, 1.3])  # nothing between 0.33 and 1
-    assert dataset.choose_frames(timestamps, VIEW._replace(max_num_frames=9)) == [0, 1, 2, 3, 3, 3, 4, 4, 4]
+    assert choose_frames(timestamps, VIEW._replace(max_num_frames=9)) == [0, 1, 2, 3, 3, 3, 4, 4, 4]
 
 
 def test_skipped_frames_are_not_seen_and_are_counted_in_the_file():
-    indices = dataset.choose_frames(np.arange(40) / 8, VIEW._replace(skip_frames_start=10, skip_frames_end=13))
+    indices = choose_frames(np.arange(40) / 8, VIEW._replace(skip_frames_start=10, skip_frames_end=13))
     assert indices == list(range(10, 27))  # 17 of the 17 that are left
 
 
 def test_the_clip_s_last_moment_is_not_lost_to_rounding():
-    assert len(dataset.choose_frames(np.arange(49) / 8, VIEW)) == 49
-    assert len(dataset.choose_frames(np.arange(49 * 3) / 24, VIEW)) == 49
+    assert len(choose_frames(np.arange(49) / 8, VIEW)) == 49
+    assert len(choose_frames(np.arange(49 * 3) / 24, VIEW)) == 49
 
 
 def test_skipping_more_than_there_is_says_so():
     with pytest.raises(ValueError, match="has 10 frames and nothing is left after --skip_frames_start 6"):
-        dataset.choose_frames(np.arange(10) / 8, VIEW._replace(skip_frames_start=6, skip_frames_end=4))
+        choose_frames(np.arange(10) / 8, VIEW._replace(skip_frames_start=6, skip_frames_end=4))
 
 
 @pytest.mark.parametrize("size", [(480, 720), (96, 128), (720, 405), (64, 96), (1080, 1920)])
@@ -147,7 +151,7 @@ def test_the_aspect_of_what_is_shown_is_kept(size):
     radius = min(size) // 5
     circle = (255 * ((x - width / 2) ** 2 + (y - height / 2) ** 2 < radius**2)).astype(np.uint8)
     frames = torch.from_numpy(circle)[None, :, :, None].repeat(2, 1, 1, 3)
-    shown = dataset.resize_and_crop(frames, 64, 96, (0.5, 0.5))
+    shown = resize_and_crop(frames, 64, 96, (0.5, 0.5))
     assert shown.shape == (2, 64, 96, 3) and shown.dtype == torch.uint8
     rows, columns = ((shown[0, :, :, 0] > 127).any(axis).nonzero().flatten() for axis in (1, 0))
     assert abs(len(rows) - len(columns)) <= 1
@@ -160,8 +164,8 @@ def test_random_cropping_stays_where_it_was_drawn_and_differs_between_clips(tmp_
     videos = [tmp_path / f"{i}.mp4" for i in range(4)]
     for i, video in enumerate(videos):
         imageio.mimsave(video, [gradient] * (9 + i), fps=8, macro_block_size=1)
-    first = [dataset.read_frames(video, view, False) for video in videos]
-    again = [dataset.read_frames(video, view, False) for video in videos]
+    first = [read_frames(video, view, False) for video in videos]
+    again = [read_frames(video, view, False) for video in videos]
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert len({int(frames[0, 0, 0, 0]) for frames in first}) > 1
 
@@ -169,12 +173,12 @@ def test_random_cropping_stays_where_it_was_drawn_and_differs_between_clips(tmp_
 def test_mirrored_frames_are_the_mirror_image(tmp_path):
     video = make_video(tmp_path / "a.mp4")
     view = VIEW._replace(max_num_frames=9)
-    assert torch.equal(dataset.read_frames(video, view, True), dataset.read_frames(video, view, False).flip(2))
+    assert torch.equal(read_frames(video, view, True), read_frames(video, view, False).flip(2))
 
 
 def test_frames_read_are_the_frames_of_the_file(tmp_path):
     video = make_video(tmp_path / "a.mp4", num_frames=48, fps=24)
-    frames = dataset.read_frames(video, VIEW._replace(max_num_frames=9), False)
+    frames = read_frames(video, VIEW._replace(max_num_frames=9), False)
     expected = np.linspace(0, 250, 48)[::3][:9]  # every third of 24 is 8 a second
     assert np.abs(frames[:, 32, 48, 0].numpy() - expected).max() <= 3  # as far as the codec goes
 
@@ -186,8 +190,8 @@ def test_whatever_changes_the_frames_changes_the_place_in_the_cache(tmp_path):
     def path(clip, view=VIEW, encoder="vae", flip=False):
         return dataset.probe_clips([clip], view, tmp_path / "cache", encoder, flip)[0].paths
 
-    clip = dataset.Clip(make_video(tmp_path / "a.mp4"), "a", 1)
-    other = dataset.Clip(make_video(tmp_path / "b.mp4", num_frames=17), "b", 2)
+    clip = Clip(make_video(tmp_path / "a.mp4"), "a", 1)
+    other = Clip(make_video(tmp_path / "b.mp4", num_frames=17), "b", 2)
     changes = {"height": 80, "width": 112, "fps": 12, "max_num_frames": 9, "skip_frames_start": 1, "skip_frames_end": 1}
     paths = [path(clip)[0], path(other)[0], path(clip, encoder="other")[0], path(clip, flip=True)[1]]
     paths += [path(clip, VIEW._replace(**{name: value}))[0] for name, value in changes.items()]
@@ -199,7 +203,7 @@ def test_what_does_not_change_the_frames_does_not(tmp_path):
     original = make_video(tmp_path / "a.mp4")
     copy = tmp_path / "another name.mp4"
     copy.write_bytes(original.read_bytes())
-    clips = [dataset.Clip(original, "a", 1), dataset.Clip(copy, "b", 2)]
+    clips = [Clip(original, "a", 1), Clip(copy, "b", 2)]
     first, second = dataset.probe_clips(clips, VIEW, tmp_path, "vae", False)
     reseeded = dataset.probe_clips(clips[:1], VIEW._replace(seed=5), tmp_path, "vae", False)[0]
     assert first.paths == second.paths == reseeded.paths
@@ -216,7 +220,7 @@ def test_a_file_in_the_cache_is_complete_or_absent(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_encoding_pass_goes_on_where_it_was(tmp_path):
-    clips = [dataset.Clip(make_video(tmp_path / f"{i}.mp4", num_frames=9 + i), str(i), i + 1) for i in range(4)]
+    clips = [Clip(make_video(tmp_path / f"{i}.mp4", num_frames=9 + i), str(i), i + 1) for i in range(4)]
     encoded = []
 
     def prepare(fail_at=None):
@@ -231,9 +235,9 @@ def test_an_interrupted_encoding_pass_goes_on_where_it_was(tmp_path):
 
         return dataset.encode_dataset(
             tmp_path, clips, [], VIEW, cache=tmp_path / "cache", prompts=[""], random_flip=False,
-            video_encoder=dataset.Encoder("v", load, lambda shape: 1),
-            text_encoder=dataset.Encoder("t", lambda: _Context(lambda texts: torch.zeros(1, 3, 2)), lambda shape: 1),
-            progress=lambda items, *_: items, ranks=dataset.Ranks(), everyone=dataset.Ranks(),
+            video_encoder=Encoder("v", load, lambda shape: 1),
+            text_encoder=Encoder("t", lambda: _Context(lambda texts: torch.zeros(1, 3, 2)), lambda shape: 1),
+            progress=lambda items, *_: items, ranks=Ranks(), everyone=Ranks(),
         )  # fmt: skip
 
     with pytest.raises(KeyboardInterrupt):
@@ -271,28 +275,28 @@ def number_of(batch):
 def test_every_clip_is_seen_once_an_epoch_and_only_with_clips_of_its_shape():
     shapes = [(13,)] * 7 + [(3,)] * 4 + [(1,)]
     for epoch in range(3):
-        batches = dataset.epoch_batches(shapes, 3, 42, epoch, False)
+        batches = epoch_batches(shapes, 3, 42, epoch, False)
         assert sorted(clip for batch in batches for clip in number_of(batch)) == list(range(12))
         assert all(len({shapes[clip] for clip in number_of(batch)}) == 1 for batch in batches)
         assert len(batches) == 6
-    assert dataset.epoch_batches(shapes, 3, 42, 0, False) != dataset.epoch_batches(shapes, 3, 42, 1, False)
-    assert dataset.epoch_batches(shapes, 3, 42, 0, False) != dataset.epoch_batches(shapes, 3, 43, 0, False)
+    assert epoch_batches(shapes, 3, 42, 0, False) != epoch_batches(shapes, 3, 42, 1, False)
+    assert epoch_batches(shapes, 3, 42, 0, False) != epoch_batches(shapes, 3, 43, 0, False)
 
 
 def test_half_of_the_turns_are_mirrored_if_asked():
-    batches = dataset.epoch_batches([0] * 400, 1, 42, 0, True)
+    batches = epoch_batches([0] * 400, 1, 42, 0, True)
     assert 150 < sum(mirrored for ((_, mirrored),) in batches) < 250
-    assert not any(mirrored for ((_, mirrored),) in dataset.epoch_batches([0] * 400, 1, 42, 0, False))
+    assert not any(mirrored for ((_, mirrored),) in epoch_batches([0] * 400, 1, 42, 0, False))
 
 
 @pytest.mark.parametrize(("world", "clips"), [(1, 5), (2, 5), (3, 5), (8, 3)])
 def test_ranks_share_out_the_sequence_that_one_rank_sees(world, clips):
     shapes = [0] * clips
-    whole = list(islice(dataset.rank_batches(shapes, 1, 42, False, count()), 24))
+    whole = list(islice(rank_batches(shapes, 1, 42, False, count()), 24))
     for rank in range(world):
-        share = list(islice(dataset.rank_batches(shapes, 1, 42, False, count(rank, world)), 24 // world))
+        share = list(islice(rank_batches(shapes, 1, 42, False, count(rank, world)), 24 // world))
         assert share == whole[rank::world]
-    resumed = list(islice(dataset.rank_batches(shapes, 1, 42, False, count(17)), 7))
+    resumed = list(islice(rank_batches(shapes, 1, 42, False, count(17)), 7))
     assert resumed == whole[17:]
 
 
@@ -301,19 +305,23 @@ def test_ranks_share_out_the_sequence_that_one_rank_sees(world, clips):
     [(70, 1, 10, 700), (70, 8, 10, 88), (25, 4, 10, 63), (3, 8, 10, 4), (5, 2, 1, 3)],
 )
 def test_epochs_become_updates_of_all_ranks(per_epoch, per_step, epochs, expected):
-    plan = dataset.make_plan(per_epoch, per_step, epochs, None, step=0, batches_seen=0)
+    plan = make_timeline(
+        batches_per_epoch=per_epoch, batches_per_step=per_step, epochs=epochs, max_steps=None, step=0, batches_seen=0
+    )
     assert plan.total_steps == expected
     assert plan.last_epoch >= epochs > plan.epoch(expected - 1)
 
 
 def test_a_run_that_goes_on_with_other_ranks_still_sees_its_epochs():
-    first = dataset.make_plan(10, 1, 6, None, step=0, batches_seen=0)
-    second = dataset.make_plan(10, 4, 6, None, step=30, batches_seen=first.batches_seen(30))
+    first = make_timeline(batches_per_epoch=10, batches_per_step=1, epochs=6, max_steps=None, step=0, batches_seen=0)
+    second = make_timeline(
+        batches_per_epoch=10, batches_per_step=4, epochs=6, max_steps=None, step=30, batches_seen=first.batches_seen(30)
+    )
     assert (first.total_steps, second.total_steps, second.last_epoch) == (60, 38, 6.2)
 
 
 def test_epochs_end_once_however_they_fall_on_updates():
-    plan = dataset.make_plan(7, 3, 6, None, step=0, batches_seen=0)
+    plan = make_timeline(batches_per_epoch=7, batches_per_step=3, epochs=6, max_steps=None, step=0, batches_seen=0)
     ends = [step for step in range(1, plan.total_steps + 1) if plan.ends_epochs(step, 2)]
     assert ends == [5, 10, 14]  # 14, 28, 42 micro-batches
 
@@ -321,6 +329,6 @@ def test_epochs_end_once_however_they_fall_on_updates():
 def test_shares_are_put_together_in_order():
     for world in (1, 2, 3, 5):
         items = list(range(7))
-        shares = [dataset.Ranks(index, world).share(items) for index in range(world)]
-        ranks = dataset.Ranks(0, world, gather=lambda mine: shares)  # noqa: B023 - called within the turn
+        shares = [Ranks(index, world).share(items) for index in range(world)]
+        ranks = Ranks(0, world, gather=lambda mine: shares)  # noqa: B023 - called within the turn
         assert ranks.gather_shares(shares[0]) == items

@@ -11,8 +11,8 @@ from conftest import ROOT, training_options
 from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
-import checkpoints
-import trainable
+from cogvideox.lora_files import LORA_FILE
+from run.run_directory import list_checkpoints, read_metrics
 
 RUN = {
     "max_train_steps": 6, "lr_scheduler": "cosine", "checkpointing_steps": 3, "random_flip": True,
@@ -41,13 +41,11 @@ def torchrun(script, *options, expected=0):
 def rows_of(folder):
     """All that is logged but time and memory; validation on the clips held out too."""
     other = ("seconds", "peak_memory_gib")
-    return [
-        {name: value for name, value in row.items() if name not in other} for row in checkpoints.read_metrics(folder)
-    ]
+    return [{name: value for name, value in row.items() if name not in other} for row in read_metrics(folder)]
 
 
 def lora_of(folder):
-    return load_file(folder / trainable.LORA_FILE)
+    return load_file(folder / LORA_FILE)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +83,7 @@ def test_killed_ranks_that_resume_equal_a_straight_run(two_ranks, tiny_checkpoin
     straight, _ = two_ranks
     options = training_options(tiny_checkpoint, clips, tmp_path / "run", gradient_accumulation_steps=2, **RUN)
     torchrun(ROOT / "tests" / "kill_after_checkpoint.py", "saved", 3, *options, expected=1)
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
     torchrun(ROOT / "train_cogvideox_lora.py", *options, "--resume_from_checkpoint", "latest")
     assert rows_of(tmp_path / "run") == rows_of(straight)
     one, two = lora_of(straight), lora_of(tmp_path / "run")

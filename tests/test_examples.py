@@ -13,8 +13,8 @@ from conftest import reset_accelerate, training_options
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from make_example import make_film
 
-import checkpoints
 import train_cogvideox_lora as script
+from run.run_directory import read_metrics
 
 SMALL = pretrain.ROOT / "examples" / "small-cogvideox"
 
@@ -63,7 +63,7 @@ def run(clips, output_dir, **options):
     } | options  # fmt: skip
     script.main(script.parse_args(training_options(SMALL, clips, output_dir, **options)))
     reset_accelerate()
-    return checkpoints.read_metrics(output_dir)
+    return read_metrics(output_dir)
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,13 @@ import pytest
 import step
 import torch
 import torch.nn.functional as F
+from diffusers import CogVideoXTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-import cogvideox
-import compute
-import memory
-import trainable
+from cogvideox import compute
+from cogvideox.base_model import empty_transformer
+from cogvideox.lora import DEFAULT_TARGETS, Lora, add_lora
+from cogvideox.objective import rotary_embedding
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -43,17 +44,17 @@ def counter() -> FlopCounterMode:
 
 def transformer_of(config, trained, level="none", device="cpu"):
     with torch.device(device):
-        transformer = cogvideox.CogVideoXTransformer3DModel.from_config(config)
+        transformer = CogVideoXTransformer3DModel.from_config(config)
         if not trained.sft:
-            lora = trainable.Lora(trained.rank, trained.rank, list(trained.lora_target_modules))
-            trainable.add_lora(transformer, lora, torch.float32)
+            lora = Lora(trained.rank, trained.rank, list(trained.lora_target_modules))
+            add_lora(transformer, lora, torch.float32)
     compute.prepare(transformer, level, compiled=False, backend="auto")
     return transformer.train()
 
 
 def counted(config, trained, level="none", size=(FRAMES, HEIGHT, WIDTH), batch=1, device="cpu"):
     """Tokens of a clip, and FLOP of forward and backward pass."""
-    made = step.random_checkpoint("tiny")._replace(transformer=dict(cogvideox.empty_transformer(config).config))
+    made = step.random_base_model("tiny")._replace(transformer=dict(empty_transformer(config).config))
     config, (f, h, w) = made.transformer, size
     transformer = transformer_of(config, trained, level, device)
     with torch.device(device):
@@ -62,17 +63,17 @@ def counted(config, trained, level="none", size=(FRAMES, HEIGHT, WIDTH), batch=1
             "encoder_hidden_states": torch.randn(batch, config["max_text_seq_length"], config["text_embed_dim"]),
             "timestep": torch.full((batch,), 500),
             "ofs": torch.full((1,), 2.0) if config["ofs_embed_dim"] else None,
-            "image_rotary_emb": cogvideox.rotary_embedding(made, f, h, w, device),
+            "image_rotary_emb": rotary_embedding(made, f, h, w, device),
         }
     with counter() as forward:
         predicted = transformer(**inputs, return_dict=False)[0]
     with counter() as backward:
         F.mse_loss(predicted, torch.zeros_like(predicted)).backward()
-    return config, step.tokens_per_clip(made, (0, f, h, w)), forward.get_total_flops(), backward.get_total_flops()
+    return config, made.num_tokens(f, h, w), forward.get_total_flops(), backward.get_total_flops()
 
 
 def lora(*targets, rank=3):
-    return flops.Trained("lora", rank, targets or tuple(trainable.DEFAULT_TARGETS))
+    return flops.Trained("lora", rank, targets or tuple(DEFAULT_TARGETS))
 
 
 SFT = flops.Trained("sft", 0, ())
@@ -80,7 +81,7 @@ SFT = flops.Trained("sft", 0, ())
 
 @pytest.mark.parametrize("variant", CONFIGS)
 @pytest.mark.parametrize("trained", [lora(), lora(rank=16), SFT], ids=["rank 3", "rank 16", "sft"])
-@pytest.mark.parametrize("level", memory.LEVELS)
+@pytest.mark.parametrize("level", compute.LEVELS)
 def test_formula_is_what_autograd_computes(variant, trained, level):
     config, tokens, forward, backward = counted(CONFIGS[variant], trained, level)
     formula = flops.step_flops(config, tokens, trained)
@@ -91,7 +92,7 @@ def test_formula_is_what_autograd_computes(variant, trained, level):
     ["to_k"], ["to_out.0"], ["norm2.linear"], ["ff.net.0.proj", "ff.net.2"], ["norm1.linear", "to_q"],
     ["time_embedding.linear_1"], ["patch_embed.proj", "to_v"], ["text_proj"], ["norm_out.linear"], ["proj_out"],
 ], ids=" ".join)  # fmt: skip
-@pytest.mark.parametrize("level", memory.LEVELS)
+@pytest.mark.parametrize("level", compute.LEVELS)
 def test_what_needs_no_gradient_gets_none_whatever_the_lora_is_on(targets, level):
     trained = lora(*targets)
     config, tokens, forward, backward = counted(CONFIGS["1.5"], trained, level)  # whose patches go through a Linear
@@ -120,9 +121,9 @@ def test_formula_gives_what_was_calculated_by_hand(model, tera):
 
 def at_full_size(model, trained):
     """Config, size of the latents, and the formula for a clip."""
-    args, made = step.training_args(step.parse_args(["--model", model])), step.random_checkpoint(model)
-    shape = step.parameters_shape(made, args)
-    return made.transformer, shape[1:], flops.step_flops(made.transformer, step.tokens_per_clip(made, shape), trained)
+    args, made = step.training_args(step.parse_args(["--model", model])), step.random_base_model(model)
+    shape = made.latent_shape(args.max_num_frames, args.height, args.width)
+    return made.transformer, shape, flops.step_flops(made.transformer, made.num_tokens(*shape), trained)
 
 
 @pytest.mark.parametrize("model, level, trained", [

@@ -8,7 +8,7 @@ import torch
 from make_example import VARIANTS
 from test_step_benchmark import check_same_step, check_steps, check_training_script
 
-from memory import LEVELS
+from cogvideox.compute import LEVELS
 
 pytestmark = [
     pytest.mark.gpu,

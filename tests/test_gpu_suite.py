@@ -8,7 +8,7 @@ import pytest
 import versus
 from conftest import ROOT
 
-import memory
+from cogvideox import compute
 
 PYTHON = """#!/usr/bin/env bash
 [[ $1 == -c ]] && { echo test-gpu; exit; }
@@ -56,7 +56,7 @@ def test_compiled_steps_are_timed_at_every_level(suite):
     _, commands = suite("2")
     compiled = [command for command in commands if "--compile" in command]
     levels = [command.split("--gradient_checkpointing ")[1].split()[0] for command in compiled]
-    assert sorted(levels) == sorted(memory.LEVELS)
+    assert sorted(levels) == sorted(compute.LEVELS)
 
 
 @pytest.mark.parametrize("words", [[], ["--tiny"]])

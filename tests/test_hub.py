@@ -7,10 +7,10 @@ from conftest import training_options
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 
-import cogvideox
-import hub
 import train_cogvideox_lora
-import trainable
+from cogvideox.base_model import read_base_model
+from cogvideox.lora_files import LORA_FILE
+from run import hub
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_push_to_hub_uploads_the_result_with_a_card_that_loads_it(
     options = {"push_to_hub": True, "hub_token": "secret", "training_type": training_type, "validation_prompt": "a cat"}
     train(checkpoint_of(variant), tmp_path / "my-run", max_train_steps=1, **options)
     assert uploads[0]["repo_id"] == "someone/my-run" and uploads[0]["token"] == "secret"
-    result = trainable.LORA_FILE if training_type == "lora" else "transformer/config.json"
+    result = LORA_FILE if training_type == "lora" else "transformer/config.json"
     video = "validation/step-000001/prompt-00_seed-3407.mp4"
     wanted = [result, video, "README.md", "report.html"]
     assert list(filter_repo_objects(wanted, allow_patterns=uploads[0]["allow_patterns"])) == wanted
@@ -54,7 +54,7 @@ def cogvideox_license(name):
 def card_of(folder, name=None, videos=None, **options):
     """Header and text of the card of a run on the checkpoint in `folder`, as if it had come from the hub by `name`."""
     args = vars(train_cogvideox_lora.parse_args(training_options(folder, "-", "my-run", **options)))
-    checkpoint = cogvideox.read_checkpoint(str(folder))
+    checkpoint = read_base_model(str(folder))
     checkpoint = checkpoint._replace(name=name) if name else checkpoint
     card = ModelCard(hub.model_card("someone/my-run", checkpoint, args, videos or {}))
     return card.data.to_dict(), card.text

@@ -13,8 +13,9 @@ from make_example import make_clips
 from safetensors.torch import load_file
 from test_distributed import rows_of
 
-import checkpoints
-import trainable
+from cogvideox.lora_files import LORA_FILE
+from run import checkpoints
+from run.run_directory import list_checkpoints
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 HOSTS = (f"cogvideox-{os.getpid()}-a", f"cogvideox-{os.getpid()}-b")
@@ -100,7 +101,7 @@ def test_a_machine_that_dies_ends_the_other_with_a_message_and_the_run_resumes(
         kill(HOSTS[1])
         (code, _), (output, _) = finish(started, timeout=60)  # well below --ddp_timeout: the connection is closed
     assert code == 1 and "another process of the run is gone" in output and "--resume_from_checkpoint latest" in output
-    step = checkpoints.read_position(checkpoints.list_checkpoints(run)[-1])["step"]
+    step = checkpoints.read_position(list_checkpoints(run)[-1])["step"]
 
     options = {"max_train_steps": step + 3, "checkpointing_steps": 2}
     validation = {"validation_prompt": "a cat:::a dog:::a cow", "resume_from_checkpoint": "latest"}
@@ -138,7 +139,7 @@ def test_machines_with_disks_of_their_own_each_encode_and_the_first_one_writes(h
     assert [row["loss"] for row in rows_of(outputs[0])] == pytest.approx(
         [row["loss"] for row in rows_of(tmp_path / "one")], rel=1e-4
     )
-    one, two = load_file(tmp_path / "one" / trainable.LORA_FILE), load_file(outputs[0] / trainable.LORA_FILE)
+    one, two = load_file(tmp_path / "one" / LORA_FILE), load_file(outputs[0] / LORA_FILE)
     assert one.keys() == two.keys()
 
 

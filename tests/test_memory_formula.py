@@ -16,13 +16,19 @@ from peft.tuners.lora import LoraLayer
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import T5EncoderModel
 
-import cogvideox
-import compute
-import memory
-import trainable
-from memory import GIB, Settings
+from cogvideox import compute, memory
+from cogvideox.base_model import (
+    empty_text_encoder,
+    empty_transformer,
+    empty_vae,
+    read_base_model,
+    read_text_encoder_config,
+)
+from cogvideox.lora import DEFAULT_TARGETS, Lora, add_lora, trained_parameters
+from cogvideox.memory import GIB, Settings
+from cogvideox.objective import rotary_embedding
 
-FEED_FORWARD = (*trainable.DEFAULT_TARGETS, "ff.net.0.proj", "ff.net.2")
+FEED_FORWARD = (*DEFAULT_TARGETS, "ff.net.0.proj", "ff.net.2")
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention.default
 
 
@@ -54,8 +60,8 @@ def trained_transformer(config, settings, device="cpu"):
     with torch.device(device):
         transformer = diffusers.CogVideoXTransformer3DModel.from_config(config)
         if not settings.sft:
-            lora = trainable.Lora(settings.rank, settings.rank, list(settings.lora_target_modules))
-            trainable.add_lora(transformer.to(settings.dtype), lora, settings.dtype)
+            lora = Lora(settings.rank, settings.rank, list(settings.lora_target_modules))
+            add_lora(transformer.to(settings.dtype), lora, settings.dtype)
     transformer.set_attn_processor(compute.AttentionByTokens())
     compute_as_on_a_gpu(transformer, settings)
     return transformer.train()
@@ -84,14 +90,14 @@ def test_a_block_saves_what_the_formula_says(options, heads, side, batch, rotary
         "num_layers": 1, "num_attention_heads": heads, "time_embed_dim": 32, "text_embed_dim": 32, "in_channels": 4,
         "out_channels": 4, "max_text_seq_length": 20, "use_rotary_positional_embeddings": rotary,
     }  # fmt: skip
-    made = step.random_checkpoint("tiny")._replace(transformer=dict(cogvideox.empty_transformer(config).config))
+    made = step.random_base_model("tiny")._replace(transformer=dict(empty_transformer(config).config))
     tokens = memory.count_tokens(made, settings)
     transformer, dtype = trained_transformer(made.transformer, settings), settings.dtype
     block, width = transformer.transformer_blocks[0], heads * 64
     shapes = (batch, tokens.video, width), (batch, tokens.text, width)
     states = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
     temb = torch.randn(batch, 32, dtype=dtype, requires_grad=settings.sft)
-    tables = cogvideox.rotary_embedding(made, 3, side // 8, side // 8, "cpu")
+    tables = rotary_embedding(made, 3, side // 8, side // 8, "cpu")
 
     def forward():
         with autocast(settings):
@@ -129,7 +135,7 @@ def test_a_step_at_full_size_peaks_where_predicted(model, options, level, monkey
     """Forward, loss and backward of three blocks, on the meta device: nothing is computed."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", flash_attention)
     settings, batch = settings_of(model, gradient_checkpointing=level, **options), options.get("train_batch_size", 1)
-    made = step.random_checkpoint(model, num_layers=3)
+    made = step.random_base_model(model, num_layers=3)
     config = made.transformer
     transformer = trained_transformer(config, settings, "meta")
     if level != "none":
@@ -143,7 +149,7 @@ def test_a_step_at_full_size_peaks_where_predicted(model, options, level, monkey
             "encoder_hidden_states": torch.empty(batch, 226, 4096, dtype=settings.dtype),
             "timestep": torch.empty(batch, dtype=torch.int64),
             "ofs": torch.empty(1, dtype=settings.dtype) if config["ofs_embed_dim"] else None,
-            "image_rotary_emb": cogvideox.rotary_embedding(made, f, h, w, "meta"),
+            "image_rotary_emb": rotary_embedding(made, f, h, w, "meta"),
         }
     with LiveBytes() as counted:
         predicted = transformer(**inputs, return_dict=False)[0]
@@ -160,22 +166,22 @@ def test_a_step_at_full_size_peaks_where_predicted(model, options, level, monkey
 @pytest.mark.parametrize("model", ["tiny", "tiny-I2V"])
 @pytest.mark.parametrize("options", [LORA, SFT])
 def test_weights_of_two_blocks_tell_those_of_all(model, options):
-    config = step.random_checkpoint(model, num_layers=5).transformer
+    config = step.random_base_model(model, num_layers=5).transformer
     settings = settings_of(model, **options)
     transformer = trained_transformer(config, settings)
     weights = memory.count_weights(config, settings)
     frozen = [weight for weight in transformer.parameters() if not weight.requires_grad]
-    assert weights.trained == sum(weight.numel() for weight in trainable.weights_of(transformer))
+    assert weights.trained == sum(weight.numel() for weight in trained_parameters(transformer))
     assert weights.frozen == sum(weight.numel() for weight in (*frozen, *transformer.buffers()))
 
 
 @pytest.mark.parametrize("model, count", [("2b", 58_982_400), ("5b", 132_120_576)])
 def test_a_lora_of_rank_128_has_as_many_weights_as_published(model, count):
-    assert memory.count_weights(step.random_checkpoint(model).transformer, settings_of(model)).trained == count
+    assert memory.count_weights(step.random_base_model(model).transformer, settings_of(model)).trained == count
 
 
 def test_a_quantized_base_shrinks_by_its_linear_layers_alone():
-    made = step.random_checkpoint("5b")
+    made = step.random_base_model("5b")
     weights = memory.count_weights(made.transformer, settings_of("5b"))
     in_blocks = 42 * (4 + 8) * 3072**2 + 42 * 2 * 512 * 6 * 3072  # attention and feed-forward; the norms' modulation
     assert weights.blocks_linear == in_blocks
@@ -200,7 +206,7 @@ TINY = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 2, "latent_chann
 @pytest.mark.parametrize("way", ["encode", "decode"])
 def test_the_vae_peaks_where_predicted(config, size, way):
     """The published one at its published sizes, too, where convolutions are split, on the meta device."""
-    vae = cogvideox.empty_vae(config).eval()
+    vae = empty_vae(config).eval()
     config, (F_, H, W) = dict(vae.config), size
     latents = ((F_ - 1) // 4 + 1, H // 8, W // 8)
     shape = (3, *size) if way == "encode" else (config["latent_channels"], *latents)
@@ -213,9 +219,9 @@ def test_the_vae_peaks_where_predicted(config, size, way):
 
 @pytest.mark.parametrize("way", ["encode", "decode"])
 def test_tiles_peak_where_predicted(way):
-    made = step.random_checkpoint("2b")._replace(vae=SMALL | {"block_out_channels": (8, 8, 8, 8)})
+    made = step.random_base_model("2b")._replace(vae=SMALL | {"block_out_channels": (8, 8, 8, 8)})
     settings = Settings(256, 384, 9, dtype=torch.float32, tile_encoding=True, tile_decoding=True)
-    vae = cogvideox.empty_vae(made.vae).eval()
+    vae = empty_vae(made.vae).eval()
     vae.enable_tiling(*memory.TILE)
     shape = (1, 3, 9, 256, 384) if way == "encode" else (1, 4, 3, 32, 48)
     inputs = torch.empty(shape, device="meta")
@@ -230,7 +236,7 @@ def test_tiles_peak_where_predicted(way):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_t5_weighs_what_transformers_loads(tiny_checkpoint, dtype):
-    config = cogvideox.read_text_encoder_config(cogvideox.read_checkpoint(tiny_checkpoint))
+    config = read_text_encoder_config(read_base_model(tiny_checkpoint))
     encoder = T5EncoderModel.from_pretrained(tiny_checkpoint, subfolder="text_encoder", dtype=dtype)
     assert memory.text_bytes(config, dtype, num_tokens=0) == sum(weight.nbytes for weight in encoder.parameters())
 
@@ -238,7 +244,7 @@ def test_t5_weighs_what_transformers_loads(tiny_checkpoint, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_t5_takes_as_much_for_a_caption_as_predicted(dtype):
     config = {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_layers": 2, "feed_forward_proj": "gated-gelu"}
-    encoder = cogvideox.empty_text_encoder(config).to(dtype).eval()
+    encoder = empty_text_encoder(config).to(dtype).eval()
     tokens = torch.zeros(1, 226, dtype=torch.int64, device="meta")
     with torch.no_grad(), LiveBytes() as counted:
         encoder(tokens)
@@ -254,11 +260,11 @@ def test_sampling_peaks_where_predicted(monkeypatch):
     """Two clips through a transformer of two blocks, at full size, without gradients."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", flash_attention)
     for model in ("2b", "5b"):
-        made, settings = step.random_checkpoint(model, num_layers=2), settings_of(model)
+        made, settings = step.random_base_model(model, num_layers=2), settings_of(model)
         transformer = trained_transformer(made.transformer, settings, "meta")
         inputs = [torch.empty(2, 13, 16, 60, 90, dtype=torch.bfloat16, device="meta"),
                   torch.empty(2, 226, 4096, dtype=torch.bfloat16, device="meta")]  # fmt: skip
-        tables = cogvideox.rotary_embedding(made, 13, 60, 90, "meta")
+        tables = rotary_embedding(made, 13, 60, 90, "meta")
         with torch.no_grad(), LiveBytes() as counted:
             transformer(*inputs, torch.empty(2, dtype=torch.int64, device="meta"), image_rotary_emb=tables)
         weights = memory.count_weights(made.transformer, settings)
@@ -273,7 +279,7 @@ def test_sampling_peaks_where_predicted(monkeypatch):
     (None, "none", "no GPU"),
 ])  # fmt: skip
 def test_auto_takes_the_fastest_level_that_fits(free_gib, level, reason):
-    chosen, why = memory.choose_checkpointing(free_gib, step.random_checkpoint("5b"), settings_of("5b"))
+    chosen, why = memory.choose_checkpointing(free_gib, step.random_base_model("5b"), settings_of("5b"))
     assert chosen == level
     assert reason in why
 
@@ -288,8 +294,8 @@ def test_summary_is_one_line_that_names_what_does_not_fit():
 
 def test_phases_hold_what_is_in_memory_with_them(tiny_checkpoint):
     """More of anything never takes less, and what concerns one phase leaves the others alone."""
-    made = cogvideox.read_checkpoint(tiny_checkpoint)
-    text = cogvideox.read_text_encoder_config(made)
+    made = read_base_model(tiny_checkpoint)
+    text = read_text_encoder_config(made)
     base = Settings(64, 96, 9, rank=4)
     phases = memory.predict(made, text, base)
     changes = {
@@ -323,7 +329,7 @@ def test_command_prints_and_writes_the_prediction(command, tmp_path, capsys):
     command.main([*line, "--output", str(tmp_path / "tiny.json")])
     printed, written = capsys.readouterr().out, json.loads((tmp_path / "tiny.json").read_text())
     settings = settings_of("tiny", rank=8, gradient_checkpointing="full", base_precision="nf4")
-    predicted = memory.training_parts(step.random_checkpoint("tiny"), settings)["peak"]
+    predicted = memory.training_parts(step.random_base_model("tiny"), settings)["peak"]
     assert written["training_gib"]["peak"] == written["phases_gib"]["training"] == pytest.approx(predicted, abs=1e-3)
     assert "memory, predicted: text 0.0" in printed and "this GPU has 24.0" in printed
 
@@ -346,12 +352,12 @@ def test_command_shows_what_auto_would_choose(command, capsys):
     assert "auto: depends on the GPU; pass --free_gib" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("level", memory.LEVELS)
+@pytest.mark.parametrize("level", compute.LEVELS)
 def test_command_compares_with_a_result_of_its_own_options(command, level, tmp_path, capsys):
     settings = settings_of("2b", rank=64, gradient_checkpointing=level)
     options = {name: value for name, value in settings._asdict().items() if name != "dtype"}
     options |= {"mixed_precision": "bf16", "steps": 10}
-    measured = memory.training_parts(step.random_checkpoint("2b"), settings)["peak"] / 1.25
+    measured = memory.training_parts(step.random_base_model("2b"), settings)["peak"] / 1.25
     (tmp_path / "2b.json").write_text(
         json.dumps({"model": "2b", "device": "H100", "options": options, "peak_memory_gib": measured})
     )

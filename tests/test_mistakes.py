@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT, training_options
 from make_example import draw_clip, make_clips
 
-import cogvideox
-import dataset
 import train_cogvideox_lora
+from clips.frames import read_frames
+from cogvideox.base_model import read_base_model
 
 
 def assert_refused(capsys, call, parts):
@@ -38,8 +38,8 @@ def test_all_problems_of_a_dataset_are_told_together_before_a_model_loads(
     videos = [good, "missing.mp4", "empty.mp4", "truncated.mp4", "random.mp4", "", "short.mp4", "small.mp4", "videos"]
     (folder / "videos.txt").write_text("\n".join(videos) + "\n")
     (folder / "prompts.txt").write_text("caption\n" * 10)
-    for name in ("cogvideox.video_encoder", "cogvideox.caption_encoder", "trainable.load_transformer"):
-        monkeypatch.setattr(name, lambda *_: pytest.fail("a model was loaded"))
+    for name in ("encoders.video_encoder", "encoders.caption_encoder", "lora.load_transformer"):
+        monkeypatch.setattr(f"cogvideox.{name}", lambda *_, **__: pytest.fail("a model was loaded"))
     parts = [
         "9 problems in the dataset, nothing is trained",
         "videos.txt:6: blank line; write what is missing",
@@ -98,9 +98,11 @@ def test_a_mistake_ends_in_a_message_that_names_the_way_out(tiny_checkpoint, cli
 
 
 def test_clips_are_checked_before_weights_are_downloaded(tiny_checkpoint, clips, tmp_path, monkeypatch, capsys):
-    read = cogvideox.read_checkpoint
-    monkeypatch.setattr(cogvideox, "read_checkpoint", lambda *args: read(*args)._replace(folder=None))
-    monkeypatch.setattr(cogvideox, "download", lambda checkpoint: pytest.fail("weights were downloaded"))
+    read = read_base_model
+    monkeypatch.setattr(train_cogvideox_lora, "read_base_model", lambda *args: read(*args)._replace(folder=None))
+    monkeypatch.setattr(
+        train_cogvideox_lora, "download_weights", lambda checkpoint: pytest.fail("weights were downloaded")
+    )
     bad = shutil.copytree(clips, tmp_path / "bad")
     first, *others = (bad / "videos.txt").read_text().splitlines()
     (bad / "videos.txt").write_text("\n".join(["nowhere.mp4", *others]))
@@ -160,8 +162,8 @@ def test_a_pairing_that_cannot_work_is_refused_before_weights_load(
     checkpoint_of, tmp_path, train, capsys, monkeypatch, variant, options, parts
 ):
     folder = checkpoint_of(variant)
-    for name in ("cogvideox.video_encoder", "cogvideox.caption_encoder", "trainable.load_transformer"):
-        monkeypatch.setattr(name, lambda *_: pytest.fail("a model was loaded"))
+    for name in ("encoders.video_encoder", "encoders.caption_encoder", "lora.load_transformer"):
+        monkeypatch.setattr(f"cogvideox.{name}", lambda *_, **__: pytest.fail("a model was loaded"))
     assert_refused(capsys, lambda: train(folder, tmp_path / "run", **options), parts)
     assert not (tmp_path / "run").exists()
 
@@ -233,14 +235,14 @@ def test_a_file_that_stops_decoding_midway_is_named_after_the_others_are_encoded
     tiny_checkpoint, tmp_path, train, capsys, monkeypatch
 ):
     folder = make_clips(tmp_path / "clips", count=3)
-    read = dataset.read_frames
+    read = read_frames
 
     def stop(video, *args):
         if video.name.startswith("01"):
             raise RuntimeError("decoder says no")
         return read(video, *args)
 
-    monkeypatch.setattr(dataset, "read_frames", stop)
+    monkeypatch.setattr("clips.frames.read_frames", stop)
     call = lambda: train(tiny_checkpoint, tmp_path / "run", instance_data_root=folder)  # noqa: E731
     assert_refused(capsys, call, ["1 problem in the dataset", "line 2: ", "stopped in the middle", "decoder says no"])
     assert len(list((folder / ".cogvideox_cache" / "latents").iterdir())) == 2

@@ -10,7 +10,7 @@ from conftest import ROOT, training_options
 from diffusers import CogVideoXTransformer3DModel
 
 import train_cogvideox_lora
-import validation
+from run import validation
 
 # As users have it in their scripts.
 REFERENCE = """

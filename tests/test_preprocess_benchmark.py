@@ -9,7 +9,7 @@ import preprocess
 import pytest
 import torch
 
-import dataset
+from clips.frames import View, choose_frames
 
 # What the benchmark asks of diffusers' script, which is not part of this repository, and no more.
 SCRIPT = """
@@ -97,8 +97,8 @@ def captions(folder):
 @pytest.mark.parametrize("num_frames", [9, 49])
 def test_drawn_clips_give_every_third_frame(num_frames):
     """As the script chooses them, which knows no time."""
-    view = dataset.View(64, 96, 8, num_frames, 0, 0, "center", 0)
-    chosen = dataset.choose_frames(np.arange(3 * num_frames) / 24, view)
+    view = View(64, 96, 8, num_frames, 0, 0, "center", 0)
+    chosen = choose_frames(np.arange(3 * num_frames) / 24, view)
     assert chosen == list(range(0, 3 * num_frames, 3))
 
 

@@ -9,21 +9,27 @@ import torch
 from make_example import draw_clip, make_clips
 from safetensors.torch import load_file
 
-import cogvideox
 import dataset
+import files
+from clips.frames import View, read_frames
+from clips.listing import read_clips
+from clips.order import Ranks
+from cogvideox import encoders
+from cogvideox.base_model import download_weights, read_base_model
+from cogvideox.encoders import caption_encoder, clips_at_once, loaded_vae
 
-VIEW = dataset.View(64, 96, 8, 9, 0, 0, "center", 0)
+VIEW = View(64, 96, 8, 9, 0, 0, "center", 0)
 
 
 def encode(folder, checkpoint, cache, dtype=torch.float32, slicing=False, view=VIEW, ranks=None):
     """The cached latents and embeddings of the clips in `folder`, in order."""
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(str(checkpoint)))
-    clips, problems = dataset.read_clips(folder, "prompts.txt", "videos.txt", None, None)
-    video_encoder, text_encoder = cogvideox.encoders(checkpoint, dtype, "cpu", False, slicing)
+    checkpoint = download_weights(read_base_model(str(checkpoint)))
+    clips, problems = read_clips(folder, "prompts.txt", "videos.txt", None, None)
+    video_encoder, text_encoder = encoders.encoders(checkpoint, dtype, "cpu", tiling=False, slicing=slicing)
     data = dataset.encode_dataset(
         folder, clips, problems, view, cache=cache, prompts=[""], random_flip=False,
         video_encoder=video_encoder, text_encoder=text_encoder, progress=lambda items, *_: items,
-        ranks=ranks or dataset.Ranks(), everyone=dataset.Ranks(),
+        ranks=ranks or Ranks(), everyone=Ranks(),
     )  # fmt: skip
     cached = [data.clips[i, False] for i in range(len(clips))]
     return [item["parameters"] for item in cached], [item["prompt_embeds"] for item in cached]
@@ -42,11 +48,11 @@ def mixed_clips(tmp_path_factory):
 def test_what_is_cached_is_each_clip_and_caption_encoded_alone(tiny_checkpoint, mixed_clips, tmp_path, dtype):
     parameters, prompt_embeds = encode(mixed_clips, tiny_checkpoint, tmp_path / "cache", dtype)
 
-    clips, _ = dataset.read_clips(mixed_clips, "prompts.txt", "videos.txt", None, None)
-    checkpoint = cogvideox.read_checkpoint(str(tiny_checkpoint))
-    with cogvideox.loaded_vae(checkpoint, dtype, "cpu", False, False) as vae:
+    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt", None, None)
+    checkpoint = read_base_model(str(tiny_checkpoint))
+    with loaded_vae(checkpoint, dtype, "cpu", tiling=False, slicing=False) as vae:
         for clip, cached in zip(clips, parameters):
-            frames = dataset.read_frames(clip.video, VIEW, mirrored=False)
+            frames = read_frames(clip.video, VIEW, mirrored=False)
             video = (frames.float() / 127.5 - 1).to(dtype).permute(3, 0, 1, 2)[None]
             with torch.no_grad():
                 alone = vae.encode(video).latent_dist.parameters[0]
@@ -54,7 +60,7 @@ def test_what_is_cached_is_each_clip_and_caption_encoded_alone(tiny_checkpoint, 
             assert cached.shape == alone.shape and cached.dtype == dtype
             assert (cached - alone).float().square().mean().sqrt() < {torch.float32: 5e-5, torch.bfloat16: 0.05}[dtype]
     assert {cached.shape[1] for cached in parameters} == {2, 3}  # of 5 frames, and of 9
-    with cogvideox.caption_encoder(checkpoint, dtype, "cpu") as encode_captions:
+    with caption_encoder(checkpoint, dtype, "cpu") as encode_captions:
         for clip, cached in zip(clips, prompt_embeds):
             eps = 8 * torch.finfo(dtype).eps
             torch.testing.assert_close(cached, encode_captions([clip.caption])[0], atol=eps, rtol=eps)
@@ -63,24 +69,24 @@ def test_what_is_cached_is_each_clip_and_caption_encoded_alone(tiny_checkpoint, 
 def test_a_clip_in_a_batch_sees_nothing_of_the_others(tiny_checkpoint):
     """In float64, where rounding cannot hide it; over several groups of frames, which pass on states."""
     frames = torch.randint(0, 256, (3, 17, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    checkpoint = cogvideox.read_checkpoint(str(tiny_checkpoint))
-    with cogvideox.loaded_vae(checkpoint, torch.float32, "cpu", False, False) as vae:
-        together = cogvideox.encode_videos(vae.double(), frames)
+    checkpoint = read_base_model(str(tiny_checkpoint))
+    with loaded_vae(checkpoint, torch.float32, "cpu", tiling=False, slicing=False) as vae:
+        together = encoders.encode_videos(vae.double(), frames)
         for clip, parameters in zip(frames, together):
-            torch.testing.assert_close(parameters, cogvideox.encode_videos(vae, clip[None])[0], atol=1e-10, rtol=0)
+            torch.testing.assert_close(parameters, encoders.encode_videos(vae, clip[None])[0], atol=1e-10, rtol=0)
 
 
 def test_what_is_cached_does_not_depend_on_what_is_encoded_with_it(tiny_checkpoint, mixed_clips, tmp_path):
     """Bit for bit: by three ranks, and by a run that finds some of it done."""
     alone, _ = encode(mixed_clips, tiny_checkpoint, tmp_path / "alone")
-    clips, _ = dataset.read_clips(mixed_clips, "prompts.txt", "videos.txt", None, None)
+    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt", None, None)
     probed = dataset.probe_clips(clips, VIEW, tmp_path / "shared", "v", False)
     work = dataset._missing(clips, probed)
-    shares = [dataset.Ranks(index, 3).share(work) for index in range(3)]
-    checkpoint = cogvideox.read_checkpoint(str(tiny_checkpoint))
-    with cogvideox.video_encoder(checkpoint, torch.float32, "cpu", False, False) as encode_videos:
+    shares = [Ranks(index, 3).share(work) for index in range(3)]
+    checkpoint = read_base_model(str(tiny_checkpoint))
+    with encoders.video_encoder(checkpoint, torch.float32, "cpu", tiling=False, slicing=False) as encode_videos:
         for share in shares:
-            assert dataset.cache_latents(share, VIEW, encode_videos, cogvideox.clips_at_once, lambda x, *_: x) == []
+            assert dataset.cache_latents(share, VIEW, encode_videos, clips_at_once, lambda x, *_: x) == []
     for found, expected in zip(probed, alone):
         assert torch.equal(load_file(found.paths[0])["parameters"], expected)
 
@@ -92,11 +98,11 @@ def test_what_is_cached_does_not_depend_on_what_is_encoded_with_it(tiny_checkpoi
 
 def test_slicing_encodes_each_clip_alone_bit_for_bit(tiny_checkpoint, mixed_clips, tmp_path):
     sliced, _ = encode(mixed_clips, tiny_checkpoint, tmp_path / "cache", slicing=True)
-    clips, _ = dataset.read_clips(mixed_clips, "prompts.txt", "videos.txt", None, None)
-    checkpoint = cogvideox.read_checkpoint(str(tiny_checkpoint))
-    with cogvideox.video_encoder(checkpoint, torch.float32, "cpu", False, False) as encode_videos:
+    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt", None, None)
+    checkpoint = read_base_model(str(tiny_checkpoint))
+    with encoders.video_encoder(checkpoint, torch.float32, "cpu", tiling=False, slicing=False) as encode_videos:
         for clip, cached in zip(clips, sliced):
-            assert torch.equal(cached, encode_videos(dataset.read_frames(clip.video, VIEW, False)[None])[0])
+            assert torch.equal(cached, encode_videos(read_frames(clip.video, VIEW, False)[None])[0])
 
 
 @pytest.mark.parametrize(
@@ -105,7 +111,7 @@ def test_slicing_encodes_each_clip_alone_bit_for_bit(tiny_checkpoint, mixed_clip
      ((17, 128, 192, 3), 2), ((9, 240, 360, 3), 1), ((1, 480, 720, 3), 2), ((5, 480, 720, 3), 1)],
 )  # fmt: skip
 def test_small_clips_alone_are_encoded_together_and_never_in_more_memory_than_a_full_one(shape, expected):
-    assert cogvideox.clips_at_once(shape) == expected
+    assert clips_at_once(shape) == expected
     frames, height, width, _ = shape
     in_work = min(frames, 15)  # the VAE takes eight at a time, the first time with what is left over
     assert expected == 1 or expected * in_work * height * width <= 9 * 480 * 720
@@ -154,7 +160,7 @@ def test_threads_are_as_many_as_cores_and_memory_allow(monkeypatch):
 
 def test_problems_of_several_clips_are_told_in_the_order_of_the_list(tmp_path, mixed_clips, monkeypatch):
     """Those of decoding and those of the VAE, which are found at other times; the other clips are written."""
-    clips, _ = dataset.read_clips(mixed_clips, "prompts.txt", "videos.txt", None, None)
+    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt", None, None)
     work = [(clip, False, tmp_path / f"{clip.line}.safetensors") for clip in clips]
     decode = dataset.decode
 
@@ -173,8 +179,8 @@ def test_problems_of_several_clips_are_told_in_the_order_of_the_list(tmp_path, m
 
 
 def test_a_disk_that_fills_up_midway_ends_the_encoding_with_its_message(tmp_path, mixed_clips, monkeypatch):
-    clips, _ = dataset.read_clips(mixed_clips, "prompts.txt", "videos.txt", None, None)
-    work, publish = [(clip, False, tmp_path / f"{clip.line}.safetensors") for clip in clips], dataset.publish
+    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt", None, None)
+    work, publish = [(clip, False, tmp_path / f"{clip.line}.safetensors") for clip in clips], files.publish
 
     def full(path, content):
         if path.name.startswith("7"):  # the last: nothing is written after it that could tell
@@ -194,7 +200,7 @@ def test_frames_read_in_parts_are_those_read_at_once(tmp_path, monkeypatch):
         path = tmp_path / f"{fps}.mp4"
         imageio.mimsave(path, draw_clip("circle", "blue", "up", 60, 96, 128), fps=fps, macro_block_size=1)
         view = VIEW._replace(max_num_frames=17)
-        parts = dataset.read_frames(path, view, False)
-        monkeypatch.setattr(dataset, "FRAMES_READ_AT_ONCE", 1000)
-        assert torch.equal(parts, dataset.read_frames(path, view, False))
+        parts = read_frames(path, view, False)
+        monkeypatch.setattr("clips.frames.FRAMES_READ_AT_ONCE", 1000)
+        assert torch.equal(parts, read_frames(path, view, False))
         monkeypatch.undo()

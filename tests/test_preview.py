@@ -11,11 +11,15 @@ from conftest import ROOT
 from make_example import draw_clip, make_clips
 from PIL import Image
 
-import cogvideox
-import dataset
-import preview
+from clips import frames
+from clips.facts import examine, headline, read_facts, remarks
+from clips.frames import View, choose_frames
+from clips.listing import Clip, read_clips
+from cogvideox.base_model import load_tokenizer, read_base_model
+from cogvideox.encoders import cut_caption
+from pages import preview
 
-VIEW = dataset.View(64, 96, 8, 9, 0, 0, "center", 0)
+VIEW = View(64, 96, 8, 9, 0, 0, "center", 0)
 SMALL = ["--height", "64", "--width", "96", "--max_num_frames", "9"]
 
 
@@ -31,8 +35,8 @@ def make_dataset(folder, videos, captions=None):
 
 
 def read(folder, view=VIEW):
-    clips, problems = dataset.read_clips(folder, "prompts.txt", "videos.txt", None, None)
-    examined = [dataset.examine(clip, view) for clip in clips]
+    clips, problems = read_clips(folder, "prompts.txt", "videos.txt", None, None)
+    examined = [examine(clip, view) for clip in clips]
     return clips, [facts for facts, _ in examined], problems + [problem for _, problem in examined if problem]
 
 
@@ -49,8 +53,8 @@ def refused(capsys, line):
 def test_the_picture_shows_the_model_s_own_pixels(clips):
     (clip, *_), (fact, *_), _ = read(clips)
     sheet, missing = preview.draw_sheet([preview.draw_row(clips, clip, fact, VIEW, random_flip=True)])
-    frames = dataset.read_frames(clip.video, VIEW, False)
-    expected = [*frames[[0, 2, 4, 6, 8]], dataset.read_frames(clip.video, VIEW, True)[0]]
+    shown = frames.read_frames(clip.video, VIEW, False)
+    expected = [*shown[[0, 2, 4, 6, 8]], frames.read_frames(clip.video, VIEW, True)[0]]
     pixels = torch.from_numpy(np.array(sheet))
     for i, frame in enumerate(expected):
         left = preview.MARGIN + i * (96 + preview.GAP)
@@ -131,9 +135,9 @@ def test_what_is_lost_and_what_looks_like_an_oversight_is_summed_up(tmp_path):
         lines.write("copy.mp4\na.mp4\n")
     (folder / "copy.mp4").write_bytes((folder / "a.mp4").read_bytes())
     clips, facts, _ = read(folder)
-    headline = "5 clips of 80x66 to 160x90 at 4 to 30 fps -> 96x64 at 8 fps; 4 of 9 frames, 1 of 5"
-    assert dataset.headline(facts, VIEW) == headline
-    assert dataset.remarks(clips, facts, VIEW) == [
+    expected = "5 clips of 80x66 to 160x90 at 4 to 30 fps -> 96x64 at 8 fps; 4 of 9 frames, 1 of 5"
+    assert headline(facts, VIEW) == expected
+    assert remarks(clips, facts, VIEW) == [
         "not seen: up to 3.9 s at the end (4 clips), up to 19 % of the picture (4 clips)",
         "scaled up, so less sharp than others of this size: 1 clip",
         "slower than 8 fps, so some frames are seen twice: 1 clip",
@@ -144,23 +148,23 @@ def test_what_is_lost_and_what_looks_like_an_oversight_is_summed_up(tmp_path):
 
 def test_facts_end_where_the_model_s_frames_do(tmp_path):
     clips, (fact,), _ = read(make_dataset(tmp_path / "clips", [("a.mp4", 64, 30, 96, 128)]), VIEW)
-    assert fact.indices == dataset.choose_frames(np.arange(64) / 30, VIEW)
+    assert fact.indices == choose_frames(np.arange(64) / 30, VIEW)
     assert (fact.seconds, fact.seen_until) == pytest.approx((64 / 30, 9 / 8))
-    later = dataset.read_facts(clips[0].video, VIEW._replace(skip_frames_start=15))
+    later = read_facts(clips[0].video, VIEW._replace(skip_frames_start=15))
     assert later.seen_until == pytest.approx(0.5 + 9 / 8)
 
 
 def test_the_words_that_are_cut_off_are_those_whose_tokens_are(tiny_checkpoint):
-    checkpoint = cogvideox.read_checkpoint(str(tiny_checkpoint))
-    tokenizer = cogvideox.load_tokenizer(checkpoint)
+    checkpoint = read_base_model(str(tiny_checkpoint))
+    tokenizer = load_tokenizer(checkpoint)
     caption = "a red circle moves over grey ground, and then a blue square moves left " * 14
     read_tokens = tokenizer(caption, max_length=226, truncation=True).input_ids
     seen = tokenizer.decode(read_tokens, skip_special_tokens=True)
-    num_tokens, cut = cogvideox.cut_caption(tokenizer, caption, 226)
+    num_tokens, cut = cut_caption(tokenizer, caption, 226)
     assert num_tokens == len(tokenizer(caption, verbose=False).input_ids) > 226
     assert cut and (seen + cut).replace(" ", "") == caption.replace(" ", "")
-    assert cogvideox.cut_caption(tokenizer, "a red circle", 226)[1] == ""
-    line = preview.cut_captions([dataset.Clip(None, caption, 7)], checkpoint)[1]
+    assert cut_caption(tokenizer, "a red circle", 226)[1] == ""
+    line = preview.cut_captions([Clip(None, caption, 7)], checkpoint)[1]
     assert line == f"  line 7: {num_tokens} tokens, cut off: {cut}"
 
 
@@ -203,14 +207,14 @@ def test_problems_are_told_as_training_tells_them_and_the_good_clips_shown(tmp_p
 
 
 def test_a_video_that_stops_midway_is_told_and_the_others_shown(tmp_path, capsys, monkeypatch):
-    folder, read_frames = make_clips(tmp_path / "clips", count=2), dataset.read_frames
+    folder, read_frames = make_clips(tmp_path / "clips", count=2), frames.read_frames
 
     def stop(video, *others):
         if video.name.startswith("01"):
             raise RuntimeError("decoder says no")
         return read_frames(video, *others)
 
-    monkeypatch.setattr(dataset, "read_frames", stop)
+    monkeypatch.setattr("clips.frames.read_frames", stop)
     said = refused(capsys, [folder, *SMALL])
     assert "line 2: " in said.err and "stopped in the middle of decoding: decoder says no" in said.err
     assert "preview.png: 1 clip" in said.out

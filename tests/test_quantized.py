@@ -15,14 +15,16 @@ from conftest import training_options, transformer_inputs
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-import checkpoints
-import cogvideox
-import compute
-import processes
-import quantized
 import train_cogvideox_lora as script
-import trainable
-from quantized import QuantizedLinear
+from cogvideox import compute, lora, quantized
+from cogvideox.base_model import empty_transformer, load_transformer, read_base_model
+from cogvideox.encoders import caption_encoder, encoders, video_encoder
+from cogvideox.lora import Lora, trained_parameters
+from cogvideox.lora_files import LORA_FILE
+from cogvideox.objective import generator_for, training_loss
+from cogvideox.quantized import QuantizedLinear
+from run import processes
+from run.run_directory import STATE_TENSORS
 
 SMALL = pretrain.ROOT / "examples" / "small-cogvideox"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
@@ -35,10 +37,10 @@ EVERY = ["fp8", "int8", NF4]
 def with_lora(folder, precision, dtype=torch.float32):
     """A transformer with a LoRA that is not zero, the same for every precision."""
     torch.manual_seed(0)
-    lora = trainable.Lora(4, 4, TARGETS, base_precision=precision)
-    transformer, _ = trainable.with_lora(cogvideox.read_checkpoint(str(folder)), dtype, lora, None)
+    config = Lora(4, 4, TARGETS, base_precision=precision)
+    transformer, _ = lora.with_lora(read_base_model(str(folder)), dtype, config, None)
     torch.manual_seed(1)
-    for weight in trainable.weights_of(transformer):
+    for weight in trained_parameters(transformer):
         torch.nn.init.normal_(weight, std=0.05)
     return transformer.train()
 
@@ -58,7 +60,7 @@ def output_and_gradients(transformer, inputs):
     transformer.zero_grad()
     output = transformer(**inputs)[0]
     output.float().square().mean().backward()
-    return output.detach(), [weight.grad.clone() for weight in trainable.weights_of(transformer)]
+    return output.detach(), [weight.grad.clone() for weight in trained_parameters(transformer)]
 
 
 # ---- the formats
@@ -110,7 +112,7 @@ def test_nf4_is_that_of_bitsandbytes(dtype):
 
 @pytest.mark.parametrize("model, share", [("2b", 0.9926), ("5b", 0.9963)])
 def test_the_layers_of_the_blocks_are_almost_all_of_the_weights(model, share):
-    transformer = cogvideox.empty_transformer(step.MODELS[model].transformer)
+    transformer = empty_transformer(step.MODELS[model].transformer)
     layers = [layer for layer in transformer.transformer_blocks.modules() if type(layer) is torch.nn.Linear]
     found = sum(layer.weight.numel() for layer in layers) / sum(weight.numel() for weight in transformer.parameters())
     assert found == pytest.approx(share, abs=0.0003)
@@ -118,7 +120,7 @@ def test_the_layers_of_the_blocks_are_almost_all_of_the_weights(model, share):
 
 @pytest.mark.parametrize(("precision", "bits"), [("fp8", 8), ("int8", 8), pytest.param("nf4", 4.127, marks=NF4.marks)])
 def test_layers_of_the_blocks_alone_are_quantised_and_take_that_many_bits(precision, bits):
-    transformer = cogvideox.load_transformer(cogvideox.read_checkpoint(str(SMALL)), torch.bfloat16)
+    transformer = load_transformer(read_base_model(str(SMALL)), torch.bfloat16)
     linear = {name for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)}
     quantized.quantize_linears(transformer.transformer_blocks, precision)
     ours = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, QuantizedLinear)}
@@ -196,23 +198,23 @@ def test_no_dequantised_weight_is_kept_for_the_backward_pass(precision, prepare)
 @pytest.fixture(scope="module")
 def small_losses():
     """Losses of the small trained model on eight drawn clips, always with the same noise, by timestep."""
-    base, rng, device = cogvideox.read_checkpoint(str(SMALL)), np.random.default_rng(0), torch.device("cpu")
+    base, rng, device = read_base_model(str(SMALL)), np.random.default_rng(0), torch.device("cpu")
     scenes = [shapes.random_scene(rng) for _ in range(8)]
     clips = [torch.from_numpy(shapes.draw_clip(scene, 17, 64, 96, rng)) for scene in scenes]
-    with cogvideox.video_encoder(base, torch.float32, device, False, False) as encode:
+    with video_encoder(base, torch.float32, device, tiling=False, slicing=False) as encode:
         batch = {"parameters": encode(torch.stack(clips))}
-    with cogvideox.caption_encoder(base, torch.float32, device) as encode:
+    with caption_encoder(base, torch.float32, device) as encode:
         batch["prompt_embeds"] = encode([scene.caption for scene in scenes])
 
     @torch.no_grad()
     def losses(precision):
-        transformer = cogvideox.load_transformer(base, torch.float32).eval()
+        transformer = load_transformer(base, torch.float32).eval()
         if precision != "bf16":
             quantized.quantize_linears(transformer.transformer_blocks, precision)
         found = {}
         for t in (125, 375, 625, 875):
-            arguments = base, transformer, batch, cogvideox.generator_for(device, t), torch.float32
-            found[t] = cogvideox.training_loss(*arguments, timesteps=torch.full((8,), t)).item()
+            arguments = base, transformer, batch, generator_for(device, t), torch.float32
+            found[t] = training_loss(*arguments, timesteps=torch.full((8,), t)).item()
         return found
 
     return cache(losses)
@@ -233,7 +235,7 @@ def test_the_loss_of_a_trained_model_moves_by_no_more_than_that(small_losses, pr
 @pytest.mark.parametrize("precision", EVERY)
 def test_every_lora_weight_moves_and_nothing_else_does(tiny_checkpoint, tmp_path, train, monkeypatch, precision):
     prepared = {}
-    add_lora = trainable.add_lora
+    add_lora = lora.add_lora
 
     def everything(transformer):
         named = [*transformer.named_parameters(), *transformer.named_buffers()]
@@ -244,19 +246,19 @@ def test_every_lora_weight_moves_and_nothing_else_does(tiny_checkpoint, tmp_path
         prepared["transformer"] = transformer
         prepared["before"] = {name: tensor.detach().clone() for name, tensor in everything(transformer).items()}
 
-    monkeypatch.setattr(trainable, "add_lora", keep)
+    monkeypatch.setattr(lora, "add_lora", keep)
     train(tiny_checkpoint, tmp_path / "run", max_train_steps=2, base_precision=precision, ema_decay=0.9)
     after = everything(prepared["transformer"])
     assert any(isinstance(layer, QuantizedLinear) for layer in prepared["transformer"].modules())
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, prepared["before"][name])}
     assert moved == {name for name in after if "lora_" in name}
-    state = torch.load(tmp_path / "run" / "checkpoint-2" / checkpoints.STATE_TENSORS, weights_only=True)
+    state = torch.load(tmp_path / "run" / "checkpoint-2" / STATE_TENSORS, weights_only=True)
     assert state["transformer"] and all("lora_" in name for name in state["transformer"])
 
     pipeline = DiffusionPipeline.from_pretrained(tiny_checkpoint)
     pipeline.load_lora_weights(tmp_path / "run")
     loaded = {name for name, _ in pipeline.transformer.named_parameters() if "lora_" in name}
-    assert len(loaded) == len(load_file(tmp_path / "run" / trainable.LORA_FILE)) > 0
+    assert len(loaded) == len(load_file(tmp_path / "run" / LORA_FILE)) > 0
 
 
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
@@ -302,8 +304,8 @@ def test_nf4_names_the_package_that_is_missing_before_anything_is_encoded(tiny_c
 
 def embeddings(folder, dtype, precision):
     captions = ["a red circle moves left over a dark ground", "", "a yellow square"]
-    checkpoint = cogvideox.read_checkpoint(str(folder))
-    with cogvideox.caption_encoder(checkpoint, dtype, "cpu", precision) as encode:
+    checkpoint = read_base_model(str(folder))
+    with caption_encoder(checkpoint, dtype, "cpu", precision) as encode:
         return encode(captions).float()
 
 
@@ -317,11 +319,16 @@ def test_embeddings_of_an_int8_t5_are_near_those_of_a_plain_one(tiny_checkpoint,
 
 
 def test_a_t5_in_eight_bits_has_a_cache_of_its_own_and_one_on_the_cpu_has_not(tiny_checkpoint):
-    checkpoint = cogvideox.read_checkpoint(str(tiny_checkpoint))
-    options = checkpoint, torch.float32, torch.device("cpu"), False, False
+    checkpoint = read_base_model(str(tiny_checkpoint))
+    cpu = torch.device("cpu")
     keys = [
-        cogvideox.encoders(*options, *text)[1].fingerprint
-        for text in ((), ("bf16", "cpu"), ("bf16", "meta"), ("int8", "cpu"))
+        encoders(checkpoint, torch.float32, cpu, tiling=False, slicing=False, **text)[1].fingerprint
+        for text in (
+            {},
+            {"text_precision": "bf16", "text_device": "cpu"},
+            {"text_precision": "bf16", "text_device": "meta"},
+            {"text_precision": "int8", "text_device": "cpu"},
+        )
     ]
     assert keys[0] == keys[1] == keys[2] != keys[3]
 

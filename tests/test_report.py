@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import report
-from checkpoints import append_metrics, write_json
+from files import write_json
+from pages import report
+from run.run_directory import append_metrics
 
 PROMPTS = ['a <b>boat</b> & a "gull" </script> {{data}}', "лодка уходит из гавани, 船が港を出る"]
 
@@ -287,7 +288,7 @@ def test_the_command_refuses_what_is_no_run_directory(tmp_path, capsys):
 
 
 def test_every_placeholder_of_the_template_is_filled_once(tmp_path):
-    template = (ROOT / "report_template.html").read_text(encoding="utf-8")
+    template = (ROOT / "pages" / "report_template.html.jinja").read_text(encoding="utf-8")
     names = re.findall(r"\{\{(\w+)\}\}", template)
     assert len(names) == len(set(names)) == 8
     assert "{{" not in page_of(tmp_path)

@@ -6,14 +6,16 @@ import sys
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import ROOT, training_options
 from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 from safetensors.torch import load_file
 from test_distributed import launch, rows_of, torchrun
 
-import checkpoints
-import processes
-import trainable
+from cogvideox import lora
+from cogvideox.lora_files import LORA_FILE
+from run import processes
+from run.run_directory import STATE_FOLDER, list_checkpoints
 
 SCRIPT = ROOT / "train_cogvideox_lora.py"
 RUN = {"max_train_steps": 6, "lr_scheduler": "cosine", "checkpointing_steps": 3, "gradient_accumulation_steps": 2}
@@ -21,7 +23,7 @@ OF_TYPE = {
     kind: RUN | {"training_type": kind, "validation_split": 1, "validation_steps": 3} for kind in ("lora", "sft")
 }
 OF_TYPE["lora"] |= {"ema_decay": 0.5}
-RESULT = {"lora": trainable.LORA_FILE, "sft": "transformer/diffusion_pytorch_model.safetensors"}
+RESULT = {"lora": LORA_FILE, "sft": "transformer/diffusion_pytorch_model.safetensors"}
 
 
 def sharded_run(script, *options, expected=0):
@@ -51,13 +53,13 @@ def test_full_fine_tuning_moves_every_weight_and_plain_diffusers_loads_it(
     checkpoint_of, tmp_path, train, monkeypatch, variant
 ):
     trained = {}
-    make = trainable.whole
+    make = lora.whole
 
     def keep(*args):
         trained["transformer"], export = make(*args)
         return trained["transformer"], export
 
-    monkeypatch.setattr(trainable, "whole", keep)
+    monkeypatch.setattr(lora, "whole", keep)
     folder = checkpoint_of(variant)
     train(
         folder, tmp_path / "run", training_type="sft", max_train_steps=2, learning_rate=1e-3, validation_prompt="a cat"
@@ -83,7 +85,7 @@ def test_master_weights_are_float32_under_bfloat16_and_the_result_is_bfloat16(ti
     assert {weight.dtype for weight in result_of(tmp_path / "run", "sft").values()} == {torch.bfloat16}
     base = CogVideoXTransformer3DModel.from_pretrained(tiny_checkpoint, subfolder="transformer")
     state = {"transformer": {name: torch.zeros_like(weight) for name, weight in base.state_dict().items()}}
-    checkpoints.dcp.load(state, checkpoint_id=tmp_path / "run" / "checkpoint-2" / checkpoints.STATE_FOLDER)
+    dcp.load(state, checkpoint_id=tmp_path / "run" / "checkpoint-2" / STATE_FOLDER)
     master, before = state["transformer"], dict(base.named_parameters())
     name = "transformer_blocks.0.attn1.to_q.weight"
     step = (master[name] - before[name]).abs()
@@ -140,7 +142,7 @@ def test_killed_sharded_ranks_that_resume_equal_a_straight_run(sharded, tiny_che
     training_type, straight = sharded
     options = training_options(tiny_checkpoint, clips, tmp_path / "run", **OF_TYPE[training_type])
     sharded_run(ROOT / "tests" / "kill_after_checkpoint.py", "saved", 3, *options, expected=1)
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
     sharded_run(SCRIPT, *options, "--resume_from_checkpoint", "latest")
     assert rows_of(tmp_path / "run") == rows_of(straight)
     assert_equal_weights(result_of(straight, training_type), result_of(tmp_path / "run", training_type))

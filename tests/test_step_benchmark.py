@@ -10,11 +10,14 @@ import torch
 from conftest import training_options
 from safetensors.torch import load_file
 
-import checkpoints
-import cogvideox
-import compute
-import dataset
 import train_cogvideox_lora
+from clips.facts import Facts
+from clips.order import Ranks
+from cogvideox import compute
+from cogvideox.base_model import read_base_model
+from cogvideox.lora_files import LORA_FILE
+from cogvideox.objective import generator_for, training_loss
+from run.run_directory import read_metrics
 
 # ---- checks for any device -------------------------------------------------------------------------------------------
 
@@ -43,8 +46,11 @@ def loss_and_gradients(run):
     """Of the first micro-batch, and how often a block was called for it."""
     block, calls, weights = run.state.transformer.transformer_blocks[0], [], trained(run)
     counter = block.register_forward_pre_hook(lambda *_: calls.append(1))
-    loss = next(train_cogvideox_lora.losses(run))
-    run.accelerator.backward(loss)
+    with run.image_encoder() as encode_images:
+        number, batch = next(run.micro_batches())
+        generator = generator_for(run.accelerator.device, run.args.seed, number)
+        loss = training_loss(run.base, run.state.transformer, batch, generator, run.dtype, encode_images)
+        run.accelerator.backward(loss)
     counter.remove()
     gradients = {name: weight.grad.clone() for name, weight in weights.items()}
     for weight in weights.values():
@@ -78,17 +84,17 @@ def check_training_script(monkeypatch, checkpoint, folder, **options):
     for name in ("red", "blue"):
         (clips / f"{name}.mp4").write_text(name)
     frames = torch.randint(0, 256, (9, 64, 96, 3), dtype=torch.uint8)
-    facts = dataset.Facts(96, 64, 8.0, 9, list(range(9)), 1.125, "")
-    monkeypatch.setattr(dataset, "read_facts", lambda video, view: facts._replace(content=video.name))
-    monkeypatch.setattr(dataset, "read_frames", lambda video, view, mirrored: frames)
+    facts = Facts(96, 64, 8.0, 9, list(range(9)), 1.125, "")
+    monkeypatch.setattr("clips.facts.read_facts", lambda video, view: facts._replace(content=video.name))
+    monkeypatch.setattr("clips.frames.read_frames", lambda video, view, mirrored: frames)
 
     line = training_options(checkpoint, clips, folder / "run", max_train_steps=3, **options)
     train_cogvideox_lora.main(train_cogvideox_lora.parse_args(line))
 
-    rows = checkpoints.read_metrics(folder / "run")
+    rows = read_metrics(folder / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
-    weights = load_file(folder / "run" / checkpoints.LORA_FILE)
+    weights = load_file(folder / "run" / LORA_FILE)
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert all(weight.isfinite().all() and weight.any() for weight in weights.values())
 
@@ -167,10 +173,8 @@ def test_mfu_is_the_share_of_the_peak_of_one_gpu(precision, name, known):
     line = ["--model", "tiny", "--rank", "4", "--gradient_checkpointing", "--train_batch_size", "2"]
     line += ["--gradient_accumulation_steps", "3", "--mixed_precision", precision]
     run = step.prepare(step.parse_args(line))
-    found = step.utilization(run._replace(ranks=dataset.Ranks(0, 8)), name, seconds=1e-4)
-    clip = flops.step_flops(
-        run.checkpoint.transformer, 298, flops.Trained("lora", 4, ("to_q", "to_k", "to_v", "to_out.0"))
-    )
+    found = step.utilization(run._replace(ranks=Ranks(0, 8)), name, seconds=1e-4)
+    clip = flops.step_flops(run.base.transformer, 298, flops.Trained("lora", 4, ("to_q", "to_k", "to_v", "to_out.0")))
     assert (found["model_flops"], found["hardware_flops"]) == (6 * clip.model, 6 * clip.hardware("full"))
     assert found["hardware_flops"] > found["model_flops"]
     if known:
@@ -185,12 +189,12 @@ def test_mfu_is_the_share_of_the_peak_of_one_gpu(precision, name, known):
 def test_tokens_of_a_clip_of_the_models_own_size(model, tokens):
     args = step.training_args(step.parse_args(["--model", model]))
     shape = (32, (args.max_num_frames - 1) // 4 + 1, args.height // 8, args.width // 8)
-    assert step.tokens_per_clip(step.random_checkpoint(model), shape) == tokens
+    assert step.random_base_model(model).num_tokens(*shape[1:]) == tokens
 
 
 def test_tiny_is_what_a_tiny_checkpoint_on_disk_is(tiny_checkpoint):
-    written = cogvideox.read_checkpoint(tiny_checkpoint)
-    assert public(step.random_checkpoint("tiny").transformer) == public(written.transformer)
+    written = read_base_model(tiny_checkpoint)
+    assert public(step.random_base_model("tiny").transformer) == public(written.transformer)
 
 
 @pytest.mark.parametrize("model, variant", [
@@ -198,7 +202,7 @@ def test_tiny_is_what_a_tiny_checkpoint_on_disk_is(tiny_checkpoint):
     ("tiny-I2V", "5b-I2V"),
 ])  # fmt: skip
 def test_models_differ_as_the_example_checkpoints_do(model, variant, checkpoint_of):
-    written, made = cogvideox.read_checkpoint(checkpoint_of(variant)), step.random_checkpoint(model)
+    written, made = read_base_model(checkpoint_of(variant)), step.random_base_model(model)
     for name in ("use_rotary_positional_embeddings", "patch_size", "patch_size_t", "use_learned_positional_embeddings"):
         assert made.transformer[name] == written.transformer[name], name
     assert bool(made.transformer["ofs_embed_dim"]) == bool(written.transformer["ofs_embed_dim"])

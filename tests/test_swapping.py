@@ -3,13 +3,12 @@
 import pytest
 import torch
 from conftest import make_checkpoint, transformer_inputs
+from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 from test_compute import compiled_without_a_compiler, in_dtype, step, with_lora  # noqa: F401 - a fixture
 
-import cogvideox
-import compute
-import swapping
-import trainable
+from cogvideox import compute, swapping
+from cogvideox.base_model import download_weights, read_base_model
 
 CPU = torch.device("cpu")
 
@@ -19,20 +18,20 @@ def aligned_weights(monkeypatch):
     """Weights lie in files as they come, and a CPU's products round otherwise where memory begins in odd places."""
 
     def load_transformer(*args):
-        transformer = cogvideox.load_transformer(*args)
+        transformer = load_transformer(*args)
         for weight in transformer.parameters():
             weight.data = weight.data.clone()
         return transformer
 
-    monkeypatch.setattr(trainable, "load_transformer", load_transformer)
+    monkeypatch.setattr("cogvideox.lora.load_transformer", load_transformer)
 
 
 @pytest.fixture(scope="module", params=["2b", "1.5-5B-I2V"])
 def deep_checkpoint(request, tmp_path_factory):
     """Of five blocks, so that there are those in the middle and some that stay."""
     folder = make_checkpoint(tmp_path_factory.mktemp("deep"), request.param)
-    transformer = cogvideox.CogVideoXTransformer3DModel.from_pretrained(folder, subfolder="transformer")
-    deeper = cogvideox.CogVideoXTransformer3DModel.from_config(transformer.config | {"num_layers": 5})
+    transformer = CogVideoXTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+    deeper = CogVideoXTransformer3DModel.from_config(transformer.config | {"num_layers": 5})
     deeper.save_pretrained(folder / "transformer")
     return folder
 
@@ -56,9 +55,9 @@ class CopiedLate(swapping.Swapper):
 
 def three_steps(folder, count, level, dtype=torch.float32, compiled=False, **changes):
     """Outputs and gradients of three training steps with a sampling step between them, and the swapped transformer."""
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(str(folder)))
+    checkpoint = download_weights(read_base_model(str(folder)))
     transformer = with_lora(checkpoint, dtype, **changes)
-    compute.prepare(transformer, level, compiled, blocks_to_swap=count, device=CPU)
+    compute.prepare(transformer, level, compiled=compiled, blocks_to_swap=count, device=CPU)
     torch.manual_seed(4)
     results = []
     for _ in range(3):
@@ -133,7 +132,7 @@ def test_a_block_is_on_its_way_while_the_one_before_it_computes(deep_checkpoint,
             super().bring(index)
 
     monkeypatch.setattr(swapping, "Swapper", Watched)
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(str(deep_checkpoint)))
+    checkpoint = download_weights(read_base_model(str(deep_checkpoint)))
     transformer = with_lora(checkpoint)
     compute.prepare(transformer, "full", blocks_to_swap=5, device=CPU)
     for _ in range(3):
@@ -147,7 +146,7 @@ def test_a_block_is_on_its_way_while_the_one_before_it_computes(deep_checkpoint,
 
 
 def test_a_forward_pass_that_breaks_off_leaves_the_blocks_usable(deep_checkpoint):
-    checkpoint = cogvideox.download(cogvideox.read_checkpoint(str(deep_checkpoint)))
+    checkpoint = download_weights(read_base_model(str(deep_checkpoint)))
     inputs, results = transformer_inputs(deep_checkpoint), []
     for breaks in (False, True):
         transformer = with_lora(checkpoint)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT, training_options
 
-import checkpoints
+from run.run_directory import start_records
 
 OPTIONS = {"max_train_steps": 2, "validation_prompt": "a cat", "tracker_name": "name"}
 
@@ -38,7 +38,7 @@ def test_a_tracker_gets_no_value_that_it_may_not_take(tmp_path):
 
     accelerator, infinite = Accelerator(), float("inf")
     options = {"a": None, "b": tmp_path, "c": ["x"], "d": True, "e": 1, "f": infinite, "g": "text", "hub_token": "x"}
-    checkpoints.start_records(accelerator, tmp_path, "name", {}, options, 0)
+    start_records(accelerator, tmp_path, "name", {}, options, 0)
     expected = {"a": "None", "b": str(tmp_path), "c": "['x']", "d": True, "e": 1, "f": infinite, "g": "text"}
     assert accelerator.config == expected and type(accelerator.config["d"]) is bool
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import transformer_inputs
 from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
-from safetensors.torch import load_file, safe_open
+from safetensors.torch import load_file, safe_open, save
 
-import cogvideox
-import trainable
-from trainable import LORA_FILE, Lora
+from cogvideox.base_model import empty_transformer, load_transformer, read_base_model
+from cogvideox.lora import Lora, add_lora, check_lora, with_lora
+from cogvideox.lora_files import LORA_FILE
+from files import publish
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 ALL_LINEAR = [*TARGETS, "ff.net.0.proj", "ff.net.2"]
@@ -20,8 +21,8 @@ ALL_LINEAR = [*TARGETS, "ff.net.0.proj", "ff.net.2"]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_lora_weights_are_float32_over_any_base(tiny_checkpoint, dtype):
-    transformer = cogvideox.load_transformer(cogvideox.read_checkpoint(str(tiny_checkpoint)), dtype)
-    trainable.add_lora(transformer, Lora(4, 8, TARGETS), dtype)
+    transformer = load_transformer(read_base_model(str(tiny_checkpoint)), dtype)
+    add_lora(transformer, Lora(4, 8, TARGETS), dtype)
     trained = {name: weight for name, weight in transformer.named_parameters() if weight.requires_grad}
     assert len(trained) == 2 * 4 * 2  # A and B of four layers in two blocks
     assert {weight.dtype for weight in trained.values()} == {torch.float32}
@@ -30,27 +31,27 @@ def test_lora_weights_are_float32_over_any_base(tiny_checkpoint, dtype):
 
 def test_full_size_adapters_have_the_published_number_of_weights():
     for layers, heads, expected in ((30, 30, 58_982_400), (42, 48, 132_120_576)):
-        transformer = cogvideox.empty_transformer(
+        transformer = empty_transformer(
             {"num_layers": layers, "num_attention_heads": heads, "use_rotary_positional_embeddings": heads == 48}
         )
         with torch.device("meta"):
-            trainable.add_lora(transformer, Lora(128, 128, TARGETS), torch.float32)
+            add_lora(transformer, Lora(128, 128, TARGETS), torch.float32)
         assert sum(weight.numel() for weight in transformer.parameters() if weight.requires_grad) == expected
 
 
 @pytest.mark.parametrize("targets", [["to_q", "to_typo"], ["norm_q"], ["transformer_blocks"]])
 def test_a_target_that_is_no_linear_layer_is_named(tiny_checkpoint, targets):
-    checkpoint = cogvideox.read_checkpoint(str(tiny_checkpoint))
+    checkpoint = read_base_model(str(tiny_checkpoint))
     with pytest.raises(ValueError, match=f"--lora_target_modules {targets[-1]}: .* ff.net.0.proj"):
-        trainable.check_lora(checkpoint, Lora(4, 4, targets), None)
+        check_lora(checkpoint, Lora(4, 4, targets), None)
 
 
 def test_a_target_that_is_also_a_convolution_is_refused_with_the_name_of_the_layer(checkpoint_of):
     """CogVideoX 1.5 has a linear layer there."""
-    checkpoint = cogvideox.read_checkpoint(str(checkpoint_of("2b")))
+    checkpoint = read_base_model(str(checkpoint_of("2b")))
     with pytest.raises(ValueError, match="proj: is also patch_embed.proj, a Conv2d.*: ff.net.0.proj$"):
-        trainable.check_lora(checkpoint, Lora(4, 4, ["to_q", "proj"]), None)
-    trainable.check_lora(cogvideox.read_checkpoint(str(checkpoint_of("1.5-5B"))), Lora(4, 4, ["to_q", "proj"]), None)
+        check_lora(checkpoint, Lora(4, 4, ["to_q", "proj"]), None)
+    check_lora(read_base_model(str(checkpoint_of("1.5-5B"))), Lora(4, 4, ["to_q", "proj"]), None)
 
 
 # ---- kinds of LoRA
@@ -73,13 +74,13 @@ def test_every_kind_of_lora_means_to_plain_diffusers_what_was_trained(
 ):
     """After training with it: same outputs in a plain pipeline with no flags, and others than without it."""
     trained = {}
-    make = trainable.with_lora
+    make = with_lora
 
     def keep(*args):
         trained["transformer"], export = make(*args)
         return trained["transformer"], export
 
-    monkeypatch.setattr(trainable, "with_lora", keep)
+    monkeypatch.setattr("cogvideox.lora.with_lora", keep)
     options = {"rank": 8, "lora_alpha": 4, "max_train_steps": 3, "learning_rate": 1e-2} | KINDS[kind]
     train(tiny_checkpoint, tmp_path / "run", **options)
     pipeline = DiffusionPipeline.from_pretrained(tiny_checkpoint)
@@ -101,10 +102,10 @@ def test_every_kind_of_lora_means_to_plain_diffusers_what_was_trained(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_before_training_every_kind_is_the_model_that_it_starts_from(tiny_checkpoint, kind, dtype):
-    checkpoint = cogvideox.read_checkpoint(str(tiny_checkpoint))
+    checkpoint = read_base_model(str(tiny_checkpoint))
     options = {"rank": 8, "lora_alpha": 4, "lora_target_modules": TARGETS} | KINDS[kind]
-    transformer, _ = trainable.with_lora(checkpoint, dtype, Lora(**options), None)
-    base = cogvideox.load_transformer(checkpoint, torch.float32)
+    transformer, _ = with_lora(checkpoint, dtype, Lora(**options), None)
+    base = load_transformer(checkpoint, torch.float32)
     with torch.no_grad():
         for name, layer in transformer.named_modules():
             if not hasattr(layer, "lora_A"):
@@ -162,17 +163,17 @@ def test_a_file_without_a_strength_starts_at_the_strength_that_diffusers_gives_i
     """That is 1, whatever alpha was; another one is refused."""
     train(tiny_checkpoint, tmp_path / "a", max_train_steps=3, learning_rate=1e-2, lora_alpha=2)
     bare = tmp_path / "bare" / LORA_FILE
-    trainable.publish(bare, trainable.save(load_file(tmp_path / "a" / LORA_FILE)))
-    checkpoint = cogvideox.read_checkpoint(str(tiny_checkpoint))
-    trainable.check_lora(checkpoint, Lora(4, 4, TARGETS), bare)
-    transformer, _ = trainable.with_lora(checkpoint, torch.float32, Lora(4, 4, TARGETS), bare)
+    publish(bare, save(load_file(tmp_path / "a" / LORA_FILE)))
+    checkpoint = read_base_model(str(tiny_checkpoint))
+    check_lora(checkpoint, Lora(4, 4, TARGETS), bare)
+    transformer, _ = with_lora(checkpoint, torch.float32, Lora(4, 4, TARGETS), bare)
     pipeline = DiffusionPipeline.from_pretrained(tiny_checkpoint)
     pipeline.load_lora_weights(bare.parent)
     inputs = transformer_inputs(tiny_checkpoint)
     with torch.no_grad():
         assert torch.equal(transformer.eval()(**inputs)[0], pipeline.transformer(**inputs)[0])
     with pytest.raises(ValueError, match="go on with --rank 4 --lora_alpha 4"):
-        trainable.check_lora(checkpoint, Lora(4, 2, TARGETS), bare)
+        check_lora(checkpoint, Lora(4, 2, TARGETS), bare)
 
 
 @pytest.mark.parametrize(
@@ -186,12 +187,12 @@ def test_a_lora_that_changes_the_base_or_has_several_ranks_is_refused(tiny_check
     adapter = {f"transformer.{name}": value for name, value in ({"r": 4, "lora_alpha": 4} | settings).items()}
     weights = {"transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(4, 64)}
     file = tmp_path / LORA_FILE
-    trainable.publish(file, trainable.save(weights, {"lora_adapter_metadata": json.dumps(adapter)}))
+    publish(file, save(weights, {"lora_adapter_metadata": json.dumps(adapter)}))
     with pytest.raises(ValueError, match=message):
-        trainable.check_lora(cogvideox.read_checkpoint(str(tiny_checkpoint)), Lora(4, 4, TARGETS), file)
-    trainable.publish(file, trainable.save({"lora_unet_to_q.lora_down.weight": torch.zeros(4, 64)}))
+        check_lora(read_base_model(str(tiny_checkpoint)), Lora(4, 4, TARGETS), file)
+    publish(file, save({"lora_unet_to_q.lora_down.weight": torch.zeros(4, 64)}))
     with pytest.raises(ValueError, match="holds no LoRA in diffusers' format, but lora_unet_to_q"):
-        trainable.check_lora(cogvideox.read_checkpoint(str(tiny_checkpoint)), Lora(4, 4, TARGETS), file)
+        check_lora(read_base_model(str(tiny_checkpoint)), Lora(4, 4, TARGETS), file)
 
 
 def test_a_run_that_resumes_does_not_need_what_it_started_from(tiny_checkpoint, tmp_path, train):
@@ -219,9 +220,7 @@ def test_a_lora_that_does_not_fit_the_options_is_refused(tiny_checkpoint, tmp_pa
     train(tiny_checkpoint, tmp_path / "a", max_train_steps=1, **trained)
     lora = {"rank": 4, "lora_target_modules": TARGETS} | options
     with pytest.raises(ValueError, match=message):
-        trainable.check_lora(
-            cogvideox.read_checkpoint(str(tiny_checkpoint)), Lora(**{"lora_alpha": lora["rank"]} | lora), tmp_path / "a"
-        )
+        check_lora(read_base_model(str(tiny_checkpoint)), Lora(**{"lora_alpha": lora["rank"]} | lora), tmp_path / "a")
 
 
 def test_a_lora_of_another_variant_is_refused(checkpoint_of, tmp_path, train, capsys):
@@ -236,13 +235,13 @@ def test_a_lora_of_another_variant_is_refused(checkpoint_of, tmp_path, train, ca
 
 def test_an_init_that_a_layer_has_too_few_directions_for_is_refused(tiny_checkpoint):
     """Its file could not be loaded: the matrices would have another rank than the file says."""
-    checkpoint = cogvideox.read_checkpoint(str(tiny_checkpoint))
+    checkpoint = read_base_model(str(tiny_checkpoint))
     lora = Lora(32, 32, ["to_q", "proj_out"], init_lora_weights="olora")
     with pytest.raises(
         ValueError, match="--rank 32: proj_out has no more than 16 directions for --init_lora_weights olora"
     ):
-        trainable.check_lora(checkpoint, lora, None)
-    trainable.check_lora(checkpoint, lora._replace(init_lora_weights="default"), None)
+        check_lora(checkpoint, lora, None)
+    check_lora(checkpoint, lora._replace(init_lora_weights="default"), None)
 
 
 def test_a_rank_stabilised_pissa_goes_on_with_its_rounded_alpha(tiny_checkpoint, tmp_path, train):

@@ -17,11 +17,12 @@ from make_example import VARIANTS, make_clips
 from PIL import Image
 from safetensors.torch import load_file
 
-import checkpoints
-import cogvideox
 import train_cogvideox_lora
-import trainable
-from trainable import LORA_FILE
+from cogvideox import lora
+from cogvideox.lora_files import LORA_FILE
+from cogvideox.sampling import sample_video
+from run import checkpoints
+from run.run_directory import list_checkpoints, read_metrics
 
 
 def losses(rows):
@@ -56,7 +57,7 @@ def test_the_reference_command_leaves_videos_checkpoints_metrics_and_the_lora(ti
         "step", "epoch", "loss", "loss_smoothed", "lr", "grad_norm", "seconds", "peak_memory_gib"
     }  # fmt: skip
     assert rows[-1]["epoch"] == 4
-    assert [path.name for path in checkpoints.list_checkpoints(run)] == [f"checkpoint-{n}" for n in (10, 20, 24)]
+    assert [path.name for path in list_checkpoints(run)] == [f"checkpoint-{n}" for n in (10, 20, 24)]
     assert (run / "checkpoint-20" / LORA_FILE).is_file() and (run / LORA_FILE).is_file()
     assert (run / "report.html").is_file()
     for step in (0, 12, 24):
@@ -77,8 +78,8 @@ def test_a_second_run_encodes_nothing_again(tiny_checkpoint, tmp_path, train, mo
     def fail(*_, **__):
         raise AssertionError("everything is in the cache")
 
-    monkeypatch.setattr(cogvideox, "caption_encoder", fail)
-    monkeypatch.setattr(cogvideox, "video_encoder", fail)
+    monkeypatch.setattr("cogvideox.encoders.caption_encoder", fail)
+    monkeypatch.setattr("cogvideox.encoders.video_encoder", fail)
     second = train(tiny_checkpoint, tmp_path / "b", instance_data_root=clips, validation_prompt="a cat")
     assert losses(first) == losses(second)
 
@@ -89,7 +90,7 @@ def test_t5_and_vae_are_gone_before_the_transformer_comes(tiny_checkpoint, tmp_p
     from diffusers import AutoencoderKLCogVideoX
     from transformers import T5EncoderModel
 
-    load, looked = trainable.load_transformer, []
+    load, looked = lora.load_transformer, []
 
     def look_around(*args):
         looked.append(True)
@@ -98,7 +99,7 @@ def test_t5_and_vae_are_gone_before_the_transformer_comes(tiny_checkpoint, tmp_p
         assert all(weight.device.type == "meta" for encoder in encoders for weight in encoder.parameters())
         return load(*args)
 
-    monkeypatch.setattr(trainable, "load_transformer", look_around)
+    monkeypatch.setattr("cogvideox.lora.load_transformer", look_around)
     train(tiny_checkpoint, tmp_path / "run", instance_data_root=make_clips(tmp_path / "clips", 1), max_train_steps=1)
     assert looked
 
@@ -106,14 +107,14 @@ def test_t5_and_vae_are_gone_before_the_transformer_comes(tiny_checkpoint, tmp_p
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_lora_weight_moves_and_nothing_else_does(checkpoint_of, tmp_path, train, monkeypatch, variant):
     prepared = {}
-    add_lora = trainable.add_lora
+    add_lora = lora.add_lora
 
     def keep(transformer, *args):
         add_lora(transformer, *args)
         prepared["transformer"] = transformer
         prepared["before"] = {name: weight.clone() for name, weight in transformer.state_dict().items()}
 
-    monkeypatch.setattr(trainable, "add_lora", keep)
+    monkeypatch.setattr("cogvideox.lora.add_lora", keep)
     train(checkpoint_of(variant), tmp_path / "run", max_train_steps=2)
     after = prepared["transformer"].state_dict()
     moved = {name for name, weight in after.items() if not torch.equal(weight, prepared["before"][name])}
@@ -146,7 +147,7 @@ def test_hub_names_train_like_folders(tiny_checkpoint, clips, tmp_path, train):
     at = line.index("--instance_data_root")
     line[at : at + 2] = ["--dataset_name", "someone/clips"]
     train_cogvideox_lora.main(train_cogvideox_lora.parse_args(line))
-    rows = checkpoints.read_metrics(tmp_path / "a")
+    rows = read_metrics(tmp_path / "a")
     AcceleratorState._reset_state(reset_partial_state=True)
     assert losses(rows) == losses(train(tiny_checkpoint, tmp_path / "b", max_train_steps=2))
 
@@ -158,9 +159,9 @@ def test_hub_names_train_like_folders(tiny_checkpoint, clips, tmp_path, train):
 def test_adapter_loads_at_its_trained_strength_with_no_flags(checkpoint_of, tmp_path, train, monkeypatch, variant):
     """And the pipeline then computes what the trained module computed, bit for bit."""
     trained = {}
-    add_lora = trainable.add_lora
+    add_lora = lora.add_lora
     monkeypatch.setattr(
-        trainable, "add_lora", lambda transformer, *args: trained.update(it=transformer) or add_lora(transformer, *args)
+        lora, "add_lora", lambda transformer, *args: trained.update(it=transformer) or add_lora(transformer, *args)
     )
     folder = checkpoint_of(variant)
     train(folder, tmp_path / "run", rank=8, lora_alpha=4, max_train_steps=5, learning_rate=1e-2)
@@ -205,14 +206,14 @@ def test_validation_starts_from_the_images_given_or_from_the_clips(checkpoint_of
     """Three prompts, an image for the second of them; the same prompt with another image is another video."""
     Image.new("RGB", (50, 80), "blue").save(tmp_path / "blue.png")
     started = []
-    sample = cogvideox.sample_video
+    sample = sample_video
 
     def watch(*args, image, **options):
         started.append(image)
         return sample(*args, image=image, num_inference_steps=2, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cogvideox, "sample_video", watch)
+        patch.setattr("run.validation.sample_video", watch)
         train(
             checkpoint_of(variant), tmp_path / "run", max_train_steps=1, validation_prompt="a cat:::a cat:::a dog",
             validation_images=f":::{tmp_path}/blue.png:::", validate_first=False,
@@ -277,7 +278,7 @@ def test_a_killed_run_that_resumes_equals_a_straight_run(tiny_checkpoint, clips,
     options = training_options(tiny_checkpoint, clips, tmp_path / "killed", random_flip=True, **RESUMABLE)
     script = [sys.executable, ROOT / "tests" / "kill_after_checkpoint.py", "saved", "3"]
     assert subprocess.run([*script, *options], capture_output=True).returncode == -signal.SIGKILL
-    assert [row["step"] for row in checkpoints.read_metrics(tmp_path / "killed")] == [1, 2, 3]
+    assert [row["step"] for row in read_metrics(tmp_path / "killed")] == [1, 2, 3]
 
     resumed = train(
         tiny_checkpoint, tmp_path / "killed", random_flip=True, resume_from_checkpoint="latest", **RESUMABLE
@@ -291,22 +292,22 @@ def test_a_checkpoint_is_complete_or_absent(tiny_checkpoint, clips, tmp_path, tr
     options = training_options(tiny_checkpoint, clips, tmp_path / "run", **RESUMABLE | {"checkpoints_total_limit": 1})
     script = [sys.executable, ROOT / "tests" / "kill_after_checkpoint.py", "saving", "6"]
     assert subprocess.run([*script, *options], capture_output=True).returncode == -signal.SIGKILL
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
     rows = train(
         tiny_checkpoint, tmp_path / "run", resume_from_checkpoint="latest", checkpoints_total_limit=1, **RESUMABLE
     )
     assert [row["step"] for row in rows] == list(range(1, 8))
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")] == ["checkpoint-7"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-7"]
     assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_the_new_checkpoint_is_complete_before_an_old_one_goes(tiny_checkpoint, tmp_path, train, monkeypatch):
     removed = []
-    rmtree = checkpoints.shutil.rmtree
+    rmtree = shutil.rmtree
 
     def watch(path, **options):
         if path.name.startswith("checkpoint-"):
-            removed.append((path.name, [c.name for c in checkpoints.list_checkpoints(tmp_path / "run")]))
+            removed.append((path.name, [c.name for c in list_checkpoints(tmp_path / "run")]))
         rmtree(path, **options)
 
     monkeypatch.setattr(checkpoints.shutil, "rmtree", watch)
@@ -400,7 +401,7 @@ def test_clips_of_different_length_train_together(tiny_checkpoint, tmp_path, tra
         lines = [str(short / line) for line in lines] if name == "videos.txt" else lines
         (clips / name).write_text((clips / name).read_text() + "\n".join(lines))
     train(tiny_checkpoint, tmp_path / "run", instance_data_root=clips, train_batch_size=4, num_train_epochs=2)
-    assert len(checkpoints.read_metrics(tmp_path / "run")) == 4  # two batches an epoch, one of each shape
+    assert len(read_metrics(tmp_path / "run")) == 4  # two batches an epoch, one of each shape
 
 
 def test_tensorboard_gets_scalars_and_moving_pictures(tiny_checkpoint, tmp_path, train):

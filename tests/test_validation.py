@@ -8,13 +8,15 @@ import torch
 from conftest import training_options
 from safetensors.torch import load_file
 
-import checkpoints
-import cogvideox
 import dataset
-import memory
 import train_cogvideox_lora
-import trainable
-import validation
+from clips.order import Ranks
+from cogvideox import memory
+from cogvideox.base_model import load_transformer, read_base_model
+from cogvideox.lora_files import LORA_FILE
+from cogvideox.objective import generator_for, sample_latents
+from run import validation
+from run.run_directory import METRICS_FILE, STATE_TENSORS
 
 TIMESTEPS = [125, 375, 625, 875]
 
@@ -58,8 +60,8 @@ def test_something_must_be_left_to_train_on(split, tiny_checkpoint, clips, tmp_p
 def test_the_loss_on_held_out_clips_is_the_training_loss_at_fixed_noise(tiny_checkpoint, clips, tmp_path, train):
     """Computed here once more, from the cache and the formula; two of six clips, before any update."""
     rows = train(tiny_checkpoint, tmp_path / "run", validation_split=2, max_train_steps=1)
-    checkpoint = cogvideox.read_checkpoint(str(tiny_checkpoint))
-    transformer = cogvideox.load_transformer(checkpoint, torch.float32)
+    checkpoint = read_base_model(str(tiny_checkpoint))
+    transformer = load_transformer(checkpoint, torch.float32)
     lines = (clips / "prompts.txt").read_text().splitlines()
     stub = dataset.Data(dataset.CachedClips([[i] for i in range(6)], lines), [()] * 6, {})
     captions = stub.split(2, 3407)[1].clips.captions
@@ -70,9 +72,9 @@ def test_the_loss_on_held_out_clips_is_the_training_loss_at_fixed_noise(tiny_che
     for timestep in TIMESTEPS:
         losses = []
         for clip in range(2):
-            generator = cogvideox.generator_for(torch.device("cpu"), 3407, "held out", clip, timestep)
+            generator = generator_for(torch.device("cpu"), 3407, "held out", clip, timestep)
             item = held_out.clips[clip, False]
-            latents = cogvideox.sample_latents(item["parameters"][None], checkpoint.vae["scaling_factor"], generator)
+            latents = sample_latents(item["parameters"][None], checkpoint.vae["scaling_factor"], generator)
             noise = torch.randn(latents.shape, generator=generator)
             t = torch.tensor([timestep])
             with torch.no_grad():
@@ -91,7 +93,7 @@ def cached(args, checkpoint):
         device, is_main_process = torch.device("cpu"), False
 
     whole = memory.Plan("none", tile_encoding=False, tile_decoding=False, lines=[])
-    _, *data = train_cogvideox_lora.prepare_data(args, Here, checkpoint, torch.float32, dataset.Ranks(), whole)
+    _, *data = train_cogvideox_lora.prepare_data(args, Here, Ranks(), checkpoint, torch.float32, whole)
     return data
 
 
@@ -119,7 +121,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_loss_and_never_the_base_model
     best = min((loss, step) for step, loss in losses.items() if step)[1]
     folder = tmp_path / "run" / "checkpoint-best"
     assert json.loads((folder / "best.json").read_text())["step"] == best
-    ours, theirs = (load_file(path / trainable.LORA_FILE) for path in (folder, tmp_path / "run" / f"checkpoint-{best}"))
+    ours, theirs = (load_file(path / LORA_FILE) for path in (folder, tmp_path / "run" / f"checkpoint-{best}"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -127,9 +129,7 @@ def test_the_moving_average_is_what_is_saved(tiny_checkpoint, tmp_path, train):
     """Computed here once more, from the weights in training that each checkpoint holds."""
     decay, steps = 0.7, 5
     train(tiny_checkpoint, tmp_path / "run", ema_decay=decay, max_train_steps=steps, checkpointing_steps=1)
-    states = [
-        torch.load(tmp_path / "run" / f"checkpoint-{step}" / checkpoints.STATE_TENSORS) for step in range(1, steps + 1)
-    ]
+    states = [torch.load(tmp_path / "run" / f"checkpoint-{step}" / STATE_TENSORS) for step in range(1, steps + 1)]
     for name, average in states[-1]["average"].items():
         expected = states[0]["transformer"][name]  # the first update replaces what is not trained yet
         for n, state in enumerate(states[1:], start=1):
@@ -137,7 +137,7 @@ def test_the_moving_average_is_what_is_saved(tiny_checkpoint, tmp_path, train):
             expected = now * expected + (1 - now) * state["transformer"][name]
         assert torch.allclose(average, expected, atol=1e-7)
         assert not torch.equal(average, states[-1]["transformer"][name])
-    saved = load_file(tmp_path / "run" / trainable.LORA_FILE)
+    saved = load_file(tmp_path / "run" / LORA_FILE)
     kept = {name.replace(".default", ""): value for name, value in states[-1]["average"].items()}
     assert all(torch.equal(value, kept[name.removeprefix("transformer.")]) for name, value in saved.items())
 
@@ -152,7 +152,7 @@ def test_a_resumed_run_goes_on_with_average_best_and_smoothed_loss(tiny_checkpoi
         del row["peak_memory_gib"]
     assert resumed == straight
     for place in ("", "checkpoint-best"):
-        one, two = (load_file(tmp_path / run / place / trainable.LORA_FILE) for run in "ab")
+        one, two = (load_file(tmp_path / run / place / LORA_FILE) for run in "ab")
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -160,7 +160,7 @@ def test_a_validation_that_was_missed_is_made_up_for(tiny_checkpoint, tmp_path, 
     """As after a kill between a checkpoint and its validation."""
     options = {"validation_split": 2, "checkpointing_steps": 2, "validation_steps": 2, "max_train_steps": 4}
     straight = train(tiny_checkpoint, tmp_path / "run", **options)
-    path = tmp_path / "run" / checkpoints.METRICS_FILE
+    path = tmp_path / "run" / METRICS_FILE
     path.write_text("".join(line for line in path.read_text().splitlines(True) if '"step": 4, ' not in line))
     resumed = train(tiny_checkpoint, tmp_path / "run", resume_from_checkpoint="latest", **options)
     assert resumed[-1]["validation_loss"] == straight[-1]["validation_loss"]

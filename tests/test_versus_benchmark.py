@@ -18,10 +18,15 @@ import torch
 import transformers
 import trial
 import versus
+from diffusers import CogVideoXTransformer3DModel
 
-import cogvideox
-import dataset
 import train_cogvideox_lora
+from clips.facts import examine
+from clips.frames import View
+from clips.listing import read_clips
+from cogvideox import objective
+from cogvideox.base_model import load_transformer, read_base_model
+from cogvideox.objective import velocity_loss
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,13 +85,13 @@ def test_our_script_takes_the_shared_options(size):
 def test_the_world_is_stored_as_the_other_script_loads_it_and_shows_all_its_pixels(tmp_path):
     size = versus.SIZES["overhead"]
     versus.write_world(size, tmp_path)
-    checkpoint = cogvideox.read_checkpoint(str(tmp_path / "checkpoint"))
-    transformer = cogvideox.load_transformer(checkpoint, torch.float32)
+    checkpoint = read_base_model(str(tmp_path / "checkpoint"))
+    transformer = load_transformer(checkpoint, torch.float32)
     assert all(torch.equal(weight, weight.half().float()) for weight in transformer.parameters())
-    clips, problems = dataset.read_clips(tmp_path / "clips", "prompts.txt", "videos.txt", None, None)
+    clips, problems = read_clips(tmp_path / "clips", "prompts.txt", "videos.txt", None, None)
     assert problems == [] and len(clips) == 8
-    view = dataset.View(size.height, size.width, 8, size.max_num_frames, 0, 0, "center", 0)
-    facts, problem = dataset.examine(clips[0], view)
+    view = View(size.height, size.width, 8, size.max_num_frames, 0, 0, "center", 0)
+    facts, problem = examine(clips[0], view)
     assert problem is None
     assert (facts.height, facts.width, facts.indices) == (size.height, size.width, list(range(size.max_num_frames)))
 
@@ -159,7 +164,7 @@ def test_the_gate_sees_what_is_not_the_same(what, captured, checkpoint_of, train
 
 
 def test_nothing_stays_wrapped(captured):
-    for function in (cogvideox.velocity_loss, cogvideox.randn_tensor, cogvideox.CogVideoXTransformer3DModel.forward):
+    for function in (velocity_loss, objective.randn_tensor, CogVideoXTransformer3DModel.forward):
         assert function.__code__.co_filename != trial.__file__
 
 

@@ -13,14 +13,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch.distributed.tensor import DTensor
 
-import checkpoints
 import train_cogvideox_lora
+from run import checkpoints
 
 folder, *options = sys.argv[1:]
 save_checkpoint = checkpoints.save_checkpoint
 
 
-def weigh(*args):
+def weigh(*args, **options):
     gc.collect()
     weights = [thing for thing in gc.get_objects() if isinstance(thing, torch.nn.Parameter)]
     whole = {
@@ -28,7 +28,7 @@ def weigh(*args):
     }
     shards = sum(weight.to_local().nbytes for weight in weights if isinstance(weight, DTensor))
     (Path(folder) / f"rank-{os.environ['RANK']}.txt").write_text(f"{sum(whole.values())} {shards}")
-    save_checkpoint(*args)
+    save_checkpoint(*args, **options)
 
 
 checkpoints.save_checkpoint = weigh

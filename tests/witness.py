@@ -12,11 +12,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 import train_cogvideox_lora
-import trainable
+from cogvideox import lora
 
 folder, *options = sys.argv[1:]
 seen = {"timesteps": [], "noisy": []}
-add_lora = trainable.add_lora
+add_lora = lora.add_lora
 
 
 def watch(transformer, *args):
@@ -29,7 +29,7 @@ def watch(transformer, *args):
     seen["transformer"] = transformer
 
 
-trainable.add_lora = watch
+lora.add_lora = watch
 train_cogvideox_lora.main(train_cogvideox_lora.parse_args(options))
 lora = {name: weight for name, weight in seen["transformer"].named_parameters() if weight.requires_grad}
 record = {"timesteps": torch.cat(seen["timesteps"]), "noisy": torch.cat(seen["noisy"]), "lora": lora}

@@ -1,23 +1,12 @@
-"""The run directory: save, find, prune, resume, and export of the trained weights.
-
-output_dir/
-  pytorch_lora_weights.safetensors   the result; of a whole transformer, the folder transformer/
-  checkpoint-500/                    complete or absent; holds a result of its own
-  checkpoint-best/                   the result with the lowest loss on held-out clips, and best.json with its figures
-  validation/step-000500/*.mp4
-  metrics.jsonl                      one line per logged step
-  args.json                          what was run
-"""
+"""Checkpoints, the saved states of a training run: save, find, load, prune."""
 
 import json
 import math
 import os
-import resource
 import shutil
 import warnings
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,14 +23,21 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from dataset import publish, publish_folder
-from trainable import LORA_FILE, TRANSFORMER_FOLDER, Average, Export
+from cogvideox.lora import Export
+from cogvideox.lora_files import LORA_FILE, TRANSFORMER_FOLDER
+from files import publish_folder, write_json
+from run.optimizers import WeightAverage
+from run.run_directory import (
+    BEST_FILE,
+    BEST_FOLDER,
+    STATE_FILE,
+    STATE_FOLDER,
+    STATE_TENSORS,
+    checkpoint_folder,
+    list_checkpoints,
+    read_best,
+)
 
-STATE_FILE = "training_state.json"
-STATE_TENSORS = "training_state.pt"  # of a LoRA
-STATE_FOLDER = "training_state"  # of a whole transformer
-BEST_FOLDER = "checkpoint-best"
-METRICS_FILE = "metrics.jsonl"
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _SHARDED = StateDictOptions(ignore_frozen_params=True)
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process is meant
@@ -53,23 +49,10 @@ class State(NamedTuple):
     transformer: torch.nn.Module
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    average: Average
+    average: WeightAverage
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def _check_writable(output_dir: Path) -> None:
-    """Before hours of encoding, not after them."""
-    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"--output_dir {output_dir}: {there} is no folder that can be written to; choose another")
+# ---- where to start --------------------------------------------------------------------------------------------------
 
 
 def starting_point(output_dir: Path, resume_from: str | None, fixed: dict) -> tuple[Path | None, dict]:
@@ -119,6 +102,13 @@ def find_checkpoint(output_dir: Path, resume_from: str | None, fixed: dict) -> P
     return found
 
 
+def _check_writable(output_dir: Path) -> None:
+    """Before hours of encoding, not after them."""
+    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--output_dir {output_dir}: {there} is no folder that can be written to; choose another")
+
+
 def _check_fixed(checkpoint: Path, fixed: dict) -> None:
     saved = _read_state(checkpoint)["fixed"]
     if saved.keys() != fixed.keys():
@@ -146,8 +136,28 @@ def _typed(value) -> str:
     return " ".join(value) if isinstance(value, list) else str(value)
 
 
+def read_position(checkpoint: Path | None) -> dict:
+    """Where a run stands: updates done ("step") and micro-batches seen by all ranks ("batches_seen")."""
+    state = _read_state(checkpoint) if checkpoint else {"step": 0, "batches_seen": 0}
+    return {name: state[name] for name in ("step", "batches_seen")}
+
+
+def _read_state(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+
+
+# ---- save and load ---------------------------------------------------------------------------------------------------
+
+
 def save_checkpoint(
-    accelerator, state: State, export: Export, output_dir: Path, position: dict, fixed: dict, total_limit: int | None
+    accelerator,
+    state: State,
+    export: Export,
+    output_dir: Path,
+    *,
+    position: dict,
+    fixed: dict,
+    total_limit: int | None,
 ) -> None:
     """Publishes checkpoint-<step>, then removes the oldest ones over the limit; to be called by every rank.
 
@@ -159,7 +169,7 @@ def save_checkpoint(
         position: "step" and "batches_seen", what `read_position` is to give back.
         fixed: options that a resumed run must share.
     """
-    final = output_dir / f"checkpoint-{position['step']}"
+    final = checkpoint_folder(output_dir, position["step"])
     temporary = output_dir / f".{final.name}.incomplete"
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
@@ -226,6 +236,25 @@ def _know_all_numbers(optimizer, saved: dict) -> None:
         ours |= {name: value for name, value in theirs.items() if name not in ours}
 
 
+def save_best(accelerator, state: State, export: Export, output_dir: Path, *, step: int, losses: dict) -> None:
+    """Publishes the result as checkpoint-best if its validation loss is the lowest so far; for every rank to call."""
+    best, better = output_dir / BEST_FOLDER, None
+    if accelerator.is_main_process:
+        lowest = read_best(output_dir).get("validation_loss", math.inf)
+        better = losses["validation_loss"] < lowest
+    if not broadcast_object_list([better])[0]:
+        return
+    weights = averaged_weights(state)
+    if accelerator.is_main_process:
+        temporary = output_dir / f".{best.name}.incomplete"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        export(weights, temporary)
+        write_json(temporary / BEST_FILE, {"step": step} | losses)
+        shutil.rmtree(best, ignore_errors=True)
+        publish_folder(temporary, best)
+
+
 def full_weights(transformer) -> dict[str, torch.Tensor]:
     """The trained weights on the CPU of the main rank, gathered one by one; to be called by every rank."""
     return get_model_state_dict(transformer, options=_FULL)
@@ -239,26 +268,6 @@ def averaged_weights(state: State) -> dict[str, torch.Tensor]:
         return weights if state.average.decay is None else {name: tensor.clone() for name, tensor in weights.items()}
 
 
-def save_best(accelerator, state: State, export: Export, output_dir: Path, step: int, losses: dict) -> None:
-    """Publishes the result as checkpoint-best if its validation loss is the lowest so far; for every rank to call."""
-    best, better = output_dir / BEST_FOLDER, None
-    if accelerator.is_main_process:
-        record = best / "best.json"
-        lowest = json.loads(record.read_text())["validation_loss"] if record.exists() else math.inf
-        better = losses["validation_loss"] < lowest
-    if not broadcast_object_list([better])[0]:
-        return
-    weights = averaged_weights(state)
-    if accelerator.is_main_process:
-        temporary = output_dir / f".{best.name}.incomplete"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        export(weights, temporary)
-        write_json(temporary / "best.json", {"step": step} | losses)
-        shutil.rmtree(best, ignore_errors=True)
-        publish_folder(temporary, best)
-
-
 def _tensors(state: State, options: StateDictOptions) -> dict:
     weights, optimizer = get_state_dict(state.transformer, _plain(state.optimizer), options=options)
     return {"transformer": weights, "optimizer": optimizer}
@@ -266,81 +275,3 @@ def _tensors(state: State, options: StateDictOptions) -> dict:
 
 def _plain(optimizer) -> torch.optim.Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-
-
-def read_position(checkpoint: Path | None) -> dict:
-    """Where a run stands: updates done ("step") and micro-batches seen by all ranks ("batches_seen")."""
-    state = _read_state(checkpoint) if checkpoint else {"step": 0, "batches_seen": 0}
-    return {name: state[name] for name in ("step", "batches_seen")}
-
-
-def _read_state(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-
-
-# ---- records ---------------------------------------------------------------------------------------------------------
-
-
-def write_json(path: Path, content: dict) -> None:
-    publish(path, (json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n").encode())
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Of the GPU since it was last reset, or of the process, since its start, where it trains on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def log_row(accelerator, output_dir: Path, row: dict, group: str = "train") -> dict:
-    """Writes a row of numbers, and the memory with it, to metrics.jsonl and the trackers."""
-    row = row | {"peak_memory_gib": round(peak_memory_gib(accelerator.device), 3)}
-    if accelerator.is_main_process:
-        append_metrics(output_dir, row)
-    shown = {f"{group}/{name.removeprefix(f'{group}_')}": value for name, value in row.items() if name != "step"}
-    accelerator.log(shown, step=row["step"])
-    return row
-
-
-def validated(output_dir: Path, step: int, with_loss: bool) -> bool:
-    """Whether a validation after this update has been completed."""
-    if with_loss:
-        return any(row["step"] == step and "validation_loss" in row for row in read_metrics(output_dir))
-    return (output_dir / "validation" / f"step-{step:06d}" / "prompts.json").exists()
-
-
-def smoothed_loss(output_dir: Path) -> float | None:
-    """Where the smoothed loss of an earlier start stands; after `start_records`."""
-    return next((row["loss_smoothed"] for row in reversed(read_metrics(output_dir)) if "loss_smoothed" in row), None)
-
-
-def start_records(accelerator, output_dir: Path, tracker_name: str, about: dict, options: dict, step: int) -> None:
-    """Opens the trackers, and writes args.json and what metrics.jsonl holds up to `step`."""
-    options = {name: value for name, value in options.items() if name != "hub_token"}
-    # Numbers stay numbers, to be sorted and compared by; tensorboard refuses what is neither these nor text.
-    config = {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in options.items()}
-    accelerator.init_trackers(tracker_name, config)
-    if accelerator.is_main_process:
-        write_run(output_dir, about | {"options": options}, step)
-
-
-def append_metrics(output_dir: Path, row: dict) -> None:
-    with open(output_dir / METRICS_FILE, "a", encoding="utf-8") as file:
-        # JSON has no infinity, which a gradient in float16 may have.
-        row = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        file.write(json.dumps(row) + "\n")
-
-
-def read_metrics(output_dir: Path) -> list[dict]:
-    """Rows of metrics.jsonl; a last line that a killed process left half-written is not one."""
-    path = output_dir / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def write_run(output_dir: Path, run: dict, step: int) -> None:
-    """Writes args.json, and takes the rows after `step` out of metrics.jsonl: the resumed run writes them again."""
-    packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
-    write_json(output_dir / "args.json", run | {"versions": {package: version(package) for package in packages}})
-    rows = [row for row in read_metrics(output_dir) if row["step"] <= step]
-    publish(output_dir / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from peft import LoraConfig
 
-from cogvideox import Checkpoint, empty_text_encoder, empty_transformer, empty_vae
+from cogvideox.base_model import BaseModel, empty_text_encoder, empty_transformer, empty_vae
+from cogvideox.compute import LEVELS
 
 GIB = 2**30
-LEVELS = ("none", "attention", "full")
 # Of a frozen weight in the blocks' linear layers. nf4: 4 bits, and 8 of scale for 64 weights, which have their scales.
 BYTES_OF_BASE = {"fp8": 1.0, "int8": 1.0, "nf4": 0.53}
 STATE_BYTES = {"adam": 8, "adamw": 8, "prodigy": 16}  # per trained weight: float32 mean and square; Prodigy two more
@@ -181,9 +181,9 @@ class Tokens(NamedTuple):
         return self.text + self.video
 
 
-def count_tokens(checkpoint: Checkpoint, settings: Settings) -> Tokens:
+def count_tokens(base: BaseModel, settings: Settings) -> Tokens:
     """Of one clip. CogVideoX 1.5 patches two frames at a time, and pads them to an even number."""
-    config, factor = checkpoint.transformer, checkpoint.spatial_factor
+    config, factor = base.transformer, base.spatial_factor
     patch, patch_t = config["patch_size"], config["patch_size_t"] or 1
     h, w, f = settings.height // factor, settings.width // factor, (settings.max_num_frames - 1) // 4 + 1
     frames = math.ceil(f / patch_t)
@@ -265,7 +265,7 @@ def _dequantized(config: dict, settings: Settings) -> float:
     return 0 if settings.base_precision == "bf16" else 4 * width * width * settings.dtype.itemsize
 
 
-def training_parts(checkpoint: Checkpoint, settings: Settings, weights: Weights | None = None) -> dict[str, float]:
+def training_parts(base: BaseModel, settings: Settings, weights: Weights | None = None) -> dict[str, float]:
     """GiB of the training phase, part by part; "peak" is the largest sum of those that are there at one time.
 
     Backward begins in the last block: all that is kept, one block's activations, the gradients in it. It ends in the
@@ -274,9 +274,9 @@ def training_parts(checkpoint: Checkpoint, settings: Settings, weights: Weights 
     weights in the compute dtype. The update itself needs no more than weights, gradients and state: the optimizer is
     fused.
     """
-    config, e = checkpoint.transformer, settings.dtype.itemsize
+    config, e = base.transformer, settings.dtype.itemsize
     weights = weights or count_weights(config, settings)
-    tokens, layers = count_tokens(checkpoint, settings), config["num_layers"]
+    tokens, layers = count_tokens(base, settings), config["num_layers"]
     one_block = saved_by_block(config, weights, settings, tokens)
     if settings.gradient_checkpointing == "none":
         kept, live = layers * one_block, 0.0
@@ -288,7 +288,7 @@ def training_parts(checkpoint: Checkpoint, settings: Settings, weights: Weights 
     resident = {
         "frozen weights": base_bytes(weights, settings)
         - swapped_out_bytes(config, weights, settings)
-        + _image_encoder_bytes(checkpoint, settings),
+        + _image_encoder_bytes(base, settings),
         "trained weights": 4 * weights.trained,
         "optimizer": weights.trained
         * (STATE_BYTES_8BIT if settings.use_8bit_adam else STATE_BYTES[settings.optimizer]),
@@ -299,8 +299,8 @@ def training_parts(checkpoint: Checkpoint, settings: Settings, weights: Weights 
     earlier = gradients if settings.gradient_accumulation_steps > 1 else 0
     others = gradients * (layers - 1) / layers  # when the backward pass comes to the first block
     moments = [earlier + kept + live + transient, max(earlier, others) + live + transient]
-    if checkpoint.takes_image:
-        moments.append(earlier + settings.train_batch_size * encoding_bytes(checkpoint, settings, num_frames=1))
+    if base.takes_image:
+        moments.append(earlier + settings.train_batch_size * encoding_bytes(base, settings, num_frames=1))
     if settings.autocast:
         moments.append(earlier + kept + (weights.cast_per_block * e * layers if live else 0))
     parts = resident | {"kept activations": kept, "one block": live + transient, "gradients": gradients}
@@ -311,15 +311,15 @@ def _rotary_bytes(config: dict, tokens: Tokens) -> float:
     return 2 * 4 * tokens.video * config["attention_head_dim"] * config["use_rotary_positional_embeddings"]
 
 
-def sampling_bytes(checkpoint: Checkpoint, settings: Settings, weights: Weights) -> float:
+def sampling_bytes(base: BaseModel, settings: Settings, weights: Weights) -> float:
     """Largest moment of the forward pass of two clips, with and without the prompt; weights left out.
 
     In bytes per token of both: in the feed-forward the block's input and state, the attention's result, the cat of
     norm2's outputs (with a copy under autocast) and both sides of GELU; or in RoPE the block's input, norm1's output
     and its cat, queries, keys and values, and four temporary tensors, three of them float32.
     """
-    config, e, n = checkpoint.transformer, settings.dtype.itemsize, settings.norm_bytes
-    tokens = count_tokens(checkpoint, settings)
+    config, e, n = base.transformer, settings.dtype.itemsize, settings.norm_bytes
+    tokens = count_tokens(base, settings)
     width = config["num_attention_heads"] * config["attention_head_dim"]
     feed_forward = 3 * e + n + settings.autocast * e + 2 * 4 * e
     rope = 2 * e + 4 * n + 12 + n if config["use_rotary_positional_embeddings"] else 0
@@ -441,9 +441,9 @@ def _groups(frames: int, size: int) -> list[int]:
     return [size + frames % size if frames >= size else frames] + [size] * (count - 1)
 
 
-def encoding_bytes(checkpoint: Checkpoint, settings: Settings, num_frames: int | None = None) -> float:
+def encoding_bytes(base: BaseModel, settings: Settings, num_frames: int | None = None) -> float:
     """The encoder's peak for one clip, the clip itself (uint8 and compute dtype), weights left out."""
-    config, e = vae_config(checkpoint), settings.dtype.itemsize
+    config, e = vae_config(base), settings.dtype.itemsize
     frames, height, width = num_frames or settings.max_num_frames, settings.height, settings.width
     clip = 3 * frames * height * width * (1 + e)
     if settings.tile_encoding:
@@ -451,9 +451,9 @@ def encoding_bytes(checkpoint: Checkpoint, settings: Settings, num_frames: int |
     return clip + encoder_peak(config, frames, height, width) * e
 
 
-def decoding_bytes(checkpoint: Checkpoint, settings: Settings) -> float:
+def decoding_bytes(base: BaseModel, settings: Settings) -> float:
     """The decoder's peak for one clip, and the video, in pieces and whole; weights left out."""
-    config, e, factor = vae_config(checkpoint), settings.dtype.itemsize, checkpoint.spatial_factor
+    config, e, factor = vae_config(base), settings.dtype.itemsize, base.spatial_factor
     height, width = settings.height, settings.width
     video = 3 * settings.max_num_frames * height * width * e
     if settings.tile_decoding:
@@ -468,19 +468,19 @@ def decoding_bytes(checkpoint: Checkpoint, settings: Settings) -> float:
     return video + decoder_peak(config, latent_frames, height // factor, width // factor) * e
 
 
-def vae_config(checkpoint: Checkpoint) -> dict:
+def vae_config(base: BaseModel) -> dict:
     """With diffusers' defaults, where the checkpoint's file leaves fields out."""
-    return dict(empty_vae(checkpoint.vae).config)
+    return dict(empty_vae(base.vae).config)
 
 
-def vae_weights(checkpoint: Checkpoint, part: str | None = None) -> int:
-    vae = empty_vae(checkpoint.vae)
+def vae_weights(base: BaseModel, part: str | None = None) -> int:
+    vae = empty_vae(base.vae)
     return sum(weight.numel() for weight in (getattr(vae, part) if part else vae).parameters())
 
 
-def _image_encoder_bytes(checkpoint: Checkpoint, settings: Settings) -> float:
+def _image_encoder_bytes(base: BaseModel, settings: Settings) -> float:
     """Of image-to-video, which encodes a noisy image for each clip and step."""
-    return vae_weights(checkpoint, "encoder") * settings.dtype.itemsize if checkpoint.takes_image else 0
+    return vae_weights(base, "encoder") * settings.dtype.itemsize if base.takes_image else 0
 
 
 # ---- T5 --------------------------------------------------------------------------------------------------------------
@@ -508,22 +508,22 @@ def text_bytes(config: dict, dtype: torch.dtype, num_tokens: int, precision: str
 # ---- a whole run -----------------------------------------------------------------------------------------------------
 
 
-def predict(checkpoint: Checkpoint, text_encoder: dict, settings: Settings) -> dict[str, float]:
+def predict(base: BaseModel, text_encoder: dict, settings: Settings) -> dict[str, float]:
     """GiB at the peak of each phase: "text" and "clips" (encoding), "training", and "validation", if it samples videos.
 
     Args:
         text_encoder: T5's config, from `cogvideox.read_text_encoder_config`.
     """
-    weights = count_weights(checkpoint.transformer, settings)
-    vae = vae_weights(checkpoint) * settings.dtype.itemsize
-    training = training_parts(checkpoint, settings, weights)
+    weights = count_weights(base.transformer, settings)
+    vae = vae_weights(base) * settings.dtype.itemsize
+    training = training_parts(base, settings, weights)
     stays = sum(training[name] for name in ("frozen weights", "trained weights", "optimizer", "moving average"))
-    sampling = max(sampling_bytes(checkpoint, settings, weights), decoding_bytes(checkpoint, settings))
-    max_length = checkpoint.transformer["max_text_seq_length"]
+    sampling = max(sampling_bytes(base, settings, weights), decoding_bytes(base, settings))
+    max_length = base.transformer["max_text_seq_length"]
     text = text_bytes(text_encoder, settings.dtype, max_length, settings.text_encoder_precision)
     phases = {
         "text": 0.0 if settings.text_encoder_device == "cpu" else gib(text),
-        "clips": gib(vae + encoding_bytes(checkpoint, settings)),
+        "clips": gib(vae + encoding_bytes(base, settings)),
         "training": training["peak"],
         "validation": stays + gib(vae + sampling),
     }
@@ -550,7 +550,7 @@ class Plan(NamedTuple):
     lines: list[str]  # what to tell of it
 
 
-def plan(checkpoint: Checkpoint, text_encoder: dict, settings: Settings, tiling: str, free_gib: float | None) -> Plan:
+def plan(base: BaseModel, text_encoder: dict, settings: Settings, tiling: str, free_gib: float | None) -> Plan:
     """The fastest way that the memory of the GPU allows; the slowest, where none does.
 
     Args:
@@ -560,18 +560,18 @@ def plan(checkpoint: Checkpoint, text_encoder: dict, settings: Settings, tiling:
     """
     level, lines = settings.gradient_checkpointing, []
     if level == "auto":
-        level, reason = choose_checkpointing(free_gib, checkpoint, settings)
+        level, reason = choose_checkpointing(free_gib, base, settings)
         lines = [reason]
     settings = settings._replace(gradient_checkpointing=level)
-    phases = predict(checkpoint, text_encoder, settings)
+    phases = predict(base, text_encoder, settings)
     if tiling == "auto" and free_gib is not None:
         tiled = {phase for phase in phases.keys() & {"clips", "validation"} if needed_gib(phases[phase]) > free_gib}
         settings = settings._replace(tile_encoding="clips" in tiled, tile_decoding="validation" in tiled)
-        phases = predict(checkpoint, text_encoder, settings)
+        phases = predict(base, text_encoder, settings)
         lines.append(f"--enable_tiling auto: tiles for {' and '.join(sorted(tiled)) or 'nothing, there is room'}")
     if free_gib is not None and phases["training"] > free_gib and not any("may not do" in line for line in lines):
-        weights = count_weights(checkpoint.transformer, settings)
-        lines.append(f"training may not fit: {_way_out(checkpoint, settings, weights)}")
+        weights = count_weights(base.transformer, settings)
+        lines.append(f"training may not fit: {_way_out(base, settings, weights)}")
     if 0 < settings.blocks_to_swap <= 2:
         lines.append(
             f"--blocks_to_swap {settings.blocks_to_swap}: saves nothing, as two blocks have a place on the GPU"
@@ -588,7 +588,7 @@ def needed_gib(peak_gib: float) -> float:
     return peak_gib * (1 + SAFETY_SHARE) + SAFETY_GIB
 
 
-def choose_checkpointing(free_gib: float | None, checkpoint: Checkpoint, settings: Settings) -> tuple[str, str]:
+def choose_checkpointing(free_gib: float | None, base: BaseModel, settings: Settings) -> tuple[str, str]:
     """The fastest of `LEVELS` whose training fits into `free_gib`, and a sentence why.
 
     It fits if 10 % more than predicted and 1 GiB are free. Where even "full" does not, it is "full", and the sentence
@@ -598,9 +598,9 @@ def choose_checkpointing(free_gib: float | None, checkpoint: Checkpoint, setting
     if free_gib is None:
         fastest = levels[0]
         return fastest, f"--gradient_checkpointing auto: {fastest}, since there is no GPU whose memory could run out"
-    weights = count_weights(checkpoint.transformer, settings)
+    weights = count_weights(base.transformer, settings)
     peaks = {
-        level: training_parts(checkpoint, settings._replace(gradient_checkpointing=level), weights)["peak"]
+        level: training_parts(base, settings._replace(gradient_checkpointing=level), weights)["peak"]
         for level in levels
     }
     fits = [level for level, peak in peaks.items() if needed_gib(peak) <= free_gib]
@@ -608,16 +608,16 @@ def choose_checkpointing(free_gib: float | None, checkpoint: Checkpoint, setting
     rule = f"needs {needed_gib(peaks[level]):.1f} of {free_gib:.1f} GiB (predicted {peaks[level]:.1f}, 10 % and 1 GiB)"
     reason = f"--gradient_checkpointing auto: {level} {rule}"
     if not fits:
-        return level, f"{reason}, which may not do: {_way_out(checkpoint, settings, weights)}"
+        return level, f"{reason}, which may not do: {_way_out(base, settings, weights)}"
     smaller = levels[: levels.index(level)]
     return level, reason + "".join(f"; {other} would need {needed_gib(peaks[other]):.1f}" for other in smaller)
 
 
-def _way_out(checkpoint: Checkpoint, settings: Settings, weights: Weights) -> str:
+def _way_out(base: BaseModel, settings: Settings, weights: Weights) -> str:
     smaller = "lower --max_num_frames, --height and --width"
-    layers = checkpoint.transformer["num_layers"]
+    layers = base.transformer["num_layers"]
     if settings.sft or settings.blocks_to_swap == layers:
         return smaller
     swapped = settings._replace(gradient_checkpointing="full", blocks_to_swap=layers)
-    needed = needed_gib(training_parts(checkpoint, swapped, weights)["peak"])
+    needed = needed_gib(training_parts(base, swapped, weights)["peak"])
     return f"with --blocks_to_swap {layers} it would need {needed:.1f}; or {smaller}"

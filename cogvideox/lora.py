@@ -1,35 +1,29 @@
-"""What of the transformer is trained, a LoRA or all of it, and the files that are its result."""
+"""What of the transformer is trained, a LoRA or all of it, and how it becomes a file."""
 
 import argparse
-import contextlib
-import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import CogVideoXTransformer3DModel
-from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
-import quantized
-from cogvideox import Checkpoint, empty_transformer, load_transformer
-from dataset import at_least, expanded_path, publish, publish_folder
+from cogvideox import quantized
+from cogvideox.base_model import BaseModel, empty_transformer, load_transformer
+from cogvideox.lora_files import MUTATING, TRANSFORMER_FOLDER, check_start, find_lora_file, save_lora
+from files import at_least, expanded_path, publish_folder
 
 OPTIONS = ("rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora", "init_lora_weights", "base_precision")
+DEFAULT_RANK = 128
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-LORA_FILE = "pytorch_lora_weights.safetensors"
-TRANSFORMER_FOLDER = "transformer"
-# Those that begin with a part of the frozen weights, which is taken out of these.
-MUTATING = ("pissa", "olora")
-CHANGING = (*MUTATING, "corda", "loftq", "lora_ga")  # so do these of PEFT's, which diffusers cannot load
 
 Export = Callable[[dict[str, torch.Tensor], Path], Path]
 
@@ -99,78 +93,50 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
         refuse(f"--{given[0]}: does nothing with --training_type sft, which trains no LoRA; leave it out")
     if args.lora_path and args.init_lora_weights != "default":
         refuse(f"--init_lora_weights {args.init_lora_weights}: --lora_path gives the first values; pass one of the two")
-    if args.init_lora_weights == "orthogonal" and (args.rank or 128) % 2:
+    if args.init_lora_weights == "orthogonal" and (args.rank or DEFAULT_RANK) % 2:
         refuse(f"--rank {args.rank}: must be even for --init_lora_weights orthogonal; pass {args.rank + 1}")
     whole = "--use_dora" if args.use_dora else f"--init_lora_weights {args.init_lora_weights}"
     if args.base_precision != "bf16" and (args.use_dora or args.init_lora_weights.startswith(MUTATING)):
         refuse(f"--base_precision {args.base_precision}: {whole} begins with unquantised weights; pass one of the two")
+    if args.lora_alpha is not None and not args.lora_alpha > 0:
+        refuse(f"--lora_alpha {args.lora_alpha}: must be above 0")
     if not 0 <= args.lora_dropout < 1:
         refuse(f"--lora_dropout {args.lora_dropout}: must be from 0 to below 1")
     if args.ema_decay is not None and not 0 < args.ema_decay < 1:
         refuse(f"--ema_decay {args.ema_decay}: must be above 0 and below 1")
 
 
-def weights_of(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
+def lora_of(args: argparse.Namespace) -> Lora:
+    return Lora(**{name: getattr(args, name) for name in Lora._fields})
+
+
+def trained_parameters(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Those that are trained."""
     return [weight for weight in transformer.parameters() if weight.requires_grad]
 
 
-def count(transformer: torch.nn.Module) -> str:
-    return f"{sum(weight.numel() for weight in weights_of(transformer)) / 1e6:.4g} million weights"
+def count_trained(transformer: torch.nn.Module) -> str:
+    return f"{sum(weight.numel() for weight in trained_parameters(transformer)) / 1e6:.4g} million weights"
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 
-class Average:
-    """A moving average of trained weights (EMA), or nothing if `decay` is None.
-
-    The first updates weigh more, as in diffusers' EMAModel: decay is at most (1 + n) / (10 + n) after n of them.
-    """
-
-    def __init__(self, weights: list[torch.nn.Parameter], decay: float | None):
-        self.weights, self.decay = weights, decay
-        self.restart(0)
-
-    def restart(self, step: int) -> None:
-        """Goes on from what the model holds, which is the average after `step` updates."""
-        if self.decay is not None:
-            self._ema = EMAModel(self.weights, decay=self.decay)
-            self._ema.optimization_step = step
-
-    def step(self) -> None:
-        """To be called after each update."""
-        if self.decay is not None:
-            self._ema.step(self.weights)
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """The model holds the average, for as long as it is needed."""
-        if self.decay is None:
-            yield
-            return
-        self._ema.store(self.weights)
-        self._ema.copy_to(self.weights)
-        try:
-            yield
-        finally:
-            self._ema.restore(self.weights)
-
-
-def check_lora(checkpoint: Checkpoint, lora: Lora, start: Path | None) -> None:
+def check_lora(base: BaseModel, lora: Lora, start: Path | None) -> None:
     """Refuses, from configs and headers alone, a target that is no linear layer and a file to start from that differs.
 
     Raises:
         ValueError: with what to pass instead.
     """
     quantized.check_packages(lora.base_precision, "--base_precision")
-    transformer = empty_transformer(checkpoint.transformer)
+    transformer = empty_transformer(base.transformer)
     for target in lora.lora_target_modules:
         _check_target(transformer, lora, target)
     if start:
+        config = lora._replace(init_lora_weights="default").config()
         with torch.device("meta"):
-            transformer.add_adapter(lora._replace(init_lora_weights="default").config())
-        _check_start(checkpoint, lora, start, get_peft_model_state_dict(transformer))
+            transformer.add_adapter(config)
+        check_start(start, base, config, get_peft_model_state_dict(transformer))
 
 
 def _check_target(transformer: torch.nn.Module, lora: Lora, target: str) -> None:
@@ -199,70 +165,25 @@ def _check_target(transformer: torch.nn.Module, lora: Lora, target: str) -> None
         )
 
 
-def _check_start(checkpoint: Checkpoint, lora: Lora, start: Path, expected: dict) -> None:
-    file = lora_file(start)
-    try:
-        with safe_open(file, framework="pt") as weights:
-            shapes = {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-            header = weights.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"--lora_path {file}: cannot be read as .safetensors ({error}); copy it again") from error
-    trained_on = json.loads(header.get("cogvideox_transformer", "null"))
-    if trained_on not in (None, checkpoint.identity):
-        raise ValueError(
-            f"--lora_path {file}: was trained on another kind of CogVideoX ({header.get('base_model')}) than "
-            f"{checkpoint.name}; pass the one that it was trained on"
-        )
-    settings = json.loads(header.get("lora_adapter_metadata", "{}"))
-    settings = {name.removeprefix("transformer."): value for name, value in settings.items()}
-    rank = next((shape[0] for name, shape in shapes.items() if name.endswith("lora_A.weight")), None)
-    if rank is None:
-        raise ValueError(f"--lora_path {file}: holds no LoRA in diffusers' format, but {next(iter(shapes), 'nothing')}")
-    unknown = [name for name in ("rank_pattern", "alpha_pattern", "lora_bias") if settings.get(name)]
-    unknown += ["init_lora_weights"] * str(settings.get("init_lora_weights")).startswith(CHANGING)
-    if unknown:
-        raise ValueError(
-            f"--lora_path {file}: was made with {unknown[0]} {settings[unknown[0]]}, from which no run starts here; "
-            "convert it into a plain LoRA, or start without it"
-        )
-    # diffusers applies a file that does not say its strength at 1.
-    found = {"r": rank, "lora_alpha": rank, "use_dora": False, "use_rslora": False} | settings
-    same = lora.use_dora == found["use_dora"] and lora.use_rslora == found["use_rslora"] and lora.rank == found["r"]
-    if not (same and math.isclose(lora.lora_alpha, found["lora_alpha"], rel_tol=1e-3)):
-        switches = "".join(f" --{name}" for name in ("use_dora", "use_rslora") if found[name])
-        raise ValueError(
-            f"--lora_path {file}: of other options than those given (rank {lora.rank}, alpha {lora.lora_alpha:g}); "
-            f"go on with --rank {found['r']} --lora_alpha {found['lora_alpha']:g}{switches}, and no others of them"
-        )
-    if wrong := _wrong_shapes(shapes, {f"transformer.{name}": list(weight.shape) for name, weight in expected.items()}):
-        raise ValueError(f"--lora_path {file}: {'; '.join(wrong[:4])}; pass what it was trained with")
+def with_lora(
+    base: BaseModel, dtype: torch.dtype, lora: Lora, start: Path | None, device: torch.device | None = None
+) -> tuple[CogVideoXTransformer3DModel, Export]:
+    """The transformer, frozen in `dtype`, with a LoRA in float32; and what writes the LoRA's file.
 
-
-def _wrong_shapes(found: dict, expected: dict) -> list[str]:
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    wrong = [f"--lora_target_modules: it has no {missing[0]}"] if missing else []
-    wrong += [f"--lora_target_modules: it has {unknown[0]}"] if unknown else []
-    common = sorted(expected.keys() & found.keys())
-    return wrong + [
-        f"its {name} is {found[name]}, here {expected[name]}" for name in common if found[name] != expected[name]
-    ]
-
-
-def lora_file(path: Path) -> Path:
-    """The file itself, or that of a run directory or checkpoint.
-
-    Raises:
-        FileNotFoundError: there is none.
+    Args:
+        device: where blocks are quantised, one layer after the other, so that it never holds more of them.
     """
-    file = path / LORA_FILE if path.is_dir() else path
-    if not path.exists():
-        raise FileNotFoundError(f"--lora_path {path}: no such file or folder; correct the path")
-    if not file.is_file():
-        other = "holds a fine-tuned transformer, " * (path / TRANSFORMER_FOLDER).is_dir()
-        raise FileNotFoundError(
-            f"--lora_path {path}: {other}no {LORA_FILE}; give a run directory or checkpoint of a LoRA, or its file"
-        )
-    return file
+    # What is taken out of the weights must be just what the LoRA begins with, so that happens in float32.
+    transformer = load_transformer(base, torch.float32 if lora.mutates else dtype)
+    add_lora(transformer, lora, dtype, start, device)
+    first = get_peft_model_state_dict(transformer) if lora.mutates else {}
+    first = {name: weight.clone() for name, weight in first.items()}
+
+    def export(state: dict, folder: Path) -> Path:
+        weights = get_peft_model_state_dict(transformer, state_dict=state)
+        return save_lora(_against_the_base(weights, first) if lora.mutates else weights, lora.saved(), folder, base)
+
+    return transformer, export
 
 
 def add_lora(
@@ -293,7 +214,9 @@ def add_lora(
         if not weight.requires_grad:
             weight.data = weight.data.to(dtype)
     if start:
-        weights = {name.removeprefix("transformer."): weight for name, weight in load_file(lora_file(start)).items()}
+        weights = {
+            name.removeprefix("transformer."): weight for name, weight in load_file(find_lora_file(start)).items()
+        }
         set_peft_model_state_dict(transformer, weights)
     elif lora.use_dora:
         _measure_magnitudes(transformer)
@@ -349,27 +272,6 @@ def _measure_magnitudes(transformer) -> None:
             layer.lora_magnitude_vector["default"].weight.copy_(torch.linalg.vector_norm(weight, dim=1))
 
 
-def with_lora(
-    checkpoint: Checkpoint, dtype: torch.dtype, lora: Lora, start: Path | None, device: torch.device | None = None
-) -> tuple[CogVideoXTransformer3DModel, Export]:
-    """The transformer, frozen in `dtype`, with a LoRA in float32; and what writes the LoRA's file.
-
-    Args:
-        device: where blocks are quantised, one layer after the other, so that it never holds more of them.
-    """
-    # What is taken out of the weights must be just what the LoRA begins with, so that happens in float32.
-    transformer = load_transformer(checkpoint, torch.float32 if lora.mutates else dtype)
-    add_lora(transformer, lora, dtype, start, device)
-    first = get_peft_model_state_dict(transformer) if lora.mutates else {}
-    first = {name: weight.clone() for name, weight in first.items()}
-
-    def export(state: dict, folder: Path) -> Path:
-        weights = get_peft_model_state_dict(transformer, state_dict=state)
-        return save_lora(_against_the_base(weights, first) if lora.mutates else weights, lora, folder, checkpoint)
-
-    return transformer, export
-
-
 def _against_the_base(weights: dict, first: dict) -> dict:
     """A LoRA of twice the rank for the weights as published, from one whose first values were taken out of them.
 
@@ -384,45 +286,28 @@ def _against_the_base(weights: dict, first: dict) -> dict:
     return joined
 
 
-def save_lora(weights: dict, lora: Lora, folder: Path, checkpoint: Checkpoint) -> Path:
-    """Writes a LoRA as diffusers' `load_lora_weights(folder)` reads it, at its trained strength.
-
-    diffusers applies any file without `lora_adapter_metadata` at 1.0, whatever alpha was.
-    """
-    metadata = {
-        "format": "pt",
-        "lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in lora.saved().items()}),
-        "base_model": checkpoint.name,
-        "cogvideox_transformer": json.dumps(checkpoint.identity),
-    }
-    publish(
-        folder / LORA_FILE, save({f"transformer.{name}": weight.cpu() for name, weight in weights.items()}, metadata)
-    )
-    return folder / LORA_FILE
-
-
 # ---- the whole transformer -------------------------------------------------------------------------------------------
 
 
-def whole(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[CogVideoXTransformer3DModel, Export]:
+def whole(base: BaseModel, dtype: torch.dtype) -> tuple[CogVideoXTransformer3DModel, Export]:
     """The transformer with all of its weights trainable, in float32; and what writes them in `dtype`.
 
     bfloat16 keeps 8 bits: an update of less than 0.4 % of a weight would round away.
     """
-    transformer = load_transformer(checkpoint, torch.float32)
+    transformer = load_transformer(base, torch.float32)
 
     def export(state: dict, folder: Path) -> Path:
-        return save_transformer({name: weight.to(dtype) for name, weight in state.items()}, folder, checkpoint)
+        return save_transformer({name: weight.to(dtype) for name, weight in state.items()}, folder, base)
 
     return transformer, export
 
 
-def save_transformer(weights: dict, folder: Path, checkpoint: Checkpoint) -> Path:
+def save_transformer(weights: dict, folder: Path, base: BaseModel) -> Path:
     """Writes `folder`/transformer as `CogVideoXTransformer3DModel.from_pretrained` reads it; complete or absent."""
     final, temporary = folder / TRANSFORMER_FOLDER, folder / f".{TRANSFORMER_FOLDER}.incomplete"
-    transformer = empty_transformer(checkpoint.transformer)
+    transformer = empty_transformer(base.transformer)
     transformer.load_state_dict(weights, assign=True)
-    transformer.register_to_config(_name_or_path=checkpoint.name)  # where diffusers looks for what it was made from
+    transformer.register_to_config(_name_or_path=base.name)  # where diffusers looks for what it was made from
     shutil.rmtree(temporary, ignore_errors=True)
     transformer.save_pretrained(temporary)
     for file in temporary.iterdir():

@@ -1,13 +1,15 @@
-"""The optimizer, and the course of its learning rate."""
+"""The optimizer, its learning-rate schedule, and the moving average (EMA) of the trained weights."""
 
 import argparse
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel
 
-from dataset import at_least
+from files import at_least
 
 KINDS = ["adamw", "adam", "prodigy"]
 OPTIONS = (
@@ -40,6 +42,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
     """Refuses combinations in which an option would do nothing; `refuse` ends the program with a message."""
+    for name in ("learning_rate", "max_grad_norm"):
+        if not getattr(args, name) > 0:
+            refuse(f"--{name} {getattr(args, name)}: must be above 0")
     prodigy = args.optimizer == "prodigy"
     given = [name for name, value in vars(args).items() if name.startswith("prodigy_") and value]
     if given and not prodigy:
@@ -50,6 +55,10 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
         refuse("--use_8bit_adam: does nothing with --optimizer prodigy; pass --optimizer adamw, or leave it out")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         refuse("--lr_warmup_steps: does nothing with --lr_scheduler constant; pass constant_with_warmup")
+
+
+def default_learning_rate(optimizer: str, training_type: str) -> float:
+    return 1.0 if optimizer == "prodigy" else {"lora": 1e-4, "sft": 1e-5}[training_type]
 
 
 def make_optimizer(
@@ -92,10 +101,47 @@ def _optional(package: str, option: str):
         raise ValueError(f"{option}: needs {package}, which cannot be imported; pip install {package}") from error
 
 
-def make_lr_scheduler(optimizer, name: str, warmup_steps: int, total_steps: int, cycles: int, power: float):
+def make_lr_scheduler(
+    optimizer, name: str, *, warmup_steps: int, total_steps: int, cycles: int = 1, power: float = 1.0
+):
     """One of diffusers' schedules over `total_steps` updates, whatever the number of ranks."""
     if warmup_steps >= max(total_steps, 1):
         raise ValueError(
             f"--lr_warmup_steps {warmup_steps}: the run has {total_steps} updates; warm up for fewer of them"
         )
     return get_scheduler(name, optimizer, None, warmup_steps, total_steps, cycles, power)
+
+
+class WeightAverage:
+    """A moving average of trained weights (EMA), or nothing if `decay` is None.
+
+    The first updates weigh more, as in diffusers' EMAModel: decay is at most (1 + n) / (10 + n) after n of them.
+    """
+
+    def __init__(self, weights: list[torch.nn.Parameter], decay: float | None):
+        self.weights, self.decay = weights, decay
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """Goes on from what the model holds, which is the average after `step` updates."""
+        if self.decay is not None:
+            self._ema = EMAModel(self.weights, decay=self.decay)
+            self._ema.optimization_step = step
+
+    def step(self) -> None:
+        """To be called after each update."""
+        if self.decay is not None:
+            self._ema.step(self.weights)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model holds the average, for as long as it is needed."""
+        if self.decay is None:
+            yield
+            return
+        self._ema.store(self.weights)
+        self._ema.copy_to(self.weights)
+        try:
+            yield
+        finally:
+            self._ema.restore(self.weights)

@@ -16,10 +16,10 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import swapping
-from dataset import at_least
-from memory import LEVELS
+from cogvideox import swapping
+from files import at_least
 
+LEVELS = ("none", "attention", "full")  # of recomputation: nothing, all but attention's outputs, every block
 BACKEND_HELP = "kernel of attention while training; auto: PyTorch chooses; flash3 needs flash_attn_3"
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -109,6 +109,7 @@ def check_fp8_kernels(capability: tuple[int, int]) -> None:
 def prepare(
     transformer: CogVideoXTransformer3DModel,
     level: str,
+    *,
     compiled: bool = False,
     backend: str = "auto",
     blocks_to_swap: int = 0,

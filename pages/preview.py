@@ -19,8 +19,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
-import cogvideox
-import dataset
+from clips import frames, listing
+from clips.facts import Facts, count_clips, examine, headline, list_problems, remarks
+from clips.frames import View, decode, first_image
+from clips.listing import Clip, read_clips
+from cogvideox.base_model import BaseModel, check_training, load_tokenizer, read_base_model
+from cogvideox.encoders import cut_caption
+from files import at_least, expanded_path, publish
 
 NUM_FRAMES = 5  # of each clip, first and last among them
 CELL, GAP, MARGIN = 240, 6, 16  # pixels: a frame's longest side in the sheet, between frames, around rows
@@ -51,21 +56,22 @@ class Row(NamedTuple):
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     about = "Shows what a model will see of a dataset: prints a table of its clips, and draws some of them."
     parser = argparse.ArgumentParser("python dataset.py preview", description=about, allow_abbrev=False)
-    path = dataset.expanded_path
+    path = expanded_path
     parser.add_argument("folder", type=path, metavar="FOLDER", help="with the two list files and the videos")
-    data = dataset.add_options(parser).add_argument
-    data("--seed", type=dataset.at_least(0), default=42, help="decides where --video_reshape_mode random cuts")
+    data = parser.add_argument_group("data")
+    listing.add_options(data)
+    frames.add_options(data)
+    data.add_argument("--seed", type=at_least(0), default=42, help="decides where --video_reshape_mode random cuts")
     sheet = parser.add_argument_group("picture").add_argument
     sheet("--output", type=path, metavar="FILE", help="a .png (default: preview.png in FOLDER)")
-    sheet("--clips", type=dataset.at_least(1), default=40, metavar="N", help="draw at most N, evenly over the list")
+    sheet("--clips", type=at_least(1), default=40, metavar="N", help="draw at most N, evenly over the list")
     model = parser.add_argument_group("model, to see what it refuses and where its captions end").add_argument
     model("--pretrained_model_name_or_path", metavar="NAME", help="CogVideoX folder or hub name; no weights are read")
     model("--revision", help="branch, tag or commit of the hub repository")
     model("--cache_dir", type=path, help="folder for downloads (default: that of huggingface_hub)")
     args = parser.parse_args(argv)
     args.output = args.output or args.folder / "preview.png"
-    for problem in dataset.size_problems(args.height, args.width, args.max_num_frames):
-        parser.error(problem)
+    frames.check_options(args, parser.error)
     return parser, args
 
 
@@ -80,22 +86,20 @@ def check_output(path: Path) -> None:
         raise ValueError(f"--output {path}: {path.parent} is not writable; {rule}")
 
 
-def read_checkpoint(args: argparse.Namespace) -> cogvideox.Checkpoint | None:
+def read_base(args: argparse.Namespace) -> BaseModel | None:
     """What is to be trained, if it is given and can be trained with these options."""
     if not args.pretrained_model_name_or_path:
         return None
-    checkpoint = cogvideox.read_checkpoint(
-        args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir
-    )
+    base = read_base_model(args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir)
     image_options = ["--image_column"] if args.image_column else []
-    cogvideox.check_training(checkpoint, torch.bfloat16, args.max_num_frames, args.height, args.width, image_options)
-    return checkpoint
+    check_training(base, torch.bfloat16, args.max_num_frames, args.height, args.width, image_options)
+    return base
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def table(root: Path, clips: list[dataset.Clip], facts: list[dataset.Facts | None], view: dataset.View) -> list[str]:
+def table(root: Path, clips: list[Clip], facts: list[Facts | None], view: View) -> list[str]:
     """A line per clip; columns are as wide as what stands in them."""
     rows = [("line", "file", "pixels", "fps", "seconds", "frames", "end unseen", "cropped", "scaled")]
     for clip, fact in zip(clips, facts):
@@ -117,7 +121,7 @@ def _columns(text: str) -> int:
     return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
-def _describe(fact: dataset.Facts, view: dataset.View) -> tuple[str, ...]:
+def _describe(fact: Facts, view: View) -> tuple[str, ...]:
     scale, unseen = fact.scale(view), fact.unseen_seconds
     return (
         f"{fact.width}x{fact.height}",
@@ -135,7 +139,7 @@ def _name(root: Path, video: Path) -> str:
     return str(video.relative_to(root)) if video.is_relative_to(root) else str(video)
 
 
-def spread(facts: list[dataset.Facts]) -> list[str]:
+def spread(facts: list[Facts]) -> list[str]:
     """How often each size and rate is there, and how long the files are."""
     sizes = Counter(f"{fact.width}x{fact.height}" for fact in facts)
     rates = Counter(f"{round(fact.fps, 2):g}" for fact in facts)
@@ -154,12 +158,12 @@ def _counts(counter: Counter, most: int = 8) -> str:
     return ", ".join(parts) + (f", {len(counter) - most} others" if len(counter) > most else "")
 
 
-def cut_captions(clips: list[dataset.Clip], checkpoint: cogvideox.Checkpoint | None) -> list[str]:
+def cut_captions(clips: list[Clip], base: BaseModel | None) -> list[str]:
     """Which captions are longer than the model reads, and exactly what is cut off of them."""
-    if not checkpoint:
+    if not base:
         return ["captions: length not checked; pass --pretrained_model_name_or_path for its tokenizer"]
-    tokenizer, most = cogvideox.load_tokenizer(checkpoint), checkpoint.transformer["max_text_seq_length"]
-    lengths = [(clip.line, *cogvideox.cut_caption(tokenizer, clip.caption, most)) for clip in clips]
+    tokenizer, most = load_tokenizer(base), base.transformer["max_text_seq_length"]
+    lengths = [(clip.line, *cut_caption(tokenizer, clip.caption, most)) for clip in clips]
     long = [f"  line {line}: {tokens} tokens, cut off: {cut}" for line, tokens, cut in lengths if cut]
     longest = max((tokens for _, tokens, _ in lengths), default=0)
     return [f"captions: {len(long)} longer than {most} tokens; the longest has {longest}", *long]
@@ -182,18 +186,18 @@ def thumbnail(frame: torch.Tensor) -> Image.Image:
     return image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS)
 
 
-def draw_row(root: Path, clip: dataset.Clip, fact: dataset.Facts, view: dataset.View, random_flip: bool) -> Row:
+def draw_row(root: Path, clip: Clip, fact: Facts, view: View, random_flip: bool) -> Row:
     """Frames as training encodes them; the image that it starts from before, a mirrored one behind.
 
     Raises:
         ValueError: the video stops in the middle of decoding.
     """
-    frames = dataset.decode(clip, view, mirrored=False)  # [F, H, W, C]
-    cells = [(f"{i / view.fps:.2f} s", thumbnail(frames[i])) for i in evenly(len(frames), NUM_FRAMES)]
+    shown = decode(clip, view, mirrored=False)  # [F, H, W, C]
+    cells = [(f"{i / view.fps:.2f} s", thumbnail(shown[i])) for i in evenly(len(shown), NUM_FRAMES)]
     if clip.image:
-        cells.insert(0, ("image", thumbnail(dataset.first_image(clip, frames, view, False))))
+        cells.insert(0, ("image", thumbnail(first_image(clip, shown, view, mirrored=False))))
     if random_flip:
-        cells.append(("mirrored", thumbnail(dataset.decode(clip, view, mirrored=True)[0])))
+        cells.append(("mirrored", thumbnail(decode(clip, view, mirrored=True)[0])))
     size, rate, seconds, counts, *_ = _describe(fact, view)
     title = f"line {clip.line}: {_name(root, clip.video)}, {size}, {rate} fps, {seconds} s, frames {counts}"
     return Row(cells, title, clip.caption)
@@ -308,7 +312,7 @@ def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> int:
 # ---- the story -------------------------------------------------------------------------------------------------------
 
 
-def write_sheet(args, clips: list[dataset.Clip], facts: list[dataset.Facts], view: dataset.View) -> list[str]:
+def write_sheet(args, clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
     """Draws some of the clips into a file; returns what is wrong with those that cannot be decoded to their end."""
     rows, problems = [], []
     chosen = evenly(len(clips), args.clips)
@@ -322,11 +326,11 @@ def write_sheet(args, clips: list[dataset.Clip], facts: list[dataset.Facts], vie
         content = io.BytesIO()
         sheet.save(content, "PNG")
         try:
-            dataset.publish(args.output, content.getvalue())
+            publish(args.output, content.getvalue())
         except OSError as error:
             raise ValueError(f"--output {args.output}: cannot be written ({error.strerror}); give another") from error
         left_out = len(clips) - len(chosen)
-        print(f"{args.output}: {dataset.count_clips(len(rows))}" + f", {left_out} left out (--clips)" * (left_out > 0))
+        print(f"{args.output}: {count_clips(len(rows))}" + f", {left_out} left out (--clips)" * (left_out > 0))
         if missing:
             print(f"shown as boxes there, for want of a font that has them: {' '.join(sorted(missing)[:40])}")
     return problems
@@ -334,18 +338,14 @@ def write_sheet(args, clips: list[dataset.Clip], facts: list[dataset.Facts], vie
 
 def preview(args: argparse.Namespace) -> list[str]:
     """Prints the table and writes the picture of the clips that can be used; returns what is wrong with the others."""
-    clips, problems = dataset.read_clips(
-        args.folder, args.caption_column, args.video_column, args.image_column, args.id_token
-    )
+    clips, problems = read_clips(args.folder, args.caption_column, args.video_column, args.image_column, args.id_token)
     check_output(args.output)
-    checkpoint = read_checkpoint(args)
-    view = dataset.View(
-        args.height, args.width, args.fps, args.max_num_frames, args.skip_frames_start, args.skip_frames_end,
-        args.video_reshape_mode, args.seed, checkpoint is not None and checkpoint.takes_image,
-        checkpoint is not None and checkpoint.fixed_size is not None,
-    )  # fmt: skip
+    base = read_base(args)
+    view = frames.view_of(
+        args, with_image=base is not None and base.takes_image, whole=base is not None and base.fixed_size is not None
+    )
     with ThreadPoolExecutor() as threads:
-        examined = list(threads.map(partial(dataset.examine, view=view), clips))
+        examined = list(threads.map(partial(examine, view=view), clips))
     problems += [problem for _, problem in examined if problem]
     print(*table(args.folder, clips, [fact for fact, _ in examined], view), sep="\n")
     good = [(clip, fact) for clip, (fact, _) in zip(clips, examined) if fact]
@@ -353,8 +353,8 @@ def preview(args: argparse.Namespace) -> list[str]:
         print("no picture: none of the clips can be used")
         return problems
     clips, facts = map(list, zip(*good))
-    lines = [dataset.headline(facts, view), *dataset.remarks(clips, facts, view), *spread(facts)]
-    print("", *lines, *cut_captions(clips, checkpoint), sep="\n")
+    lines = [headline(facts, view), *remarks(clips, facts, view), *spread(facts)]
+    print("", *lines, *cut_captions(clips, base), sep="\n")
     return problems + write_sheet(args, clips, facts, view)
 
 
@@ -362,7 +362,7 @@ def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
     try:
         if problems := preview(args):
-            raise ValueError(dataset.list_problems(args.folder, problems, "training refuses it"))
+            raise ValueError(list_problems(args.folder, problems, "training refuses it"))
     except (ValueError, FileNotFoundError) as error:
         sys.stdout.flush()
         parser.exit(2, f"{parser.prog}: error: {error}\n")

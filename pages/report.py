@@ -13,31 +13,30 @@ import statistics
 import time
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import quote
 
-import checkpoints
-import dataset
+from files import publish
+from run.run_directory import (
+    ARGS_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    ValidationVideos,
+    read_args,
+    read_best,
+    read_metrics,
+    read_validation_videos,
+)
 
-REPORT_FILE = "report.html"
-TEMPLATE = Path(__file__).with_name("report_template.html")
+TEMPLATE = Path(__file__).with_name("report_template.html.jinja")
 POINTS_PER_CURVE = 1000
 EMBEDDED_MIB = 100  # of videos; browsers give up on pages of several hundred
 PACE_ROWS = 100  # the last ones, that say how long a step takes now
 
 
-class Column(NamedTuple):
-    """The validation videos of one step."""
-
-    step: int
-    folder: Path
-    prompts: dict[str, str]  # by file name
-
-
 def write_report(output_dir: Path) -> Path:
     """The page of a run, at whatever point it stands, written anew to its directory."""
-    run, best = _read_json(output_dir / "args.json"), _read_json(output_dir / "checkpoint-best" / "best.json")
-    rows, columns = checkpoints.read_metrics(output_dir), find_columns(output_dir)
+    run, best = read_args(output_dir), read_best(output_dir)
+    rows, columns = read_metrics(output_dir), read_validation_videos(output_dir)
     drawn = panels(rows, best)
     name = output_dir.absolute().name
     parts = {
@@ -52,12 +51,8 @@ def write_report(output_dir: Path) -> Path:
     }
     # In one pass: a prompt may hold what looks like a placeholder.
     page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], TEMPLATE.read_text(encoding="utf-8"))
-    dataset.publish(output_dir / REPORT_FILE, page.encode())
+    publish(output_dir / REPORT_FILE, page.encode())
     return output_dir / REPORT_FILE
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def json_for_script(content) -> str:
@@ -228,17 +223,7 @@ def figure(number: int, panel: dict) -> str:
 # ---- videos ----------------------------------------------------------------------------------------------------------
 
 
-def find_columns(output_dir: Path) -> list[Column]:
-    """The steps with validation videos, the base model (step 0) first."""
-    found = []
-    for path in (output_dir / "validation").glob("step-*/prompts.json"):
-        step = path.parent.name.removeprefix("step-")
-        if step.isdecimal():
-            found.append(Column(int(step), path.parent, _read_json(path)))
-    return sorted(found)
-
-
-def video_grid(columns: list[Column], best: dict) -> str:
+def video_grid(columns: list[ValidationVideos], best: dict) -> str:
     """A row per prompt and seed, a column per step."""
     cases = sorted({case for column in columns for case in column.prompts.items()})
     embedded = embedded_steps(columns)
@@ -259,7 +244,7 @@ def video_grid(columns: list[Column], best: dict) -> str:
     )
 
 
-def embedded_steps(columns: list[Column]) -> set[int]:
+def embedded_steps(columns: list[ValidationVideos]) -> set[int]:
     """The steps whose videos go into the page: the base model, then the latest, as far as EMBEDDED_MIB goes."""
     left, chosen = EMBEDDED_MIB * 2**20, set()
     for column in columns[:1] + columns[:0:-1]:
@@ -286,7 +271,7 @@ def _row_heading(file: str, prompt: str) -> str:
     )
 
 
-def _cell(column: Column, file: str, prompt: str, embed: bool) -> str:
+def _cell(column: ValidationVideos, file: str, prompt: str, embed: bool) -> str:
     path = column.folder / file
     if column.prompts.get(file) != prompt:
         return '<td class="empty">not made at this step</td>'
@@ -335,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Makes report.html of a run directory anew.", allow_abbrev=False)
     parser.add_argument("run_dir", type=lambda path: Path(path).expanduser(), help="--output_dir of the training")
     run_dir = parser.parse_args(argv).run_dir
-    if not any((run_dir / name).is_file() for name in ("args.json", checkpoints.METRICS_FILE)):
+    if not any((run_dir / name).is_file() for name in (ARGS_FILE, METRICS_FILE)):
         parser.error(f"{run_dir}: holds neither args.json nor metrics.jsonl; pass the --output_dir of a training")
     print(write_report(run_dir))
 

@@ -4,7 +4,8 @@ import argparse
 import io
 import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -15,9 +16,14 @@ from diffusers.utils import export_to_video
 from PIL import Image
 from tqdm.auto import tqdm
 
-import checkpoints
-import cogvideox
-import dataset
+from clips.frames import read_image
+from clips.order import Ranks
+from cogvideox.base_model import BaseModel
+from cogvideox.objective import generator_for, training_loss
+from cogvideox.sampling import sample_video
+from dataset import Data, load_prompt_embeds
+from files import at_least
+from run.run_directory import write_validation_videos
 
 
 class Video(NamedTuple):
@@ -31,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     check("--validation_prompt", metavar="TEXT", help="prompts to make videos of while training and at the end")
     check("--validation_prompt_separator", default=":::", metavar="TEXT", help="stands between the prompts")
     check("--validation_images", metavar="FILES", help="image-to-video: theirs, with the separator (default: of clips)")
-    positive = dataset.at_least(1)
+    positive = at_least(1)
     check("--num_validation_videos", type=positive, default=1, metavar="N", help="videos per prompt, a seed each")
     check("--validation_epochs", type=positive, default=50, metavar="N", help="validate every N epochs")
     check("--validation_steps", type=positive, metavar="N", help="validate every N updates, too")
@@ -69,25 +75,26 @@ def quantiles(num_train_timesteps: int, count: int = 4) -> list[int]:
 
 
 @torch.no_grad()
-def held_out_losses(accelerator, ranks, checkpoint, transformer, data: dataset.Data, encode, seed: int, dtype) -> dict:
+def held_out_losses(
+    accelerator, ranks: Ranks, base: BaseModel, transformer, *, data: Data, encode_images, seed: int, dtype
+) -> dict[str, float]:
     """Mean loss over the clips, "validation_loss", and at each timestep, "validation_loss_t125" and so on.
 
     Each clip and timestep has a noise of its own, always the same, and is a batch by itself: equal weights give equal
     numbers, on any number of ranks. To be called by every rank.
 
     Args:
-        encode: from `cogvideox.image_encoder`.
+        encode_images: from `encoders.image_encoder`.
     """
-    timesteps = quantiles(checkpoint.scheduler.config.num_train_timesteps)
+    timesteps = quantiles(base.scheduler.config.num_train_timesteps)
     jobs = [(clip, timestep) for clip in range(len(data.shapes)) for timestep in timesteps]
     device, losses = accelerator.device, []
     transformer.eval()  # no dropout
     for clip, timestep in _equal_share(ranks, jobs):
         batch = {name: tensor[None] for name, tensor in data.clips[clip, False].items()}
-        generator = cogvideox.generator_for(device, seed, "held out", clip, timestep)
-        loss = cogvideox.training_loss(
-            checkpoint, transformer, batch, generator, dtype, encode, torch.tensor([timestep], device=device)
-        )
+        generator = generator_for(device, seed, "held out", clip, timestep)
+        timesteps_of_batch = torch.tensor([timestep], device=device)
+        loss = training_loss(base, transformer, batch, generator, dtype, encode_images, timesteps_of_batch)
         losses.append(((clip, timestep), loss.item()))
     transformer.train()
     losses = dict(ranks.gather(losses))
@@ -97,25 +104,38 @@ def held_out_losses(accelerator, ranks, checkpoint, transformer, data: dataset.D
     return {"validation_loss": fmean(by_timestep.values())} | by_timestep
 
 
-def _equal_share(ranks: dataset.Ranks, jobs: list) -> list:
+def _equal_share(ranks: Ranks, jobs: list) -> list:
     """As many for every rank, some twice: the ranks of a sharded model compute together."""
     turns = -(-len(jobs) // ranks.count) * ranks.count
     return ranks.share(list(itertools.islice(itertools.cycle(jobs), turns)))
 
 
-def cases(data: dataset.Data, prompts: list[str], images: list[Path | None], height: int, width: int) -> list[tuple]:
+def cases(data: Data, prompts: list[str], images: list[Path | None], height: int, width: int) -> list[tuple]:
     """Each prompt, and what image-to-video starts from: the image given for it, or the first frame of a clip."""
     if not data.has_images:
         return [(prompt, None) for prompt in prompts]
     images = images + [None] * (len(prompts) - len(images))
     return [
-        (prompt, dataset.read_image(image, height, width) if image else data.first_image(i % len(data.shapes)))
+        (prompt, read_image(image, height, width) if image else data.first_image(i % len(data.shapes)))
         for i, (prompt, image) in enumerate(zip(prompts, images))
     ]
 
 
-def validate(accelerator, ranks, checkpoint, transformer, vae, cases: list[tuple[str, torch.Tensor | None]],
-             embeds: dict[str, Path], output_dir: Path, step: int, *, seeds, fps: int, **options) -> None:  # fmt: skip
+def validate(
+    accelerator,
+    ranks: Ranks,
+    base: BaseModel,
+    transformer,
+    *,
+    vae: AbstractContextManager,
+    cases: list[tuple[str, torch.Tensor | None]],
+    prompt_embeds: dict[str, Path],
+    output_dir: Path,
+    step: int,
+    seeds: Iterable[int],
+    fps: int,
+    **options,
+) -> None:
     """Samples every case with every seed, each rank its share; the main rank writes and logs the videos.
 
     The noise depends on case and seed alone, so that videos of different steps can be compared, and comes from
@@ -124,30 +144,27 @@ def validate(accelerator, ranks, checkpoint, transformer, vae, cases: list[tuple
     Args:
         vae: context manager that gives it, for as long as it is needed.
         cases: (prompt, first image, uint8 [H, W, C], or None).
-        embeds: cached embeddings of the prompts, and that of "", which guidance moves away from.
+        prompt_embeds: cached embeddings of the prompts, and that of "", which guidance moves away from.
         options: of the pipeline's __call__.
     """
     jobs = [(i, prompt, image, seed) for i, (prompt, image) in enumerate(cases) for seed in seeds]
     mine = _equal_share(ranks, jobs)
-    embeds = {text: dataset.load_prompt_embeds(path).to(accelerator.device) for text, path in embeds.items()}
+    embeds = {text: load_prompt_embeds(path).to(accelerator.device) for text, path in prompt_embeds.items()}
     bar = tqdm(mine, f"Validation, step {step}", unit="video", leave=False, disable=not accelerator.is_main_process)
     videos = []
     transformer.eval()  # no dropout
     with vae as loaded_vae:
         for i, prompt, image, seed in bar:
-            frames = cogvideox.sample_video(
-                accelerator.unwrap_model(transformer), loaded_vae, checkpoint.scheduler, embeds[prompt], embeds[""],
-                image=image, generator=cogvideox.generator_for(accelerator.device, seed, i), **options,
+            frames = sample_video(
+                accelerator.unwrap_model(transformer), loaded_vae, base.scheduler, embeds[prompt], embeds[""],
+                image=image, generator=generator_for(accelerator.device, seed, i), **options,
             )  # fmt: skip
             videos.append(Video(f"prompt-{i:02d}_seed-{seed}.mp4", prompt, encode_mp4(frames, fps)))
     transformer.train()
     # As bytes, so that they reach the main rank's disk from other machines too.
     videos = list({video.name: video for video in ranks.gather(videos)}.values())
     if accelerator.is_main_process:
-        folder = output_dir / "validation" / f"step-{step:06d}"
-        for video in videos:
-            dataset.publish(folder / video.name, video.mp4)
-        checkpoints.write_json(folder / "prompts.json", {video.name: video.prompt for video in videos})
+        folder = write_validation_videos(output_dir, step, videos)
         log_videos(accelerator, folder, videos, step)
 
 

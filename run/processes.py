@@ -23,8 +23,8 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-import dataset
-from dataset import Ranks
+from clips.order import Ranks
+from files import publish
 
 
 def start(
@@ -125,7 +125,7 @@ def sharing(ranks: Ranks, folder: Path, option: str) -> Ranks:
     problem = None
     if first:
         try:
-            dataset.publish(mark, b"")
+            publish(mark, b"")
         except OSError as error:
             problem = f"{folder}: cannot be written to ({error.strerror}); give another folder with {option}"
     if problems := ranks.gather([problem] if problem else []):

@@ -1,0 +1,197 @@
+"""VAE and T5: uint8 frames and captions -> what the cache keeps, with the models in memory only while they encode.
+
+Shapes: B batch, F frames, C channels, H height, W width; lower-case f c h w are latent sizes,
+f = (F - 1) / 4 + 1, h = H / 8, w = W / 8. L prompt tokens, D text width.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKLCogVideoX
+from transformers import T5EncoderModel
+
+from cogvideox import quantized
+from cogvideox.base_model import BaseModel, load_tokenizer
+
+TOKENS_AT_ONCE = 1024  # of captions with their padding, in T5
+PIXELS_AT_ONCE = 2**20  # of small clips, all their frames, in the VAE
+
+
+class Encoder(NamedTuple):
+    """A VAE or T5, not loaded yet."""
+
+    fingerprint: str  # tells encoders apart that encode differently
+    load: Callable[[], AbstractContextManager[Callable]]  # the function that encodes, for as long as it is needed
+    at_once: Callable[[tuple[int, ...]], int]  # how many, of a clip's [F, H, W, C] or a caption's (), it takes together
+
+
+def encoders(
+    base: BaseModel, dtype, device, *, tiling: bool, slicing: bool, text_precision: str = "bf16", text_device=None
+) -> tuple[Encoder, Encoder]:
+    """Of clips and of captions, not loaded yet.
+
+    Args:
+        text_device: that of captions (default: `device`).
+    """
+    video = partial(video_encoder, base, dtype, device, tiling=tiling, slicing=slicing)
+    caption = partial(caption_encoder, base, dtype, text_device or device, text_precision)
+    captions_at_once = max(1, TOKENS_AT_ONCE // base.transformer["max_text_seq_length"])
+    return (
+        Encoder(vae_fingerprint(base, dtype, tiling), video, (lambda _: 1) if slicing else clips_at_once),
+        Encoder(text_fingerprint(base, dtype, text_precision), caption, lambda _: captions_at_once),
+    )
+
+
+def clips_at_once(shape: tuple[int, ...]) -> int:
+    """How many clips [F, H, W, C] the VAE encodes together: small ones in pairs, of larger ones one.
+
+    Together they need a third of the memory of one clip of 49x480x720 at most. The last batch is filled up, which costs
+    more than calling the VAE less often saves once a clip keeps the processor busy by itself.
+    """
+    num_frames, height, width, _ = shape
+    return max(1, min(2, PIXELS_AT_ONCE // (num_frames * height * width)))
+
+
+# ---- models in memory for the length of a with block -----------------------------------------------------------------
+
+
+@contextmanager
+def loaded_vae(base: BaseModel, dtype, device, *, tiling: bool, slicing: bool) -> Iterator[AutoencoderKLCogVideoX]:
+    """The VAE, for the length of a `with` block."""
+    vae = AutoencoderKLCogVideoX.from_pretrained(base.folder, subfolder="vae", dtype=dtype, variant=base.variant)
+    if tiling:
+        # The tile of the published VAEs. diffusers 0.42.1 takes half the size in the VAE's config, and where that is no
+        # multiple of 48 x 40 what it stitches is larger than what it was given.
+        vae.enable_tiling(tile_sample_min_height=240, tile_sample_min_width=360)
+    if slicing:
+        vae.enable_slicing()
+    try:
+        yield vae.to(device).eval()
+    finally:
+        vae.to("meta")  # frees the memory whoever still refers to it
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def video_encoder(base: BaseModel, dtype, device, *, tiling: bool, slicing: bool) -> Iterator[Callable]:
+    """`encode_videos` with a VAE that is in memory for the length of a `with` block."""
+    with loaded_vae(base, dtype, device, tiling=tiling, slicing=slicing) as vae:
+        yield partial(encode_videos, vae)
+
+
+@contextmanager
+def image_encoder(base: BaseModel, dtype, device, *, tiling: bool, slicing: bool) -> Iterator[Callable | None]:
+    """`encode_images` with the encoder half of a VAE, for the length of a `with` block; None for text-to-video."""
+    if not base.takes_image:
+        yield None
+        return
+    with loaded_vae(base, dtype, device, tiling=tiling, slicing=slicing) as vae:
+        vae.decoder.to("meta")
+        torch.cuda.empty_cache()
+        yield partial(encode_images, vae)
+
+
+@contextmanager
+def caption_encoder(base: BaseModel, dtype, device, precision: str = "bf16") -> Iterator[Callable]:
+    """`encode_captions` with a T5 that is in memory for the length of a `with` block.
+
+    Args:
+        precision: of its linear layers, of `quantized.PRECISIONS`; they are quantised one after the other on `device`.
+    """
+    folder = base.folder
+    tokenizer = load_tokenizer(base)
+    text_encoder = T5EncoderModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, variant=base.variant)
+    if precision != "bf16":
+        quantized.quantize_linears(text_encoder.encoder, precision, device)
+    text_encoder.to(device).eval()
+    try:
+        yield partial(encode_captions, tokenizer, text_encoder, max_length=base.transformer["max_text_seq_length"])
+    finally:
+        text_encoder.to("meta")  # frees the memory whoever still refers to it
+        torch.cuda.empty_cache()
+
+
+# ---- encode ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_videos(vae: AutoencoderKLCogVideoX, frames: torch.Tensor) -> torch.Tensor:
+    """Parameters of the latents' distribution [B, 2c, f, h, w], mean then log-variance, for uint8 [B, F, H, W, C].
+
+    Those of a clip depend on the size of its batch by rounding, and on the other clips in it not at all.
+    """
+    video = frames.to(vae.device).permute(0, 4, 1, 2, 3)  # [B, C, F, H, W]
+    video = (video.float() / 127.5 - 1).to(vae.dtype)
+    return vae.encode(video).latent_dist.parameters
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKLCogVideoX, images: torch.Tensor) -> torch.Tensor:
+    """Parameters of the latents' distribution [B, 2c, 1, h, w] for images [B, H, W, C] in [-1, 1]."""
+    return vae.encode(images.permute(0, 3, 1, 2)[:, :, None].to(vae.dtype)).latent_dist.parameters
+
+
+@torch.no_grad()
+def encode_captions(tokenizer, text_encoder: T5EncoderModel, captions: list[str], max_length: int) -> torch.Tensor:
+    """Embeddings [B, L, D]; the padding is kept and no mask is used, since CogVideoX attends to all L tokens."""
+    for caption in captions:
+        length = len(tokenizer(caption, verbose=False).input_ids)
+        if length > max_length:
+            warnings.warn(
+                f"CogVideoX reads {max_length} tokens of a caption; the last {length - max_length} are cut off of: "
+                f"{caption[:60]} ...",
+                stacklevel=2,
+            )
+    tokens = tokenizer(captions, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
+    return text_encoder(tokens.input_ids.to(text_encoder.device))[0]
+
+
+def cut_caption(tokenizer, caption: str, max_length: int) -> tuple[int, str]:
+    """How many tokens a caption has, and what of its text `encode_captions` cuts off."""
+    tokens = tokenizer(caption, verbose=False, return_offsets_mapping=True)
+    num_tokens = len(tokens.input_ids)
+    if num_tokens <= max_length:
+        return num_tokens, ""
+    begin, _ = tokens.offset_mapping[max_length - 1]  # of the first that makes room for the end-of-text token
+    return num_tokens, caption[begin:].strip()
+
+
+# ---- what tells encoders apart ---------------------------------------------------------------------------------------
+
+
+def vae_fingerprint(base: BaseModel, dtype: torch.dtype, tiling: bool) -> str:
+    """Tells apart VAEs, and uses of one, that encode differently; slicing does so by rounding alone."""
+    return _fingerprint(base.folder / "vae", dtype=dtype, tiling=tiling)
+
+
+def text_fingerprint(base: BaseModel, dtype: torch.dtype, precision: str = "bf16") -> str:
+    """Tells apart text encoders, and uses of one, that encode differently; on another device it is the same."""
+    folder, settings = base.folder, {"dtype": dtype, "length": base.transformer["max_text_seq_length"]}
+    if precision != "bf16":  # which has the fingerprint that caches are filled with
+        settings["precision"] = precision
+    return _fingerprint(folder / "tokenizer") + _fingerprint(folder / "text_encoder", **settings)
+
+
+def _fingerprint(folder: Path, **settings) -> str:
+    """A hash over the files of a model and the settings it runs with.
+
+    Of a file over 16 MiB it reads 1,024 evenly spaced blocks of 4 KiB: T5 has 9.5 GB, and training moves all of it.
+    """
+    digest = hashlib.sha256(repr(sorted(settings.items())).encode())
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin", ".model")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            if size <= 1 << 24:
+                digest.update(file.read())
+                continue
+            for i in range(1024):
+                file.seek(i * (size - 4096) // 1023)
+                digest.update(file.read(4096))
+    return digest.hexdigest()

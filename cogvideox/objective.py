@@ -1,0 +1,166 @@
+"""The training objective: latents, conditioning, noise, and the velocity loss.
+
+Shapes: B batch, F frames, C channels, H height, W width; lower-case f c h w are latent sizes,
+f = (F - 1) / 4 + 1, h = H / 8, w = W / 8. L prompt tokens, D text width.
+"""
+
+import hashlib
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from diffusers.utils.torch_utils import randn_tensor
+
+from cogvideox.base_model import BaseModel
+
+
+def training_loss(
+    base: BaseModel, transformer, batch: dict, generator, dtype, encode=None, timesteps=None
+) -> torch.Tensor:
+    """Velocity loss of a batch from the cache; all that is random in it comes from `generator`, on whose device it is.
+
+    Args:
+        batch: "parameters" [B, 2c, f, h, w] of the latents' distribution, "prompt_embeds" [B, L, D]; for
+            image-to-video also "image", uint8 [B, H, W, C].
+        encode: from `image_encoder`.
+        timesteps: [B], where they are not to be drawn.
+    """
+    device, config = generator.device, base.transformer
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    latents = sample_latents(batch["parameters"], base.vae["scaling_factor"], generator)  # [B, f, c, h, w]
+    latents = pad_latent_frames(latents, config["patch_size_t"])
+    _, f, _, h, w = latents.shape
+    rotary = rotary_embedding(base, f, h, w, device)
+    return velocity_loss(
+        transformer, base.scheduler, latents, batch["prompt_embeds"], rotary, generator, dtype,
+        image_latents=condition_on_images(base, encode, batch["image"], f, generator) if encode else None,
+        ofs=torch.full((1,), 2.0, dtype=dtype, device=device) if config["ofs_embed_dim"] else None,
+        timesteps=timesteps,
+    )  # fmt: skip
+
+
+def velocity_loss(
+    transformer,
+    scheduler,
+    latents,
+    prompt_embeds,
+    rotary,
+    generator,
+    dtype,
+    image_latents=None,
+    ofs=None,
+    timesteps=None,
+) -> torch.Tensor:
+    """Mean squared error between predicted and true velocity v = sqrt(a) noise - sqrt(1 - a) x0.
+
+    Salimans & Ho 2022 (arXiv:2202.00512), appendix D. Noise and timesteps are drawn here, one timestep per sample.
+
+    Args:
+        latents: clean, [B, f, c, h, w], float32: a bfloat16 `a` rounds to 1 at the first timesteps.
+        prompt_embeds: [B, L, D].
+        rotary: tables from `rotary_embedding`, or None.
+        generator: on the latents' device.
+        dtype: that the transformer computes in.
+        image_latents: from `condition_on_images`, [B, f, c, h, w], or None.
+        ofs: CogVideoX 1.5's further conditioning number, [1], or None.
+        timesteps: [B], where they are not to be drawn.
+    """
+    noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+    if timesteps is None:
+        timesteps = torch.randint(
+            0, scheduler.config.num_train_timesteps, latents.shape[:1], generator=generator, device=latents.device
+        )
+    hidden_states = scheduler.add_noise(latents, noise, timesteps)
+    if image_latents is not None:
+        hidden_states = torch.cat([hidden_states, image_latents], dim=2)  # [B, f, 2c, h, w]
+    predicted_velocity = transformer(
+        hidden_states=hidden_states.to(dtype),
+        encoder_hidden_states=prompt_embeds.to(dtype),
+        timestep=timesteps,
+        ofs=ofs,
+        image_rotary_emb=rotary,
+        return_dict=False,
+    )[0]
+    return F.mse_loss(predicted_velocity.float(), scheduler.get_velocity(latents, noise, timesteps))
+
+
+def generator_for(device: torch.device, *numbers: int) -> torch.Generator:
+    """A generator of its own for every tuple of numbers, so that nothing depends on what was drawn before."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+# ---- latents and positions -------------------------------------------------------------------------------------------
+
+
+def sample_latents(parameters: torch.Tensor, scaling_factor: float, generator: torch.Generator) -> torch.Tensor:
+    """Latents [B, f, c, h, w] as the transformer wants them, float32, from parameters [B, 2c, f, h, w]."""
+    latents = DiagonalGaussianDistribution(parameters.float()).sample(generator)  # [B, c, f, h, w]
+    return latents.transpose(1, 2) * scaling_factor
+
+
+def pad_latent_frames(latents: torch.Tensor, patch_size_t: int | None) -> torch.Tensor:
+    """Prepends copies of the first latent frame until CogVideoX 1.5 can patch them in time, as its pipelines do."""
+    missing = -latents.shape[1] % (patch_size_t or 1)
+    return torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], dim=1)
+
+
+def rotary_embedding(base: BaseModel, num_latent_frames: int, latent_height: int, latent_width: int, device):
+    """Cosine and sine tables [f' * h/2 * w/2, head size], float32; None for a checkpoint with sin-cos positions.
+
+    CogVideoX 1.0 stretches the grid to the size it was trained at; 1.5 cuts it from the largest grid ("slice").
+    """
+    config = base.transformer
+    if not config["use_rotary_positional_embeddings"]:
+        return None
+    patch, patch_t = config["patch_size"], config["patch_size_t"]
+    grid = (latent_height // patch, latent_width // patch)
+    base = (config["sample_height"] // patch, config["sample_width"] // patch)
+    return _rotary_tables(config["attention_head_dim"], num_latent_frames, grid, base, patch_t, device)
+
+
+@lru_cache(maxsize=32)  # of every shape of a batch once, not in every step
+def _rotary_tables(head_size: int, num_latent_frames: int, grid: tuple, base: tuple, patch_t: int | None, device):
+    if patch_t is None:
+        place = {"crops_coords": get_resize_crop_region_for_grid(grid, base[1], base[0])}
+        temporal_size = num_latent_frames
+    else:
+        place = {"crops_coords": None, "grid_type": "slice", "max_size": base}
+        temporal_size = -(-num_latent_frames // patch_t)
+    return get_3d_rotary_pos_embed(head_size, grid_size=grid, temporal_size=temporal_size, device=device, **place)
+
+
+# ---- image conditioning ----------------------------------------------------------------------------------------------
+
+
+def condition_on_images(base, encode: Callable, images, num_latent_frames: int, generator) -> torch.Tensor:
+    """Latents [B, f, c, h, w] of the images in the first of f frames, zeros in the others; float32.
+
+    Noise is added before the encoding, and the VAE is not linear, so that no cached encoding could stand for it: one
+    image is encoded per clip and step. One in twenty is dropped whole, so that the model does not lean on it alone.
+
+    Args:
+        encode: from `image_encoder`.
+        images: uint8 [B, H, W, C].
+    """
+    images = noisy_images(images.float() / 127.5 - 1, generator)
+    kept = torch.rand(len(images), 1, 1, 1, 1, generator=generator, device=images.device) >= 0.05
+    factor = base.vae["scaling_factor"]
+    if base.vae.get("invert_scale_latents"):  # as CogVideoX1.5-5B-I2V was trained
+        factor = 1 / factor
+    latents = sample_latents(encode(images), factor, generator) * kept  # [B, 1, c, h, w]
+    return F.pad(latents, (0, 0, 0, 0, 0, 0, 0, num_latent_frames - 1))
+
+
+def noisy_images(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Images [B, H, W, C] in [-1, 1] plus noise, its scale exp(N(-3, 0.5)) drawn for each, as in pre-training.
+
+    Blattmann et al. 2023 (arXiv:2311.15127) for Stable Video Diffusion, which CogVideoX follows.
+    """
+    device = images.device
+    scale = torch.exp(torch.randn(len(images), 1, 1, 1, generator=generator, device=device) * 0.5 - 3.0)
+    return images + scale * torch.randn(images.shape, generator=generator, device=device)

@@ -1,0 +1,68 @@
+"""Files and folders that are published whole or not at all, hashes of their content, and types for argparse."""
+
+import argparse
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+
+def publish(path: Path, content: bytes) -> None:
+    """Writes a file that is complete or absent, also when the disk is full, the process killed or the power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Gives a folder that is complete its name; its files are on the disk by then."""
+    for path in (*temporary.rglob("*"), temporary):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    os.rename(temporary, final)
+
+
+def write_json(path: Path, content: dict) -> None:
+    publish(path, (json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+
+
+def file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_of(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:40]
+
+
+# ---- types for argparse ----------------------------------------------------------------------------------------------
+
+
+def expanded_path(text: str) -> Path:
+    """A type for argparse."""
+    return Path(text).expanduser()
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """A type for argparse."""
+
+    def whole_number(text: str) -> int:
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least {lowest}")
+        return int(text)
+
+    return whole_number
