@@ -1,7 +1,7 @@
 """Tables in Markdown of what step.py and versus.py measured.
 
     python benchmarks/table.py                                                   # all of benchmarks/results
-    python benchmarks/table.py --results benchmarks/results/2b-*.json --update README.md
+    python benchmarks/table.py --results benchmarks/results/2b-*.json --update docs/hardware.md
 
 With --update they replace what stands in that file between the lines <!-- results --> and <!-- /results -->.
 """

@@ -80,7 +80,7 @@ def test_the_loader_node_applies_the_trained_strength_at_1(tiny_checkpoint, save
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_a_loader_that_ignores_the_metadata_wants_the_strength_that_it_holds(tiny_checkpoint, saved, use_rslora):
-    """diffusers before 0.34: as README tells, lora_alpha / rank, or lora_alpha / sqrt(rank) of rsLoRA."""
+    """diffusers before 0.34: as docs/lora.md says, lora_alpha / rank, or lora_alpha / sqrt(rank) of rsLoRA."""
     _, file = saved(tiny_checkpoint, use_rslora=use_rslora)
     with safe_open(file, framework="pt") as weights:
         settings = json.loads(weights.metadata()["lora_adapter_metadata"])

@@ -193,20 +193,6 @@ def test_a_multi_gpu_script_is_one_node_of_eight_by_default_and_counts_over_mach
     assert args.gradient_checkpointing == "full"
 
 
-@pytest.mark.parametrize("name", ["README.md"])
-def test_every_command_of_the_readme_parses(name):
-    """Options of our scripts that stand in a code block of the README are options that they have."""
-    text = (ROOT / name).read_text()
-    blocks = "\n".join(text.split("```")[1::2]).replace("\\\n", " ")
-    commands = [line for line in blocks.splitlines() if "train_cogvideox_lora.py" in line or "finetune_" in line]
-    assert len(commands) >= 4
-    for command in commands:
-        tail = command.split("train_cogvideox_lora.py")[-1] if "train_cogvideox_lora.py" in command else command
-        used = {word[2:].split("=")[0] for word in shlex.split(tail, comments=True) if word.startswith("--")}
-        assert used <= set(OPTIONS.split()), f"{command}: {used - set(OPTIONS.split())}"
-    assert any("--config_file accelerate_config_machine_single.yaml --multi_gpu" in command for command in commands)
-
-
 def test_the_configs_are_accelerate_s(tmp_path):
     from accelerate.commands.config.config_args import ClusterConfig
 

@@ -1,6 +1,6 @@
-"""Writes the options of the training script into README.md, as tables between two markers.
+"""Writes the options of the training script into docs/options.md, as tables between two markers.
 
-python tests/readme_options.py
+python tests/options_page.py
 """
 
 import argparse
@@ -13,23 +13,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_cogvideox_lora
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 BEGIN, END = "<!-- options:begin -->\n", "<!-- options:end -->"
 
 
-class Caught(Exception):
-    """The parser is complete and has parsed nothing yet."""
+class ParserComplete(Exception):
+    """Raised in place of parsing, once all options have been added."""
 
 
-def training_parser() -> argparse.ArgumentParser:
-    catch = mock.patch.object(argparse.ArgumentParser, "parse_args", autospec=True, side_effect=Caught)
-    with catch as called, suppress(Caught):
-        train_cogvideox_lora.parse_args([])
+def parser_of(main, *arguments) -> argparse.ArgumentParser:
+    """Returns the parser that `main(*arguments)` makes, complete and before it parses anything."""
+    catch = mock.patch.object(argparse.ArgumentParser, "parse_args", autospec=True, side_effect=ParserComplete)
+    with catch as called, suppress(ParserComplete):
+        main(*arguments)
     return called.call_args.args[0]
 
 
 def default_of(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
-    """Empty where the help text says what happens without the option."""
+    """Returns the default as text, empty where the help says what happens without the option."""
     if action.required:
         return "required"
     if any(action in group._group_actions for group in parser._mutually_exclusive_groups if group.required):
@@ -49,20 +50,20 @@ def row(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
 
 
 def render() -> str:
-    parser = training_parser()
+    parser = parser_of(train_cogvideox_lora.parse_args, [])
     tables = []
     for group in parser._action_groups:
         if actions := [action for action in group._group_actions if action.dest != "help"]:
-            head = f"**{group.title}**\n\n| option | default | what it does |\n|---|---|---|\n"
+            head = f"### {group.title}\n\n| option | default | what it does |\n|---|---|---|\n"
             tables.append(head + "".join(f"{row(action, parser)}\n" for action in actions))
     return "\n".join(tables)
 
 
-def replace(readme: str) -> str:
-    """The README with today's options."""
-    before, rest = readme.split(BEGIN)
+def updated(page: str) -> str:
+    """Returns the page with the options that the training script has now."""
+    before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}{render()}{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":
-    README.write_text(replace(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
