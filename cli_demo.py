@@ -31,6 +31,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 
+from files import parse_options
+
 PIPELINES = {"t2v": CogVideoXPipeline, "i2v": CogVideoXImageToVideoPipeline, "v2v": CogVideoXVideoToVideoPipeline}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of peft's init_lora_weights
@@ -119,7 +121,7 @@ def parse_args(argv=None):
     machine("--cpu_offload", choices=offloads, default="none", help="GPU holds: all, one network, or one layer")
     machine("--enable_tiling", action=switch, default=True, help="decode in tiles: less memory, a little slower")
     machine("--enable_slicing", action=switch, default=False, help="decode a batch one by one; here it holds one video")
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv)
     check_args(parser, args)
     return args
 

@@ -34,7 +34,7 @@ from cogvideox.base_model import (
 )
 from cogvideox.objective import generator_for, training_loss
 from dataset import Data
-from files import at_least, expanded_path
+from files import at_least, expanded_path, parse_options
 from pages import report
 from run import checkpoints, hub, optimizers, processes, run_directory, validation
 
@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     validation.add_options(parser)
     add_output_options(parser)
 
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv)
     args.hub_model_id = args.hub_model_id or args.output_dir.absolute().name
     if args.learning_rate is None:
         args.learning_rate = optimizers.default_learning_rate(args.optimizer, args.training_type)

@@ -46,7 +46,10 @@ def parse(*words):
         (["--reference", __file__, "--warmup", "0"], "--warmup 0: must be at least 1"),
         (["--reference", __file__, "--rounds", "0"], "--rounds 0: must be at least 1"),
         (["--reference", __file__, "--ours_options", "--rank=4"], "--ours_options --rank: set for both scripts alike"),
-        (["--reference", __file__, "--ours_options", "--compiled"], "unrecognized arguments: --compiled"),
+        (
+            ["--reference", __file__, "--ours_options", "--compiled"],
+            "--compiled: unknown option; did you mean --compile?",
+        ),
     ],
 )
 def test_refuses_what_cannot_work(argv, message, capsys):
