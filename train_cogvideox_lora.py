@@ -312,7 +312,7 @@ def progress_bar(accelerator: Accelerator, items: Iterable | None, description: 
 def prepare_transformer(
     args, base: BaseModel, dtype: torch.dtype, device: torch.device, memory_plan: memory.Plan
 ) -> tuple[torch.nn.Module, lora.Export]:
-    """Returns the transformer, of which only the trained weights require gradients, and the export of the result."""
+    """Returns the transformer, in which only the trained weights require gradients, and the export of the result."""
     set_seed(args.seed)
     if args.training_type == "lora":
         transformer, export = lora.with_lora(base, dtype, lora.lora_of(args), start_of(args), device)

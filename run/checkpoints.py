@@ -65,7 +65,7 @@ def starting_point(
 
     Args:
         fixed: options that a resumed run must share with its checkpoint, which would silently overrule them.
-        derived: function of such options that returns those that follow from others unless they are given.
+        derived: returns, from such options, the ones that follow from others unless they are given.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.

@@ -126,7 +126,7 @@ def smoothed_loss(output_dir: Path) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Returns the peak of a GPU's memory since its last reset; on a CPU that of the process since its start."""
+    """Returns the peak of a GPU's memory since its last reset; on a CPU, the peak of the process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
