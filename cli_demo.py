@@ -33,7 +33,7 @@ from cogvideox.base_model import IDENTITY, empty_transformer, published_like, re
 from cogvideox.encoders import set_tiling
 from cogvideox.lora_files import LORA_FILE, LoraHeader, read_header
 from cogvideox.sampling import encode_mp4
-from files import at_least, publish
+from files import at_least, parse_options, publish
 
 PIPELINES = {"t2v": CogVideoXPipeline, "i2v": CogVideoXImageToVideoPipeline, "v2v": CogVideoXVideoToVideoPipeline}
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -107,7 +107,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     machine("--cpu_offload", choices=offloads, default="none", help="GPU holds everything, one network or one layer")
     machine("--enable_tiling", action=switch, default=True, help="decode in tiles: less memory, a little slower")
     machine("--enable_slicing", action=switch, default=False, help=slicing)
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv)
     check_args(parser, args)
     return args
 

@@ -1,10 +1,12 @@
-"""Files and folders that are published whole or not at all, hashes of their content, and types for argparse."""
+"""Files and folders that are published whole or not at all, hashes of their content, and what argparse lacks."""
 
 import argparse
+import difflib
 import hashlib
 import json
 import os
 import secrets
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,7 +51,29 @@ def hash_of(content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:40]
 
 
-# ---- types for argparse ----------------------------------------------------------------------------------------------
+# ---- for argparse ----------------------------------------------------------------------------------------------------
+
+
+def parse_options(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses a command line; names the nearest options for one that is unknown.
+
+    Unknown options are refused first: argparse would only say that the required one, misspelled, is missing.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    names = [word.split("=")[0] for word in words if word.startswith("-")]
+    known = list(parser._option_string_actions)
+    # A negative number, a lone dash and text with spaces are values.
+    unknown = [name for name in names if name.lstrip("-")[:1].isalpha() and " " not in name and name not in known]
+    if unknown:
+        parser.error(" ".join(f"{name}: unknown option; {_near(name, known)}" for name in unknown))
+    return parser.parse_args(argv)
+
+
+def _near(name: str, known: list[str]) -> str:
+    bare = name.strip("-").replace("-", "_").lower()
+    near = difflib.get_close_matches(f"--{bare}", known, cutoff=0.8)
+    near = near or [option for option in known if option[:2] == "--" and (bare in option or option[2:] in bare)]
+    return f"did you mean {' or '.join(near[:3])}?" if near else "--help lists all of them"
 
 
 def expanded_path(text: str) -> Path:

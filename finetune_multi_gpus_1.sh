@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trains a LoRA on all GPUs of one or several machines: run it on each, with MACHINE_RANK=0, 1, ... and the same rest.
-# Defaults to one machine of 8 GPUs; further options of the training script go behind it.
+# Trains a LoRA on all GPUs of one or several machines (default: one machine with 8 GPUs). Run it on every machine, with
+# MACHINE_RANK=0, 1, ... and otherwise the same variables and options; options go to the training script.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
-NUM_MACHINES="${NUM_MACHINES:-1}" NUM_GPUS="${NUM_GPUS:-8}" # GPUs of one machine
+NUM_MACHINES="${NUM_MACHINES:-1}" NUM_GPUS="${NUM_GPUS:-8}" # per machine
 
 accelerate launch --quiet --config_file "$here/accelerate_config_machine_multi.yaml" \
   --num_machines "$NUM_MACHINES" --num_processes "$((NUM_MACHINES * NUM_GPUS))" --machine_rank "${MACHINE_RANK:-0}" \

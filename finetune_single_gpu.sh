@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains a LoRA on one GPU. Every value can be overridden: MODEL_PATH=... DATASET_PATH=... bash finetune_single_gpu.sh;
-# further options of the training script go behind it: bash finetune_single_gpu.sh --num_train_epochs 30
+# Trains a LoRA on one GPU. Variables override the paths: MODEL_PATH=... DATASET_PATH=... bash finetune_single_gpu.sh
+# Options of the training script override or extend the rest: bash finetune_single_gpu.sh --num_train_epochs 30
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 
-# --quiet keeps accelerate's traceback from burying the training script's own message.
+# --quiet: accelerate's traceback would bury the message of the training script.
 accelerate launch --quiet --config_file "$here/accelerate_config_machine_single.yaml" --num_processes 1 \
   "$here/train_cogvideox_lora.py" \
   --pretrained_model_name_or_path "${MODEL_PATH:-THUDM/CogVideoX-2b}" \

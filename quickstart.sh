@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a LoRA and videos made with it, offline and without a GPU once the packages are installed: a small
-# CogVideoX that knows coloured shapes learns to show them as a hatched black-and-white film, by the real scripts.
+# Trains a LoRA and makes videos with it, offline and without a GPU once the packages are installed: with the real
+# scripts, a small CogVideoX that knows coloured shapes learns to show them as a hatched black-and-white film.
 set -euo pipefail
 cd "$(dirname "$0")"
 echo "1/5 packages"
@@ -13,13 +13,13 @@ python examples/make_example.py --output_dir "$world"
 python dataset.py preview "$world/film" --height 64 --width 96 --max_num_frames 17 --output "$world/preview.png" \
   --pretrained_model_name_or_path examples/small-cogvideox
 
-echo "3/5 training, by finetune_single_gpu.sh"
+echo "3/5 training, with finetune_single_gpu.sh"
 MODEL_PATH=examples/small-cogvideox DATASET_PATH="$world/film" OUTPUT_PATH="$world/lora" bash finetune_single_gpu.sh \
   --height 64 --width 96 --max_num_frames 17 --rank 16 --learning_rate 1e-3 --train_batch_size 4 \
   --max_train_steps 400 --checkpointing_steps 200 --validation_split 5 --validation_steps 100 --guidance_scale 1.5 \
   --validation_prompt "FILM a red circle moves left over a dark ground:::a red circle moves left over a dark ground"
 
-echo "4/5 a video without the LoRA and one with it, by cli_demo.py"
+echo "4/5 a video without the LoRA and one with it, with cli_demo.py"
 demo() {
   python cli_demo.py --model_path examples/small-cogvideox --guidance_scale 1.5 --num_inference_steps 30 \
     --prompt "FILM a blue square moves right over a light ground" "$@"
@@ -30,6 +30,6 @@ demo --output_path "$world/with-lora.mp4" --lora_path "$world/lora"
 echo "5/5 what it has learned, measured on 24 prompts, with and without the word FILM (a minute)"
 python examples/compare.py --lora_path "$world/lora" --output "$world/compare.png"
 echo
-echo "The LoRA lies in        $world/lora"
-echo "the page of its run is  $PWD/$world/lora/report.html"
-echo "before and after        $PWD/$world/compare.png"
+echo "LoRA              $world/lora"
+echo "page of the run   $PWD/$world/lora/report.html"
+echo "before and after  $PWD/$world/compare.png"

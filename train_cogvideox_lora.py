@@ -1,10 +1,13 @@
-"""Trains a LoRA for CogVideoX, or all of it, on captioned clips: options -> data -> what is trained -> loop -> result.
+"""Trains a LoRA for CogVideoX, or the whole transformer, on captioned clips.
 
     accelerate launch --config_file accelerate_config_machine_single.yaml train_cogvideox_lora.py \
         --pretrained_model_name_or_path THUDM/CogVideoX-2b --instance_data_root ~/my-clips --output_dir my-lora
 
-An update is `gradient_accumulation_steps` micro-batches on each of N ranks. Micro-batches are numbered over all ranks
-and epochs; the number decides which clips and which noise it holds, so N ranks, one rank and a resumed run agree.
+`main`, at the end, is the story: options -> data -> what is trained -> loop -> result. `update` is one optimizer step.
+
+An update takes `gradient_accumulation_steps` micro-batches on each of N ranks. Micro-batches are numbered over all
+ranks and epochs, and the number decides which clips and which noise one holds: N ranks, one rank and a resumed run
+compute the same.
 """
 
 import argparse
@@ -34,16 +37,22 @@ from cogvideox.base_model import (
 )
 from cogvideox.objective import generator_for, training_loss
 from dataset import Data
-from files import at_least, expanded_path
+from files import at_least, expanded_path, parse_options
 from pages import report
 from run import checkpoints, hub, optimizers, processes, run_directory, validation
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# What a resumed run must share with its checkpoint: it comes back with the optimizer, or counts the place in the data.
+# Options that a resumed run must share with its checkpoint: they shape the restored state or the order of the clips.
 FIXED = (
-    "training_type", *lora.OPTIONS, *optimizers.OPTIONS, "scale_lr", "seed", "train_batch_size", "validation_split",
+    "training_type",
+    *lora.OPTIONS,
+    *optimizers.OPTIONS,
+    "scale_lr",
+    "seed",
+    "train_batch_size",
+    "validation_split",
     "ema_decay",
-)  # fmt: skip
+)
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -61,14 +70,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     validation.add_options(parser)
     add_output_options(parser)
 
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv)
+    lora.check_options(args, parser.error)  # first: it refuses options of a LoRA that are given where none is trained
     args.hub_model_id = args.hub_model_id or args.output_dir.absolute().name
-    if args.learning_rate is None:
-        args.learning_rate = optimizers.default_learning_rate(args.optimizer, args.training_type)
-    lora.check_options(args, parser.error)
     args.rank = args.rank or lora.DEFAULT_RANK
     args.lora_target_modules = sorted(args.lora_target_modules or lora.DEFAULT_TARGETS)
-    args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
+    for name, value in derived_options(vars(args)).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     frames.check_options(args, parser.error)
     optimizers.check_options(args, parser.error)
     compute.check_options(args, parser.error)
@@ -76,12 +85,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def derived_options(options: dict) -> dict:
+    """Returns the options that follow from others unless they are given."""
+    return {
+        "learning_rate": optimizers.default_learning_rate(options["optimizer"], options["training_type"]),
+        "lora_alpha": options["rank"],
+    }
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model").add_argument
-    model("--pretrained_model_name_or_path", required=True, metavar="NAME", help="CogVideoX folder or hub name")
-    model("--revision", help="branch, tag or commit of the hub repository")
-    model("--variant", help="weight files to take where the repository has several, such as fp16")
-    model("--cache_dir", type=expanded_path, help="folder for downloads (default: that of huggingface_hub)")
+    name = "base model: a folder, or a name on the hub such as THUDM/CogVideoX-2b"
+    model("--pretrained_model_name_or_path", required=True, metavar="NAME", help=name)
+    model("--revision", help="branch, tag or commit of the hub repository (default: its main branch)")
+    model("--variant", help="variant of the weight files where a repository has several, such as fp16")
+    model("--cache_dir", type=expanded_path, help="folder for downloads (default: the cache of huggingface_hub)")
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -89,47 +107,61 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     listing.add_options(group)
     frames.add_options(group)
     source = group.add_mutually_exclusive_group(required=True).add_argument
-    path, tilings = expanded_path, ["never", "auto", "always"]
-    source("--instance_data_root", type=path, metavar="FOLDER", help="folder with the two list files and the videos")
-    source("--dataset_name", metavar="NAME", help="hub dataset repository to download and read like a folder")
+    source(
+        "--instance_data_root", type=expanded_path, metavar="FOLDER", help="folder with the clips and their captions"
+    )
+    source("--dataset_name", metavar="NAME", help="dataset repository on the hub, downloaded and read like a folder")
     data = group.add_argument
-    data("--latents_cache_dir", type=path, metavar="FOLDER", help="default: .cogvideox_cache in the data's folder")
-    count = at_least(0)
-    data("--dataloader_num_workers", type=count, default=0, metavar="N", help="processes that read the cache; 0: none")
-    data("--text_encoder_precision", choices=["bf16", "int8"], default="bf16", help="int8: T5 in half the memory")
-    data("--text_encoder_device", choices=["accelerator", "cpu"], default="accelerator", help="cpu: T5 slowly there")
-    tiling = "VAE in tiles: less memory, slower, slightly other latents; auto: where memory asks for it"
+    cache = "folder for encoded clips and captions (default: .cogvideox_cache in the data's folder)"
+    workers = "processes that read the cache; 0: a thread of the training process reads it"
+    precision = "precision of T5's weights; bf16: unquantised, in the compute dtype; int8: half the memory"
+    device = "where T5 encodes captions; accelerator: the GPU if there is one; cpu: slower, without GPU memory"
+    tiling = "run the VAE in tiles: less memory, slower, slightly different latents; auto: only if memory is short"
+    data("--latents_cache_dir", type=expanded_path, metavar="FOLDER", help=cache)
+    data("--dataloader_num_workers", type=at_least(0), default=0, metavar="N", help=workers)
+    data("--text_encoder_precision", choices=["bf16", "int8"], default="bf16", help=precision)
+    data("--text_encoder_device", choices=["accelerator", "cpu"], default="accelerator", help=device)
+    tilings = ["never", "auto", "always"]
     data("--enable_tiling", nargs="?", const="always", default="never", choices=tilings, help=tiling)
-    data("--enable_slicing", action="store_true", help="VAE: small clips one by one, images too: less memory")
+    data("--enable_slicing", action="store_true", help="run the VAE on one small clip or image at a time: less memory")
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     train, positive = parser.add_argument_group("training").add_argument, at_least(1)
-    train("--training_type", choices=["lora", "sft"], default="lora", help="a LoRA, or all weights of the transformer")
-    train("--seed", type=at_least(0), default=42, help="of order, noise, timesteps, LoRA weights, validation")
-    train("--mixed_precision", choices=list(DTYPES), help="default: what accelerate's config file says")
+    precision = "compute precision; no: float32 (default: the one in accelerate's config file)"
+    average = "save and validate a moving average of the LoRA with this decay, such as 0.99 (default: no average)"
+    train(
+        "--training_type", choices=["lora", "sft"], default="lora", help="train a LoRA, or the whole transformer (sft)"
+    )
+    train("--seed", type=at_least(0), default=42, help="seed of clip order, noise, initial LoRA weights and validation")
+    train("--mixed_precision", choices=list(DTYPES), help=precision)
     train("--train_batch_size", type=positive, default=1, metavar="N", help="clips per micro-batch and GPU")
-    train("--gradient_accumulation_steps", type=positive, default=1, metavar="N", help="micro-batches per update")
-    train("--num_train_epochs", type=positive, default=1, metavar="N", help="times that each clip is seen")
+    train(
+        "--gradient_accumulation_steps", type=positive, default=1, metavar="N", help="micro-batches per update and GPU"
+    )
+    train("--num_train_epochs", type=positive, default=1, metavar="N", help="passes over the clips")
     train("--max_train_steps", type=positive, metavar="N", help="updates; overrides --num_train_epochs")
-    train("--ema_decay", type=float, metavar="D", help="save and validate a moving average of the LoRA, such as 0.99")
+    train("--ema_decay", type=float, metavar="D", help=average)
     train("--ddp_timeout", type=positive, default=1800, metavar="SECONDS", help="longest wait for another process")
-    train("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere GPUs and later")
+    train("--allow_tf32", action="store_true", help="use TF32 for float32 products: faster on Ampere GPUs and later")
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     out, path, positive = parser.add_argument_group("output").add_argument, expanded_path, at_least(1)
-    out("--output_dir", type=path, default=Path("cogvideox-lora"), help="run directory")
-    out("--checkpointing_steps", type=positive, default=500, metavar="N", help="save every N updates and at the end")
-    out("--checkpoints_total_limit", type=positive, metavar="N", help="keep the newest N (default: all)")
-    out("--resume_from_checkpoint", metavar="PATH", help="a checkpoint folder, or 'latest' in --output_dir")
-    out("--logging_steps", type=positive, default=1, metavar="N", help="log every N updates")
-    out("--report_to", default="none", help="tensorboard, wandb, trackio, comet_ml, all, or none: metrics.jsonl alone")
-    out("--tracker_name", default="cogvideox-lora", help="project name in the tracker")
-    out("--logging_dir", type=path, default="logs", help="the tracker's folder in --output_dir")
-    out("--push_to_hub", action="store_true", help="upload the result at the end")
-    out("--hub_model_id", help="repository for it (default: the name of --output_dir)")
-    out("--hub_token", help="better HF_TOKEN or `hf auth login`: trackers may log commands")
+    resume = "checkpoint to resume from: its folder, or 'latest' for the newest in --output_dir"
+    tracker = "tracker: tensorboard, wandb, trackio, comet_ml or all; none: metrics.jsonl only"
+    token = "access token of the hub; HF_TOKEN or `hf auth login` is safer, since trackers may log command lines"
+    out("--output_dir", type=path, default=Path("cogvideox-lora"), help="run directory: checkpoints, metrics, result")
+    out("--checkpointing_steps", type=positive, default=500, metavar="N", help="updates from checkpoint to checkpoint")
+    out("--checkpoints_total_limit", type=positive, metavar="N", help="newest checkpoints to keep (default: all)")
+    out("--resume_from_checkpoint", metavar="PATH", help=resume)
+    out("--logging_steps", type=positive, default=1, metavar="N", help="updates from one row of metrics to the next")
+    out("--report_to", default="none", help=tracker)
+    out("--tracker_name", default="cogvideox-lora", help="name of the project in the tracker")
+    out("--logging_dir", type=path, default="logs", help="folder for the tracker's files, inside --output_dir")
+    out("--push_to_hub", action="store_true", help="upload the result to the hub after training")
+    out("--hub_model_id", help="hub repository for the result (default: the name of --output_dir)")
+    out("--hub_token", help=token)
 
 
 # ---- launch ----------------------------------------------------------------------------------------------------------
@@ -144,30 +176,30 @@ def start(args: argparse.Namespace) -> tuple[Accelerator, Ranks]:
         output_dir=args.output_dir,
         logging_dir=args.logging_dir,
         ddp_timeout=args.ddp_timeout,
-        # Only where float32 weights do most of the work: it runs and stores the LayerNorms in float32, too.
+        # Autocast only where most weights are float32: it also runs and stores the LayerNorms in float32.
         autocast=args.training_type == "sft" or args.use_dora,
     )
     if accelerator.is_fsdp2:
         check_sharding(args)
-    if args.training_type == "sft":  # of whose checkpoints each rank writes a part
+    if args.training_type == "sft":  # each rank writes its part of a checkpoint
         processes.check_shared(ranks, args.output_dir, "--output_dir")
     return accelerator, ranks
 
 
 def check_sharding(args: argparse.Namespace) -> None:
-    """Refuses what cannot work where FSDP2 shards the weights."""
+    """Refuses options that do not work where FSDP2 shards the weights."""
     if args.use_8bit_adam:
-        raise ValueError("--use_8bit_adam: bitsandbytes cannot work on shards; leave it out, they are small already")
+        raise ValueError("--use_8bit_adam: bitsandbytes does not work on shards; leave it out, they are small already")
     if args.gradient_checkpointing == "auto":
-        raise ValueError("--gradient_checkpointing auto: knows nothing of shards; pass none, attention or full")
+        raise ValueError("--gradient_checkpointing auto: does not know about shards; pass none, attention or full")
     if args.blocks_to_swap:
         raise ValueError("--blocks_to_swap: FSDP spreads the weights over the GPUs already; leave it out")
     if args.base_precision != "bf16":
-        raise ValueError(f"--base_precision {args.base_precision}: FSDP shards no quantised weights; leave one out")
+        raise ValueError(f"--base_precision {args.base_precision}: FSDP cannot shard quantised weights; leave it out")
 
 
 def read_base(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> BaseModel:
-    """The base model's configs, checked: everything that is asked for is possible with it."""
+    """Returns the base model, from its configs only, and refuses options that it cannot be trained with."""
     base = read_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
     image_options = [f"--{name}" for name in ("image_column", "validation_images") if getattr(args, name)]
     check_training(base, dtype, args.max_num_frames, args.height, args.width, image_options)
@@ -186,18 +218,18 @@ def read_base(args: argparse.Namespace, dtype: torch.dtype, device: torch.device
 
 
 def start_of(args: argparse.Namespace) -> Path | None:
-    """The LoRA that training starts from; none where a run is resumed, which has come further."""
+    """Returns the LoRA to start from; None in a resumed run, whose checkpoint holds a later one."""
     return None if args.resume_from_checkpoint else args.lora_path
 
 
 def fixed_options(args: argparse.Namespace, mixed_precision: str, base: BaseModel) -> dict:
-    """What a checkpoint records of the options, and a resumed run must share."""
+    """Returns the options that checkpoints record and a resumed run must share."""
     fixed = {name: getattr(args, name) for name in FIXED}
     return fixed | {"mixed_precision": mixed_precision, "transformer": base.identity}
 
 
 def create_hub_repo(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
-    """The hub repository for the result; None where nothing is to be pushed."""
+    """Creates the hub repository for the result and returns its name; None without --push_to_hub."""
     if not args.push_to_hub:
         return None
     return processes.from_main(accelerator, hub.create_hub_repo, args.hub_model_id, args.hub_token)
@@ -221,9 +253,9 @@ def plan_memory(args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, d
 def prepare_data(
     args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, dtype: torch.dtype, memory_plan: memory.Plan
 ) -> tuple[BaseModel, Data, Data]:
-    """The base model with its weights on disk, the training data and the held-out data.
+    """Returns the base model with its weights on disk, the training data and the held-out data.
 
-    T5 and the VAE have left memory when it returns.
+    T5 and the VAE are no longer in memory when it returns.
     """
     root = args.instance_data_root or listing.download_dataset(args.dataset_name, args.cache_dir)
     clips, problems = listing.read_clips(root, args.caption_column, args.video_column, args.image_column, args.id_token)
@@ -232,7 +264,7 @@ def prepare_data(
     view = frames.view_of(args, with_image=base.takes_image, whole=base.fixed_size is not None)
     cache = args.latents_cache_dir or root / ".cogvideox_cache"
     sharing = processes.sharing(ranks, cache, "--latents_cache_dir")
-    if not base.folder:  # no weights are downloaded for clips that cannot be trained on
+    if not base.folder:  # clips are checked before weights are downloaded
         dataset.check_clips(root, clips, problems, view, ranks=sharing, everyone=ranks)
     base = download_weights(base)
     video_encoder, text_encoder = encoders.encoders(
@@ -250,7 +282,7 @@ def prepare_data(
         problems,
         view,
         cache=cache,
-        prompts=[*validation.prompts(args), ""],  # "": what guidance moves away from
+        prompts=[*validation.prompts(args), ""],  # "" is the unconditional prompt of guidance
         random_flip=args.random_flip,
         video_encoder=video_encoder,
         text_encoder=text_encoder,
@@ -258,21 +290,23 @@ def prepare_data(
         ranks=sharing,
         everyone=ranks,
     )
-    if accelerator.device.type == "cuda":  # from here on it is the peak of training
+    if accelerator.device.type == "cuda":  # later peaks are those of training
         peak_gib = run_directory.peak_memory_gib(accelerator.device)
         accelerator.print(f"peak memory of encoding: {peak_gib:.1f} GiB")
         torch.cuda.reset_peak_memory_stats(accelerator.device)
-    return base, *data.split(args.validation_split, args.seed)
+    training_data, held_out = data.split(args.validation_split, args.seed)
+    return base, training_data, held_out
 
 
 def plan_updates(args, data: Data, ranks: Ranks, position: dict) -> Timeline:
-    """The run in whole numbers, from the position that it starts or is resumed at."""
+    """Returns the updates of the run, from the position where it starts or resumes."""
     return make_timeline(
         batches_per_epoch=data.batches_per_epoch(args.train_batch_size),
         batches_per_step=ranks.count * args.gradient_accumulation_steps,
         epochs=args.num_train_epochs,
         max_steps=args.max_train_steps,
-        **position,
+        step=position["step"],
+        batches_seen=position["batches_seen"],
     )
 
 
@@ -286,7 +320,7 @@ def progress_bar(accelerator: Accelerator, items: Iterable | None, description: 
 def prepare_transformer(
     args, base: BaseModel, dtype: torch.dtype, device: torch.device, memory_plan: memory.Plan
 ) -> tuple[torch.nn.Module, lora.Export]:
-    """The transformer, in which only what is trained requires gradients, and the function that writes the result."""
+    """Returns the transformer, in which only the trained weights require gradients, and the export of the result."""
     set_seed(args.seed)
     if args.training_type == "lora":
         transformer, export = lora.with_lora(base, dtype, lora.lora_of(args), start=start_of(args), device=device)
@@ -325,7 +359,7 @@ def make_lr_scheduler(args, optimizer: torch.optim.Optimizer, total_steps: int) 
 
 
 class Run(NamedTuple):
-    """What the loop works with, none of which it replaces."""
+    """Everything that the loop works with; it replaces none of it."""
 
     args: argparse.Namespace
     accelerator: Accelerator
@@ -361,28 +395,31 @@ class Run(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What an update measured, on the device."""
+    """The measurements of one update."""
 
-    loss: torch.Tensor  # the mean of this rank's micro-batches
-    grad_norm: torch.Tensor  # of all ranks, before clipping
+    loss: torch.Tensor  # mean over this rank's micro-batches, on the device
+    grad_norm: torch.Tensor  # over all ranks, before clipping, on the device
     learning_rate: float
 
 
 def update(run: Run, micro_batches: Iterator[tuple[int, dict]], encode_images: Callable | None) -> Update:
-    """Makes one update of the weights."""
+    """Makes one update of the weights: batch, forward, backward, clip, step, schedule."""
     args, accelerator = run.args, run.accelerator
     transformer, optimizer, lr_scheduler, average = run.state
     parameters = optimizer.param_groups[0]["params"]
     mean_loss = 0.0
     for _ in range(args.gradient_accumulation_steps):
         number, batch = next(micro_batches)
-        generator = generator_for(accelerator.device, args.seed, number)  # of all noise in this micro-batch
-        torch.manual_seed(generator.initial_seed() % 2**63)  # dropout draws from the global generator
+        # The number alone decides the noise, and dropout, which draws from the global generator.
+        generator = generator_for(accelerator.device, args.seed, number)
+        torch.manual_seed(generator.initial_seed() % 2**63)
         with accelerator.accumulate(transformer):
             with compute.attention_kernel(args.attention_backend):
-                loss = training_loss(run.base, transformer, batch, generator, run.dtype, encode_images)
+                loss = training_loss(
+                    run.base, transformer, batch, generator=generator, dtype=run.dtype, encode=encode_images
+                )
                 accelerator.backward(loss)  # divides by the number of micro-batches
-            if accelerator.sync_gradients:
+            if accelerator.sync_gradients:  # after the last micro-batch; before it, the next two calls do nothing
                 grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -394,57 +431,72 @@ def update(run: Run, micro_batches: Iterator[tuple[int, dict]], encode_images: C
 
 
 def train(run: Run, fixed: dict) -> None:
-    """Trains to the last update: one turn is one update.
+    """Trains up to the last update; logs, saves and validates on the way.
 
     Args:
-        fixed: what checkpoints record of the options.
+        fixed: options that checkpoints record.
     """
     args, timeline = run.args, run.timeline
-    smoothed = start_records(run)
+    smoothed_loss = announce(run)
     progress = progress_bar(
-        run.accelerator, None, "Training", "update", total=timeline.total_steps, initial=timeline.first_step
+        run.accelerator,
+        None,
+        "Training",
+        "update",
+        total=timeline.total_steps,
+        initial=timeline.first_step,
     )
     micro_batches = run.micro_batches()
     if begins_with_validation(run):
         validate(run, timeline.first_step)
-    last_step, last_time = timeline.first_step, time.perf_counter()
+
+    # `seconds` of a row are those of updates only: the clock restarts after whatever else a turn does.
+    clock_step, clock_start = timeline.first_step, time.perf_counter()
     with run.image_encoder() as encode_images:
         for step in range(timeline.first_step + 1, timeline.total_steps + 1):
-            done = update(run, micro_batches, encode_images)
-            if logs := step % args.logging_steps == 0:
-                smoothed = log(run, step, done, last_step=last_step, last_time=last_time, smoothed=smoothed)
-                progress.set_postfix(loss=f"{smoothed:.4f}", lr=f"{done.learning_rate:.2e}", refresh=False)
+            measured = update(run, micro_batches, encode_images)
             progress.update()
-            if saves := step % args.checkpointing_steps == 0 or step == timeline.total_steps:
+
+            is_logged = step % args.logging_steps == 0
+            is_saved = step % args.checkpointing_steps == 0 or step == timeline.total_steps
+            is_validated = timeline.due(step, args.validation_steps, args.validation_epochs)
+            if is_logged:
+                loss = run.accelerator.reduce(measured.loss, "mean").item()  # waits for the GPU
+                seconds = (time.perf_counter() - clock_start) / (step - clock_step)
+                smoothed_loss = smoothed(loss, smoothed_loss, weight=args.logging_steps / step)
+                log(run, step, measured, loss=loss, smoothed_loss=smoothed_loss, seconds=seconds)
+                progress.set_postfix(loss=f"{smoothed_loss:.4f}", lr=f"{measured.learning_rate:.2e}", refresh=False)
+            if is_saved:
                 save(run, step, fixed)
-            if validates := timeline.due(step, args.validation_steps, args.validation_epochs):
+            if is_validated:
                 validate(run, step)
-            if logs or saves or validates:
-                last_step, last_time = step, time.perf_counter()
+            if is_logged or is_saved or is_validated:
+                clock_step, clock_start = step, time.perf_counter()
     progress.close()
 
 
-def log(run: Run, step: int, done: Update, *, last_step: int, last_time: float, smoothed: float | None) -> float:
-    """Writes one row of metrics; returns the smoothed loss: a mean at first, of about the last 50 rows later on.
+def smoothed(loss: float, previous: float | None, weight: float) -> float:
+    """Returns a running mean: over all rows while `weight`, one by their number, is large; over about 50 later."""
+    return loss if previous is None else previous + (loss - previous) * max(weight, 0.02)
+
+
+def log(run: Run, step: int, measured: Update, *, loss: float, smoothed_loss: float, seconds: float) -> None:
+    """Writes one row of metrics.
 
     Args:
-        last_step, last_time: an earlier step and its time, with nothing but updates in between.
-        smoothed: what the row before returned.
+        loss: mean over all ranks.
+        seconds: of one update.
     """
-    loss = run.accelerator.reduce(done.loss, "mean").item()  # waits for the GPU
-    seconds = (time.perf_counter() - last_time) / (step - last_step)
-    smoothed = loss if smoothed is None else smoothed + (loss - smoothed) * max(run.args.logging_steps / step, 0.02)
     row = {
         "step": step,
         "epoch": round(run.timeline.epoch(step), 4),
         "loss": loss,
-        "loss_smoothed": smoothed,
-        "lr": done.learning_rate,
-        "grad_norm": done.grad_norm.item(),
+        "loss_smoothed": smoothed_loss,
+        "lr": measured.learning_rate,
+        "grad_norm": measured.grad_norm.item(),
         "seconds": round(seconds, 4),
     }
     run_directory.log_row(run.accelerator, run.args.output_dir, row)
-    return smoothed
 
 
 def save(run: Run, step: int, fixed: dict) -> None:
@@ -462,21 +514,25 @@ def save(run: Run, step: int, fixed: dict) -> None:
 
 
 def begins_with_validation(run: Run) -> bool:
-    """For a fresh run, if asked for; for a resumed one, if the first was stopped before it got to that."""
+    """Whether to validate before the first update: in a fresh run, or to make up for what an interrupted run missed."""
     args, step = run.args, run.timeline.first_step
-    wanted = run.timeline.due(step, args.validation_steps, args.validation_epochs) if step else args.validate_first
-    return wanted and not processes.from_main(
-        run.accelerator, run_directory.validated, args.output_dir, step, bool(run.held_out.shapes)
+    is_due = run.timeline.due(step, args.validation_steps, args.validation_epochs) if step else args.validate_first
+    return is_due and not processes.from_main(
+        run.accelerator,
+        run_directory.is_validated,
+        args.output_dir,
+        step,
+        with_loss=bool(run.held_out.shapes),
     )
 
 
 def validate(run: Run, step: int) -> None:
-    """Looks at what training has come to, at its moving average if there is one."""
+    """Samples videos and computes the loss on held-out clips, both with the moving average if there is one."""
     with run.state.average.applied():
         if run.args.validation_prompt:
             sample_videos(run, step)
         losses = held_out_losses(run, step) if run.held_out.shapes else None
-    if losses and step:  # the base model is not one of those to choose from
+    if losses and step:  # never the base model
         checkpoints.save_best(run.accelerator, run.state, run.export, run.args.output_dir, step=step, losses=losses)
     if run.accelerator.is_main_process:
         report.write_report(run.args.output_dir)
@@ -494,7 +550,7 @@ def held_out_losses(run: Run, step: int) -> dict[str, float]:
             seed=run.args.seed,
             dtype=run.dtype,
         )
-    row = {"step": step, "epoch": round(run.timeline.epoch(step), 4), **losses}
+    row = {"step": step, "epoch": round(run.timeline.epoch(step), 4)} | losses
     run_directory.log_row(run.accelerator, run.args.output_dir, row, group="validation")
     run.accelerator.print(f"\nupdate {step}: loss on held-out clips {losses['validation_loss']:.4f}")
     return losses
@@ -509,7 +565,7 @@ def sample_videos(run: Run, step: int) -> None:
         tiling=run.memory_plan.tile_decoding,
         slicing=args.enable_slicing,
     )
-    validation.validate(
+    validation.sample_videos(
         run.accelerator,
         run.ranks,
         run.base,
@@ -529,11 +585,8 @@ def sample_videos(run: Run, step: int) -> None:
     )
 
 
-def start_records(run: Run) -> float | None:
-    """Says what is going to happen, in the terminal, args.json and the trackers.
-
-    Returns the smoothed loss of the run that is resumed, if one is.
-    """
+def announce(run: Run) -> float | None:
+    """Describes the run in the terminal, args.json and the trackers; returns the smoothed loss of a resumed run."""
     args, timeline, base = run.args, run.timeline, run.base
     trained = lora.count_trained(run.state.transformer)
     data = [run.data.summary()]
@@ -569,7 +622,7 @@ def start_records(run: Run) -> float | None:
         tracker_name=args.tracker_name,
         about=about,
         options=vars(args),
-        step=timeline.first_step,
+        first_step=timeline.first_step,
     )
     return run_directory.smoothed_loss(args.output_dir)
 
@@ -580,15 +633,20 @@ def start_records(run: Run) -> float | None:
 @processes.lost_processes_explained()
 def main(args: argparse.Namespace) -> None:
     with processes.explained():
-        # Start: what can be refused is refused before anything is loaded.
+        # Start: whatever can be refused is refused before anything is loaded.
         accelerator, ranks = start(args)
         dtype = DTYPES[accelerator.mixed_precision]
         base = read_base(args, dtype, accelerator.device)
         fixed = fixed_options(args, accelerator.mixed_precision, base)
         resume_from, position = processes.from_main(
-            accelerator, checkpoints.starting_point, args.output_dir, args.resume_from_checkpoint, fixed
+            accelerator,
+            checkpoints.starting_point,
+            args.output_dir,
+            args.resume_from_checkpoint,
+            fixed=fixed,
+            derived=derived_options,
         )
-        make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], 1)  # a missing package or a bad value shows here
+        make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], batches_per_step=1)  # refuses missing packages
         hub_repo = create_hub_repo(args, accelerator)
         memory_plan = plan_memory(args, accelerator, ranks, base, dtype)
 
@@ -596,9 +654,9 @@ def main(args: argparse.Namespace) -> None:
         base, data, held_out = prepare_data(args, accelerator, ranks, base, dtype, memory_plan)
         timeline = plan_updates(args, data, ranks, position)
 
-        # What is trained: weights in float32; what is frozen is in the compute dtype.
+        # What is trained is in float32, what is frozen in the compute dtype.
         transformer, export = prepare_transformer(args, base, dtype, accelerator.device, memory_plan)
-        # Nothing else may hold the weights: FSDP2 would keep them whole on every GPU, beside its shards.
+        # No variable may hold the weights: FSDP2 would keep them whole on every GPU, beside its shards.
         optimizer = make_optimizer(args, lora.trained_parameters(transformer), timeline.batches_per_step)
         lr_scheduler = make_lr_scheduler(args, optimizer, timeline.total_steps)
 
@@ -608,18 +666,30 @@ def main(args: argparse.Namespace) -> None:
     state = checkpoints.State(transformer, optimizer, lr_scheduler, average)
     if resume_from:
         checkpoints.load_checkpoint(accelerator, state, resume_from)
-    run = Run(args, accelerator, ranks, base, dtype, memory_plan, data, held_out, timeline, state, export)
+    run = Run(
+        args=args,
+        accelerator=accelerator,
+        ranks=ranks,
+        base=base,
+        dtype=dtype,
+        memory_plan=memory_plan,
+        data=data,
+        held_out=held_out,
+        timeline=timeline,
+        state=state,
+        export=export,
+    )
 
     train(run, fixed)
 
     # Result.
-    result = checkpoints.averaged_weights(state)
+    weights = checkpoints.result_weights(state)
     if accelerator.is_main_process:
-        print(f"Result: {export(result, args.output_dir)}")
-    # Without it torch 2.13 can hang at exit: gloo's thread and the end of DDP wait for each other.
+        print(f"Result: {export(weights, args.output_dir)}")
+    # Without it torch 2.13 can hang at exit: gloo's thread and the destructor of DDP wait for each other.
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if hub_repo and accelerator.is_main_process:  # nobody waits for the upload
+    if hub_repo and accelerator.is_main_process:  # the other ranks do not wait for the upload
         hub.push_to_hub(hub_repo, args.output_dir, base, vars(args), args.hub_token)
 
 

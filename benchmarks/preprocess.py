@@ -1,18 +1,18 @@
-"""Clips per minute of preprocessing, and the seconds of its parts, as JSON.
+"""Measures preprocessing: clips per minute and the seconds of its stages, as JSON.
 
     python benchmarks/preprocess.py --model 2b --mixed_precision bf16 --output benchmarks/results/preprocess-2b.json
     python benchmarks/preprocess.py --model tiny --clips 8 --num_frames 49 --height 480 --width 720
     python benchmarks/preprocess.py --model tiny --reference path/to/diffusers/examples/cogvideo/train_cogvideox_lora.py
 
-Needs no checkpoint and no clips: VAE and T5 have random weights, and clips are drawn, three times as many frames as the
-model sees, at 24 frames per second and 1.5 times its size. Loading models is not counted; probing files is.
+Needs no base model and no clips: VAE and T5 have random weights, and clips are drawn, with three times the frames that
+the model sees, at 24 frames per second and 1.5 times its size. Probing files is measured; loading models is not.
 
-With --reference the same clips and models go through the data part of diffusers' script, unmodified: its VideoDataset
-decodes all clips, its compute_prompt_embeddings encodes captions. Its encode_video lies within its main(), so that the
-two calls that it makes are made here: the clip to the device and dtype as [1, C, F, H, W], and `vae.encode`. Each clip
-and caption is encoded once; the script itself encodes captions again in each step. Ours is A, the reference B: they
-run in the order A B B A as often as asked for, after one run of each to warm up, and then A A, for the noise. The
-ratio is that of the medians.
+With --reference, the same clips and models go through the data part of diffusers' script, unmodified: its VideoDataset
+decodes all clips, its compute_prompt_embeddings encodes captions. Its encode_video is local to its main(), so its two
+calls are made here: the clip to the device and dtype as [1, C, F, H, W], and `vae.encode`. Each clip and caption is
+encoded once; the script itself encodes captions again in every step. With ours as A and the reference as B, they run in
+the order A B B A, --repeats times, after one run of each to warm up, and then A A, which shows the noise. The ratio is
+the ratio of the medians.
 """
 
 import argparse
@@ -58,17 +58,17 @@ from files import at_least, expanded_path, write_json
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 MAX_LENGTH = 226  # tokens of a caption
 SIZES = {"2b": (49, 480, 720), "tiny": (9, 64, 96)}  # frames, height, width
-# What is timed on its own: where it is found, and what it is called in the result.
+# Functions that are timed separately: module, name, and name in the result.
 STAGES = (
     (dataset, "probe_clips", "probe"),
-    (frames, "read_frames", "decode"),  # with the resizing, which is taken off it
+    (frames, "read_frames", "decode"),  # includes resizing, which is subtracted later
     (frames, "resize_and_crop", "resize"),
     (dataset, "write_cached", "write"),
 )
 
 
 class Models(NamedTuple):
-    """In memory, with random weights."""
+    """VAE and T5 with random weights, in memory."""
 
     vae: AutoencoderKLCogVideoX
     tokenizer: object
@@ -76,7 +76,7 @@ class Models(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What both ways are given."""
+    """Clips and models, the same for both scripts."""
 
     folder: Path
     view: View
@@ -91,18 +91,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     positive, path = at_least(1), expanded_path
     add = parser.add_argument
-    add("--model", choices=list(SIZES), default="2b", help="VAE and T5: those of all CogVideoX, or tiny ones for a CPU")
-    add("--t5_layers", type=positive, metavar="N", help="layers of T5 (default: the model's); all have 9.5 GB in bf16")
-    add("--data", type=path, metavar="FOLDER", help="with prompts.txt and videos.txt (default: clips are drawn)")
-    add("--clips", type=positive, default=8, metavar="N", help="to draw")
-    add("--height", type=positive, help="pixels (default: the model's)")
-    add("--width", type=positive, help="pixels (default: the model's)")
-    add("--num_frames", type=positive, help="4k + 1 (default: the model's)")
-    add("--mixed_precision", choices=list(DTYPES), default="bf16", help="no is float32")
-    add("--channels_last", action="store_true", help="lay out the VAE's weights so, too")
-    add("--repeats", type=positive, default=1, metavar="N", help="runs, or turns of A B B A")
+    add("--model", choices=list(SIZES), default="2b", help="sizes of VAE and T5; 2b: as published; tiny: for a CPU")
+    add("--t5_layers", type=positive, metavar="N", help="layers of T5 (default: the model's, in bf16 9.5 GB for 2b)")
+    add("--data", type=path, metavar="FOLDER", help="folder with prompts.txt and videos.txt (default: clips are drawn)")
+    add("--clips", type=positive, default=8, metavar="N", help="clips to draw")
+    add("--height", type=positive, help="height of the encoded clips in pixels (default: the model's)")
+    add("--width", type=positive, help="width of the encoded clips in pixels (default: the model's)")
+    add("--num_frames", type=positive, help="frames per clip, 4k + 1 (default: the model's)")
+    add("--mixed_precision", choices=list(DTYPES), default="bf16", help="precision of VAE and T5; no: float32")
+    add("--channels_last", action="store_true", help="store the VAE's weights with channels last, too")
+    add("--repeats", type=positive, default=1, metavar="N", help="runs to measure; with --reference, rounds of A B B A")
     add("--reference", type=path, metavar="FILE", help="diffusers' train_cogvideox_lora.py, to compare with")
-    add("--output", type=path, metavar="FILE", help="also write the JSON there")
+    add("--output", type=path, metavar="FILE", help="file to write the JSON to, beside printing it")
     options = parser.parse_args(argv)
     names = "num_frames", "height", "width"
     for name, default in zip(names, SIZES[options.model]):
@@ -114,48 +114,54 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         refuse=lambda problem: parser.error(problem.replace("--max_num_frames", "--num_frames")),
     )
     if options.reference and not options.reference.is_file():
-        parser.error(f"--reference {options.reference}: no such file; give examples/cogvideo/train_cogvideox_lora.py")
+        parser.error(
+            f"--reference {options.reference}: no such file; pass the path of diffusers' train_cogvideox_lora.py"
+        )
     return options
 
 
-# ---- what is worked on -----------------------------------------------------------------------------------------------
+# ---- clips and models ------------------------------------------------------------------------------------------------
 
 
 def random_models(options: argparse.Namespace, device: torch.device, folder: Path) -> Models:
-    """VAE and T5, made on the device in their final dtype, and a tokenizer of few words."""
+    """Creates VAE and T5 on the device in their final dtype, and a tokenizer of few words in `folder`."""
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[options.mixed_precision])
-    kind = "tiny" if options.model == "tiny" else "published"
-    layers = {"num_layers": options.t5_layers} if options.t5_layers else {}
-    config = T5Config(dropout_rate=0.0, **T5S[kind] | layers)
+    size = "tiny" if options.model == "tiny" else "published"
+    config = T5Config(dropout_rate=0.0, **T5S[size])
+    config.num_layers = options.t5_layers or config.num_layers
     try:
         with torch.device(device):
-            vae, text_encoder = AutoencoderKLCogVideoX(**VAES[kind]), T5EncoderModel(config)
+            vae, text_encoder = AutoencoderKLCogVideoX(**VAES[size]), T5EncoderModel(config)
     finally:
         torch.set_default_dtype(default)
     make_example.make_tokenizer(folder, MAX_LENGTH)
     for model in (vae, text_encoder):
         model.eval().requires_grad_(False)
-    return Models(
-        channels_last(vae) if options.channels_last else vae, AutoTokenizer.from_pretrained(folder), text_encoder
-    )
+    if options.channels_last:
+        store_channels_last(vae)
+    return Models(vae, AutoTokenizer.from_pretrained(folder), text_encoder)
 
 
-def channels_last(vae: AutoencoderKLCogVideoX) -> AutoencoderKLCogVideoX:
-    """The VAE with its convolutions' weights laid out as the frames of `encode_videos` are, channels innermost."""
+def store_channels_last(vae: AutoencoderKLCogVideoX) -> None:
+    """Stores the weights of the convolutions channels last, as `encode_videos` stores the frames."""
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)
         elif isinstance(module, torch.nn.Conv2d):
             module.to(memory_format=torch.channels_last)
-    return vae
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> Work:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clips = options.data or make_example.make_clips(
-        folder / "clips", options.clips, 3 * options.num_frames, 24, 3 * options.height // 2, 3 * options.width // 2
+        folder / "clips",
+        count=options.clips,
+        num_frames=3 * options.num_frames,
+        fps=24,
+        height=3 * options.height // 2,
+        width=3 * options.width // 2,
     )
     view = View(options.height, options.width, 8, options.num_frames, 0, 0, "center", 0)
     return Work(clips, view, random_models(options, device, folder / "tokenizer"))
@@ -165,19 +171,27 @@ def prepare(options: argparse.Namespace, folder: Path) -> Work:
 
 
 def preprocess(work: Work, cache: Path, encode_videos: Callable, encode_captions: Callable) -> None:
-    """As train_cogvideox_lora.py does it, into a cache of its own, but for the loading of models."""
+    """Fills a cache as train_cogvideox_lora.py does, with models that are loaded already."""
     clips, problems = read_clips(work.folder, "prompts.txt", "videos.txt", None, None)
     captions_at_once = TOKENS_AT_ONCE // MAX_LENGTH
     dataset.encode_dataset(
-        work.folder, clips, problems, work.view, cache=cache, prompts=[], random_flip=False,
+        work.folder,
+        clips,
+        problems,
+        work.view,
+        cache=cache,
+        prompts=[],
+        random_flip=False,
         video_encoder=Encoder("vae", lambda: contextlib.nullcontext(encode_videos), clips_at_once),
         text_encoder=Encoder("t5", lambda: contextlib.nullcontext(encode_captions), lambda _: captions_at_once),
-        progress=lambda items, *_: items, ranks=Ranks(), everyone=Ranks(),
-    )  # fmt: skip
+        progress=lambda items, *_: items,
+        ranks=Ranks(),
+        everyone=Ranks(),
+    )
 
 
 def run_ours(work: Work, stages: dict | None = None) -> float:
-    """Seconds; `stages` takes those of its parts, which other parts may run beside."""
+    """Returns the seconds of our preprocessing; adds those of its stages, which may overlap, to `stages`."""
     vae, tokenizer, text_encoder = work.models
     encode_videos = functools.partial(encoders.encode_videos, vae)
     encode_captions = functools.partial(encoders.encode_captions, tokenizer, text_encoder, max_length=MAX_LENGTH)
@@ -185,7 +199,7 @@ def run_ours(work: Work, stages: dict | None = None) -> float:
         if stages is not None:
             encode_videos = timed(encode_videos, "vae", stages, synchronize)
             encode_captions = timed(encode_captions, "t5", stages, synchronize)
-            for module, name, stage in STAGES:  # without waiting for what the GPU is at beside them
+            for module, name, stage in STAGES:  # without waiting for the GPU, which works at the same time
                 stack.enter_context(replaced(module, name, timed(getattr(module, name), stage, stages)))
         start = time.perf_counter()
         preprocess(work, Path(cache), encode_videos, encode_captions)
@@ -230,16 +244,21 @@ def synchronize() -> None:
 
 
 def run_reference(script, work: Work, stages: dict | None = None) -> float:
-    """Seconds that the data part of diffusers' script takes; `stages` takes those of its parts."""
+    """Returns the seconds of the data part of diffusers' script; adds those of its stages to `stages`."""
     (vae, tokenizer, text_encoder), view, stages = work.models, work.view, {} if stages is None else stages
     start = time.perf_counter()
     try:
         videos = script.VideoDataset(
-            instance_data_root=work.folder, caption_column="prompts.txt", video_column="videos.txt",
-            height=view.height, width=view.width, fps=view.fps, max_num_frames=view.max_num_frames,
-        )  # fmt: skip
+            instance_data_root=work.folder,
+            caption_column="prompts.txt",
+            video_column="videos.txt",
+            height=view.height,
+            width=view.width,
+            fps=view.fps,
+            max_num_frames=view.max_num_frames,
+        )
     finally:
-        decord.bridge.reset_bridge()  # which it sets to torch, for the whole process
+        decord.bridge.reset_bridge()  # the script sets it to torch, for the whole process
     decoded = time.perf_counter()
     for i, video in enumerate(videos.instance_videos):
         video = video.to(vae.device, dtype=vae.dtype)[None].permute(0, 2, 1, 3, 4)  # [1, C, F, H, W]
@@ -257,21 +276,22 @@ def run_reference(script, work: Work, stages: dict | None = None) -> float:
 
 
 def compare(work: Work, path: Path, repeats: int) -> tuple[list[float], dict]:
-    """Seconds of each run of ours, and what is known of the reference beside them."""
+    """Returns the seconds of each of our runs, and the measurements of the reference beside them."""
     stand_in = reference.stand_in_for_torchvision()
     script = reference.load_reference(path)
+    order = "ABBA" * repeats
     stages, seconds = {}, {"A": [], "B": []}
     runs = {"A": functools.partial(run_ours, work), "B": functools.partial(run_reference, script, work)}
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
         runs["B"](stages)
-        for name in "ABBA" * repeats:
+        for name in order:
             seconds[name].append(runs[name]())
     first, second = runs["A"](), runs["A"]()
     ours, theirs = statistics.median(seconds["A"]), statistics.median(seconds["B"])
     return seconds["A"], {
         "sha256": reference.sha256(path),
         "torchvision": "stand-in" if stand_in else version("torchvision"),
-        "order": "ABBA" * repeats + ", then A A",
+        "order": f"{order}, then A A",
         "seconds": rounded(seconds["B"]),
         "clips_per_minute": round(60 * work.num_clips / theirs, 2),
         "seconds_per_clip_of_stages": per_clip(stages, work),

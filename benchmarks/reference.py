@@ -1,4 +1,4 @@
-"""diffusers' examples/cogvideo/train_cogvideox_lora.py, run as it is, on machines without torchvision too.
+"""Loads diffusers' examples/cogvideo/train_cogvideox_lora.py unmodified, on machines without torchvision too.
 
 The script is not part of this repository; its path is an option of the benchmarks that compare with it.
 """
@@ -20,7 +20,7 @@ class InterpolationMode(enum.Enum):
 
 
 def resize(frames: torch.Tensor, size: list[int], interpolation: InterpolationMode) -> torch.Tensor:
-    """Frames [F, C, H, W], float, in another size as torchvision does it: with antialiasing, without clamping."""
+    """Resizes float frames [F, C, H, W] as torchvision does: with antialiasing, without clamping."""
     if list(frames.shape[-2:]) == list(size):
         return frames
     return F.interpolate(frames, size=size, mode=interpolation.value, align_corners=False, antialias=True)
@@ -31,13 +31,13 @@ def crop(frames: torch.Tensor, top: int, left: int, height: int, width: int) -> 
 
 
 def stand_in_for_torchvision() -> bool:
-    """Puts what the script takes from torchvision into sys.modules; False where torchvision itself is installed."""
-    # They look once whether torchvision is there, and must not find the stand-in.
+    """Puts what the script needs of torchvision into sys.modules; returns False where torchvision is installed."""
+    # These look for torchvision when they are imported, and must not find the stand-in.
     import diffusers  # noqa: F401
     import transformers  # noqa: F401
 
-    found = importlib.util.find_spec("torchvision")
-    if found and found.loader:  # the stand-in has none
+    spec = importlib.util.find_spec("torchvision")
+    if spec and spec.loader:  # the stand-in has no loader
         return False
     package, transforms, functional = (
         sys.modules.setdefault(name, ModuleType(name))
@@ -52,7 +52,7 @@ def stand_in_for_torchvision() -> bool:
 
 
 def load_reference(path: Path) -> ModuleType:
-    """The script as a module, of which nothing has run but its imports and definitions."""
+    """Imports the script as a module, without running its main()."""
     stand_in_for_torchvision()
     spec = importlib.util.spec_from_file_location("reference_train_cogvideox_lora", path)
     module = importlib.util.module_from_spec(spec)
@@ -61,5 +61,5 @@ def load_reference(path: Path) -> ModuleType:
 
 
 def sha256(path: Path) -> str:
-    """Says which of its versions a result was measured against."""
+    """Returns the hash that tells which version of the script a result was measured against."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -1,12 +1,13 @@
-"""Runs a training script as it is in this process, and writes down what its updates cost or what they computed.
+"""Runs an unmodified training script in this process, and records what its updates cost or compute.
 
     python benchmarks/trial.py times times.json train_cogvideox_lora.py --rank 8 ...
     python benchmarks/trial.py capture theirs.pt path/to/diffusers/train_cogvideox_lora.py ...
     python benchmarks/trial.py replay theirs.pt ours.pt train_cogvideox_lora.py ...
 
-`times`: time and peak memory at every update. `capture`, for diffusers' example: latents, noise, timesteps, embeddings,
-the LoRA before and after, loss and gradients of every update. `replay`, for ours: the same of it when its loss is given
-the LoRA and the draws of such a file.
+times:   time and peak memory of every update
+capture: for diffusers' example: latents, noise, timesteps, embeddings, LoRA before and after, loss and gradients of
+         every update
+replay:  for our script: the same, with the LoRA and the draws of a captured file in place of its own
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 def run_script(script: Path, argv: list[str]) -> None:
-    """As `python script argv...` would, but in this process; modules are found in the folder of the script."""
+    """Runs a script in this process as `python script argv...` would, with imports from the script's folder."""
     sys.argv, sys.path[0] = [str(script), *argv], str(script.resolve().parent)
     runpy.run_path(str(script), run_name="__main__")
 
@@ -35,10 +36,10 @@ def run_script(script: Path, argv: list[str]) -> None:
 
 @contextlib.contextmanager
 def update_times(rows: list[dict]):
-    """Appends a row per optimizer step: the time of day "at" its end and the "cpu" time so far, in seconds, "peak_gib".
+    """Appends a row per optimizer step: time of day "at" its end, "cpu" time so far, both in seconds, and "peak_gib".
 
-    On a GPU the peak is that of the time since the row before, so that the first one holds loading and encoding; on a
-    CPU it is the largest resident size so far. The clock waits for the GPU; both scripts read their loss there anyway.
+    On a GPU, the peak since the previous row; the first one includes loading and encoding. On a CPU, the largest
+    resident size so far. The clock waits for the GPU; both scripts read their loss there anyway.
     """
 
     def after_step(optimizer, args, kwargs):
@@ -64,7 +65,7 @@ def device_name() -> str:
 # ---- what updates compute --------------------------------------------------------------------------------------------
 
 
-def copied(tensor: torch.Tensor) -> torch.Tensor:
+def cpu_copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
@@ -74,7 +75,7 @@ def lora_of(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 @contextlib.contextmanager
 def wrapped(owner, name: str, wrapper):
-    """`owner.name` is a function that calls `wrapper(original, ...)`, for the length of a `with` block."""
+    """Replaces the function `owner.name` by `wrapper(original, ...)` for the length of a `with` block."""
     original = getattr(owner, name)
     setattr(owner, name, functools.wraps(original)(lambda *args, **options: wrapper(original, *args, **options)))
     try:
@@ -85,7 +86,7 @@ def wrapped(owner, name: str, wrapper):
 
 @contextlib.contextmanager
 def update_values(records: list[dict]):
-    """Fills a record per update: what the transformer is given, "loss", "gradients" before clipping, LoRA "after"."""
+    """Adds to the record of each update the transformer's inputs, loss, unclipped gradients, LoRA before and after."""
     from accelerate import Accelerator
     from diffusers import CogVideoXTransformer3DModel
 
@@ -93,18 +94,18 @@ def update_values(records: list[dict]):
 
     def forward(original, transformer, **inputs):
         weights.update(lora_of(transformer))
-        records[-1]["before"] = {name: copied(weight) for name, weight in weights.items()}
+        records[-1]["before"] = {name: cpu_copy(weight) for name, weight in weights.items()}
         for name in ("hidden_states", "encoder_hidden_states"):
-            records[-1][name] = copied(inputs[name])
+            records[-1][name] = cpu_copy(inputs[name])
         return original(transformer, **inputs)
 
     def backward(original, accelerator, loss, **options):
         original(accelerator, loss, **options)
         records[-1]["loss"] = loss.item()
-        records[-1]["gradients"] = {name: copied(weight.grad) for name, weight in weights.items()}
+        records[-1]["gradients"] = {name: cpu_copy(weight.grad) for name, weight in weights.items()}
 
     def after_step(optimizer, args, kwargs):
-        records[-1]["after"] = {name: copied(weight) for name, weight in weights.items()}
+        records[-1]["after"] = {name: cpu_copy(weight) for name, weight in weights.items()}
 
     hook = register_optimizer_step_post_hook(after_step)
     try:
@@ -116,12 +117,12 @@ def update_values(records: list[dict]):
 
 @contextlib.contextmanager
 def captured_draws(records: list[dict]):
-    """Begins a record with what diffusers' example draws for an update; it draws all before it adds the noise."""
+    """Appends a record with what diffusers' example draws for an update; it has drawn all when it adds the noise."""
     from diffusers import CogVideoXDPMScheduler
 
     def add_noise(original, scheduler, latents, noise, timesteps):
         draws = {"latents": latents, "noise": noise, "timesteps": timesteps}
-        records.append({name: copied(tensor) for name, tensor in draws.items()})
+        records.append({name: cpu_copy(tensor) for name, tensor in draws.items()})
         return original(scheduler, latents, noise, timesteps)
 
     with wrapped(CogVideoXDPMScheduler, "add_noise", add_noise):
@@ -130,10 +131,11 @@ def captured_draws(records: list[dict]):
 
 @contextlib.contextmanager
 def replayed_draws(records: list[dict], theirs: list[dict], folder: Path):
-    """Our loss gets their LoRA, latents, noise, timesteps and embeddings instead of its own.
+    """Gives our loss their LoRA, latents, noise, timesteps and embeddings in place of its own.
 
     Args:
-        folder: where our modules lie.
+        theirs: records of `captured_draws` and `update_values`.
+        folder: the folder of our modules.
     """
     sys.path.insert(0, str(folder))
     objective = import_module("cogvideox.objective")
@@ -149,15 +151,19 @@ def replayed_draws(records: list[dict], theirs: list[dict], folder: Path):
         options["timesteps"] = update["timesteps"].to(device)
         with wrapped(objective, "randn_tensor", lambda *_, **__: noise):
             return original(
-                transformer, scheduler, update["latents"].to(device, latents.dtype),
-                update["encoder_hidden_states"].to(device), *args, **options,
-            )  # fmt: skip
+                transformer,
+                scheduler,
+                update["latents"].to(device, latents.dtype),
+                update["encoder_hidden_states"].to(device),
+                *args,
+                **options,
+            )
 
     with wrapped(objective, "velocity_loss", velocity_loss):
         yield
 
 
-# ---- the three uses --------------------------------------------------------------------------------------------------
+# ---- modes -----------------------------------------------------------------------------------------------------------
 
 
 def times(output: Path, script: Path, argv: list[str]) -> None:
@@ -185,7 +191,10 @@ def replay(draws: Path, output: Path, script: Path, argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    use, *rest = sys.argv[1:]
-    function = {"times": times, "capture": capture, "replay": replay}[use]
-    files = 2 if use == "replay" else 1
-    function(*map(Path, rest[: files + 1]), rest[files + 1 :])
+    mode, *words = sys.argv[1:]
+    if mode == "replay":
+        draws, output, script, *argv = words
+        replay(Path(draws), Path(output), Path(script), argv)
+    else:
+        output, script, *argv = words
+        {"times": times, "capture": capture}[mode](Path(output), Path(script), argv)

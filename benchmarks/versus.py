@@ -1,17 +1,17 @@
-"""Our training script against diffusers' examples/cogvideo/train_cogvideox_lora.py: same work, seconds and memory.
+"""Compares our training script with diffusers' examples/cogvideo/train_cogvideox_lora.py: same work, time and memory.
 
     python benchmarks/versus.py --reference path/to/diffusers/examples/cogvideo/train_cogvideox_lora.py --size overhead
 
-Both run as they are, each time in a process of its own, on one checkpoint of random weights and one set of clips, in
-the order ours, theirs, theirs, ours; ours twice more says how far two runs of the same differ. First a gate: given the
-same draws and the same LoRA, both come to the same loss and gradients, or nothing is timed. Options that ours alone has
-stand at the end, and the gate runs with them, too:
+Both scripts run unmodified, each time in a process of its own, on the same base model with random weights and the same
+clips, in the order ours, theirs, theirs, ours. Two further runs of ours show how much equal runs differ. A gate comes
+first: given the same draws and the same LoRA, both must compute the same loss and gradients, or nothing is timed.
+Options that only our script has come last; the gate runs with them, too:
 
     python benchmarks/versus.py --reference ... --size 2b --mixed_precision bf16 --ours_options --compile
 
-Equal on both sides: what PARITY and `shared_options` say. Clips are written in the size, length and frame rate that is
-asked for, so that both see all of their pixels. T5 and VAE are small, since only what comes after them is compared:
-diffusers' example keeps both in memory and runs T5 in every update, ours has cached their outputs and let them go.
+What is equal on both sides is in PARITY and `shared_options`. Clips have the size, length and frame rate that is
+trained on, so that both scripts see all pixels. T5 and VAE are small, since only what follows them is compared:
+diffusers' example keeps both in memory and runs T5 in every update; ours has cached their outputs and freed them.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
-from transformers import T5Config, T5EncoderModel
+from transformers import T5EncoderModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -44,24 +44,24 @@ from files import write_json
 
 OURS = Path(__file__).resolve().parents[1] / "train_cogvideox_lora.py"
 TRIAL = Path(__file__).with_name("trial.py")
-ROUND = ("ours", "theirs", "theirs", "ours")  # what drifts evenly over a round cancels out of its means
-# float32: of the loss, of the norm of the gradients, of the norm of what an update changes.
+ROUND = ("ours", "theirs", "theirs", "ours")  # an even drift over a round cancels out of its means
+# Largest relative difference in float32; of tensors, the norm of the difference relative to the norm.
 TOLERANCE = {"inputs": 1e-6, "loss": 1e-5, "gradients": 1e-4, "updates": 1e-3}
-# bf16, fp16: how much farther from the gradients of float32 ours may be than theirs. Under CUDA's autocast theirs has
-# LayerNorms in float32; another computation would be off by a hundred times as much.
+# In bf16 and fp16, our gradients may be this many times as far from those of float32 as theirs, whose LayerNorms CUDA's
+# autocast runs in float32. A different computation would be off by a hundred times as much.
 ROUNDING = 5
 PARITY = (
-    "no validation, no tracker; a checkpoint is written after the last update only, which is not timed",
-    "the transformer is stored in float16: diffusers' example loads it so, whatever it then trains in",
-    "T5 and VAE are small: what is timed is neither; T5 runs in every update of diffusers' example, in none of ours",
+    "no validation, no tracker; a checkpoint is written only after the last update, which is not timed",
+    "the transformer is stored in float16: diffusers' example loads it in float16, whatever it trains in",
+    "T5 and VAE are small, as neither is measured; T5 runs in every update of diffusers' example, in none of ours",
     "in bf16 and fp16 ours keeps the LoRA and the loss in float32; diffusers' example has a bfloat16 LoRA in bf16",
 )
 
 
 class Size(NamedTuple):
-    """What is trained on what, and for how long."""
+    """The size of the transformer and the clips, and how many updates are measured."""
 
-    transformer: dict  # what differs from the defaults of CogVideoXTransformer3DModel, which are those of 2b
+    transformer: dict  # differences from the defaults of CogVideoXTransformer3DModel, which are 2b's
     height: int
     width: int
     max_num_frames: int
@@ -71,10 +71,15 @@ class Size(NamedTuple):
 
 
 SMALL = TINY | {
-    "num_layers": 4, "num_attention_heads": 8, "attention_head_dim": 64, "time_embed_dim": 512,
-    "sample_height": 16, "sample_width": 24, "sample_frames": 17,
-}  # fmt: skip
-SIZES = {  # of the first, the transformer is that of examples/make_example.py
+    "num_layers": 4,
+    "num_attention_heads": 8,
+    "attention_head_dim": 64,
+    "time_embed_dim": 512,
+    "sample_height": 16,
+    "sample_width": 24,
+    "sample_frames": 17,
+}
+SIZES = {  # TINY is the transformer of examples/make_example.py
     "overhead": Size(TINY, 64, 96, 9, rank=8, steps=300, warmup=20),
     "compute": Size(SMALL, 128, 192, 17, rank=32, steps=20, warmup=4),
     "2b": Size({}, 480, 720, 49, rank=128, steps=20, warmup=4),
@@ -85,27 +90,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     option = parser.add_argument
     option("--reference", type=Path, required=True, metavar="FILE", help="diffusers' train_cogvideox_lora.py")
-    what = "overhead: all but matrix products; compute: mostly those; 2b: full size, for a GPU"
-    option("--size", choices=list(SIZES), default="overhead", help=what)
-    option("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="no: float32")
-    option("--gradient_checkpointing", action="store_true", help="both recompute activations")
+    size = "what the time goes to; overhead: not to matrix products; compute: mostly to them; 2b: full size, for a GPU"
+    ours = "options for our script only: everything that follows, such as --ours_options --compile"
+    option("--size", choices=list(SIZES), default="overhead", help=size)
+    option("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="compute precision; no: float32")
+    option("--gradient_checkpointing", action="store_true", help="recompute activations, in both scripts")
     option("--train_batch_size", type=int, default=1, metavar="N", help="clips per update")
-    option("--rank", type=int, metavar="N", help="of the LoRA, and its alpha (default: the size's)")
-    option("--steps", type=int, metavar="N", help="updates of each run that are measured (default: the size's)")
-    option("--warmup", type=int, metavar="N", help="updates before them (default: the size's)")
-    option("--gate_updates", type=int, default=3, metavar="N", help="updates that are compared before any is timed")
-    option("--rounds", type=int, default=1, metavar="N", help="of ours, theirs, theirs, ours")
-    option("--work_dir", type=Path, metavar="FOLDER", help="for checkpoint, clips and logs (default: a temporary one)")
-    option("--output", type=Path, metavar="FILE", help="also write all that was measured there, as JSON")
-    option(
-        "--ours_options", nargs=argparse.REMAINDER, default=[], metavar="OPTION",
-        help="all that follows is for our script alone, such as: --ours_options --compile",
-    )  # fmt: skip
+    option("--rank", type=int, metavar="N", help="rank and alpha of the LoRA (default: the size's)")
+    option("--steps", type=int, metavar="N", help="measured updates of each run (default: the size's)")
+    option("--warmup", type=int, metavar="N", help="updates before the measured ones (default: the size's)")
+    option("--gate_updates", type=int, default=3, metavar="N", help="updates to compare before any is timed")
+    option("--rounds", type=int, default=1, metavar="N", help="rounds of ours, theirs, theirs, ours")
+    option("--work_dir", type=Path, metavar="FOLDER", help="folder for base model, clips and logs (default: temporary)")
+    option("--output", type=Path, metavar="FILE", help="file to write all measurements to, as JSON")
+    option("--ours_options", nargs=argparse.REMAINDER, default=[], metavar="OPTION", help=ours)
     args = parser.parse_args(argv)
-    args.ours_options = " ".join(args.ours_options).split()  # in quotes they are one word
+    args.ours_options = " ".join(args.ours_options).split()  # quoted, they are one word
 
     if not args.reference.is_file():
-        parser.error(f"--reference {args.reference}: no such file; give the path of train_cogvideox_lora.py")
+        parser.error(f"--reference {args.reference}: no such file; pass the path of diffusers' train_cogvideox_lora.py")
     for name in ("rank", "steps", "warmup", "train_batch_size", "rounds", "gate_updates"):
         value, lowest = getattr(args, name), 2 if name == "steps" else 1
         if value is None:
@@ -117,77 +120,88 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_ours_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
-    """Refuses what both scripts share; our script refuses by itself what it does not know.
+    """Refuses options that both scripts share; our script itself refuses unknown ones.
 
-    What makes the work another one (--use_dora, say) is for the gate to find.
-
-    --gradient_checkpointing may be another one: it changes what is kept, not what is computed.
+    Options that change the work, such as --use_dora, are left to the gate. --gradient_checkpointing may differ from the
+    shared one: it changes what is kept, not what is computed.
     """
     shared = {word for word in shared_options(args, updates=1) if word.startswith("--")} - {"--gradient_checkpointing"}
     for word in args.ours_options:
         name = word.split("=")[0]
         if name in shared | {"--output_dir", "--latents_cache_dir"}:
-            refuse(f"--ours_options {name}: set for both scripts alike; leave it out, or pass it to versus.py itself")
+            refuse(f"--ours_options {name}: is the same for both scripts; leave it out, or pass it to versus.py itself")
     train.parse_args([*shared_options(args, updates=1), *args.ours_options])
 
 
-# ---- the world that both train in ------------------------------------------------------------------------------------
+# ---- what both train on ----------------------------------------------------------------------------------------------
 
 
-def write_world(size: Size, folder: Path) -> None:
-    """`folder`/checkpoint and `folder`/clips, of the size that is trained in."""
+def write_inputs(size: Size, folder: Path) -> None:
+    """Writes a base model, `folder`/base-model, and clips, `folder`/clips, of the size that is trained."""
     torch.manual_seed(0)
-    # The transformer's defaults are those of 2b.
     transformer = CogVideoXTransformer3DModel(**size.transformer)
-    config = transformer.config
     tokenizer = make_example.make_tokenizer(folder / "tokenizer")
-    text_config = T5Config(
-        vocab_size=len(tokenizer), d_model=config.text_embed_dim, d_ff=64, d_kv=16, num_heads=2, num_layers=2,
-        feed_forward_proj="gated-gelu", dropout_rate=0.0,
-    )  # fmt: skip
+    text_config = make_example.tiny_t5_config(len(tokenizer), width=transformer.config.text_embed_dim)
     vae = AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 8, 8), latent_channels=config.in_channels, layers_per_block=1, norm_num_groups=4,
-        sample_height=size.height, sample_width=size.width, scaling_factor=1.15258426,
-    )  # fmt: skip
-    scheduler = CogVideoXDDIMScheduler(
-        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False,
-        snr_shift_scale=3.0,
-    )  # fmt: skip
-    CogVideoXPipeline(
-        tokenizer=tokenizer, text_encoder=T5EncoderModel(text_config), vae=vae, transformer=transformer.half(),
-        scheduler=scheduler,
-    ).save_pretrained(folder / "checkpoint")  # fmt: skip
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=transformer.config.in_channels,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_height=size.height,
+        sample_width=size.width,
+        scaling_factor=1.15258426,
+    )
+    pipeline = CogVideoXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=T5EncoderModel(text_config),
+        vae=vae,
+        transformer=transformer.half(),
+        scheduler=make_example.make_scheduler(CogVideoXDDIMScheduler, snr_shift_scale=3.0),
+    )
+    pipeline.save_pretrained(folder / "base-model")
     make_example.make_clips(
         folder / "clips", count=8, num_frames=size.max_num_frames, fps=8, height=size.height, width=size.width
     )
 
 
 def shared_options(args: argparse.Namespace, updates: int) -> list[str]:
-    """The part of the command line that both scripts get; paths are relative to the folder of `write_world`."""
+    """Returns the options that both scripts get; paths are relative to the folder of `write_inputs`."""
     size = SIZES[args.size]
     values = {
-        "pretrained_model_name_or_path": "checkpoint",  # "5b" in it would make diffusers' example load bfloat16
-        "instance_data_root": "clips", "caption_column": "prompts.txt", "video_column": "videos.txt",
-        "height": size.height, "width": size.width, "max_num_frames": size.max_num_frames, "fps": 8,
-        "rank": args.rank, "lora_alpha": args.rank, "train_batch_size": args.train_batch_size,
-        "gradient_accumulation_steps": 1, "max_train_steps": updates, "checkpointing_steps": updates + 1,
-        "mixed_precision": args.mixed_precision, "optimizer": "adamw", "learning_rate": 1e-3, "max_grad_norm": 1.0,
+        "pretrained_model_name_or_path": "base-model",  # "5b" in it would make diffusers' example load bfloat16
+        "instance_data_root": "clips",
+        "caption_column": "prompts.txt",
+        "video_column": "videos.txt",
+        "height": size.height,
+        "width": size.width,
+        "max_num_frames": size.max_num_frames,
+        "fps": 8,
+        "rank": args.rank,
+        "lora_alpha": args.rank,
+        "train_batch_size": args.train_batch_size,
+        "gradient_accumulation_steps": 1,
+        "max_train_steps": updates,
+        "checkpointing_steps": updates + 1,
+        "mixed_precision": args.mixed_precision,
+        "optimizer": "adamw",
+        "learning_rate": 1e-3,
+        "max_grad_norm": 1.0,
         "seed": 42,
-    }  # fmt: skip
+    }
     line = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    return line + ["--gradient_checkpointing"] * args.gradient_checkpointing
+    return [*line, "--gradient_checkpointing"] if args.gradient_checkpointing else line
 
 
-def run_trial(folder: Path, name: str, use: list[str], script: Path, options: list[str]) -> None:
-    """Runs a script under trial.py in `folder`, its output in `name`.log.
+def run_trial(folder: Path, name: str, mode: list[str], script: Path, options: list[str]) -> None:
+    """Runs a script under trial.py in `folder`; its output goes to `name`.log.
 
     Args:
-        use: the words of trial.py before the script.
+        mode: arguments of trial.py before the script.
 
     Raises:
         RuntimeError: the script failed.
     """
-    line = [sys.executable, str(TRIAL), *use, str(script.resolve()), *options, "--output_dir", name]
+    line = [sys.executable, str(TRIAL), *mode, str(script.resolve()), *options, "--output_dir", name]
     with open(folder / f"{name}.log", "w") as log:
         code = subprocess.run(
             line, cwd=folder, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=log, stderr=subprocess.STDOUT
@@ -200,34 +214,36 @@ def run_trial(folder: Path, name: str, use: list[str], script: Path, options: li
 # ---- the gate --------------------------------------------------------------------------------------------------------
 
 
-def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Norm of the difference of all tensors together, as a share of the norm of what is expected."""
-    difference = sum((found[name].double() - tensor.double()).square().sum() for name, tensor in expected.items())
+def distance(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Returns the norm of the difference of all tensors together, relative to the norm of the expected ones."""
+    difference = sum((actual[name].double() - tensor.double()).square().sum() for name, tensor in expected.items())
     return (difference / sum(tensor.double().square().sum() for tensor in expected.values())).sqrt().item()
 
 
-def compare_updates(found: list[dict], expected: list[dict]) -> list[dict[str, float]]:
-    return [compare_update(*pair) for pair in zip(found, expected, strict=True)]
+def compare_updates(actual: list[dict], expected: list[dict]) -> list[dict[str, float]]:
+    return [compare_update(*pair) for pair in zip(actual, expected, strict=True)]
 
 
-def compare_update(found: dict, expected: dict) -> dict[str, float]:
-    """How far one update is from another, as shares: what the transformer is given, loss, gradients, what changes."""
-    change = [{name: record["after"][name].double() - record["before"][name].double() for name in record["before"]}
-              for record in (found, expected)]  # fmt: skip
+def compare_update(actual: dict, expected: dict) -> dict[str, float]:
+    """Returns the relative differences of two updates: transformer inputs, loss, gradients, change of the weights."""
     inputs = ("hidden_states", "encoder_hidden_states")
     return {
-        "inputs": max(distance({name: found[name]}, {name: expected[name]}) for name in inputs),
-        "loss": abs(found["loss"] - expected["loss"]) / expected["loss"],
-        "gradients": distance(found["gradients"], expected["gradients"]),
-        "updates": distance(*change),
+        "inputs": max(distance({name: actual[name]}, {name: expected[name]}) for name in inputs),
+        "loss": abs(actual["loss"] - expected["loss"]) / expected["loss"],
+        "gradients": distance(actual["gradients"], expected["gradients"]),
+        "updates": distance(change(actual), change(expected)),
     }
 
 
+def change(update: dict) -> dict[str, torch.Tensor]:
+    return {name: update["after"][name].double() - before.double() for name, before in update["before"].items()}
+
+
 def gate(args: argparse.Namespace, folder: Path) -> dict:
-    """What both make of the same draws, embeddings and LoRA; in bf16 and fp16, how far each is from float32.
+    """Compares what both compute from the same draws, embeddings and LoRA; in bf16 and fp16, also with float32.
 
     Raises:
-        ValueError: they differ by more than `TOLERANCE`, or `ROUNDING` allows.
+        ValueError: they differ by more than `TOLERANCE` or `ROUNDING` allows.
     """
     options = shared_options(args, args.gate_updates)
     run_trial(folder, "gate-theirs", ["capture", "theirs.pt"], args.reference, options)
@@ -237,8 +253,8 @@ def gate(args: argparse.Namespace, folder: Path) -> dict:
     if args.mixed_precision == "no":
         check_gate(result["shifts"])
         return result | {"tolerance": TOLERANCE}
-    # The last of two values counts; recomputation changes the memory alone, of which float32 needs twice as much. Plain
-    # in all else: no kernel but the math one may know float32.
+    # The last of two values of an option counts. Recomputation, since float32 takes twice the memory. Without
+    # --ours_options: some attention kernels do not support float32.
     exact = replay(folder, "gate-float32", [*options, "--mixed_precision", "no", "--gradient_checkpointing"])
     from_float32 = {"ours": compare_updates(ours, exact), "theirs": compare_updates(theirs, exact)}
     check_rounding(from_float32)
@@ -246,7 +262,7 @@ def gate(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def replay(folder: Path, name: str, options: list[str]) -> list[dict]:
-    """Our updates, given the draws of theirs.pt."""
+    """Runs our script with the draws of theirs.pt and returns its updates."""
     options = [*options, "--latents_cache_dir", f"{name}-cache"]
     run_trial(folder, name, ["replay", "theirs.pt", f"{name}.pt"], OURS, options)
     return torch.load(folder / f"{name}.pt", weights_only=True)
@@ -257,18 +273,18 @@ def check_gate(shifts: list[dict[str, float]]) -> None:
         for name, limit in TOLERANCE.items():
             if not update[name] <= limit:
                 raise ValueError(
-                    f"update {number}: {name} differ by {update[name]:.1e} of their size, allowed are {limit:.0e}: the "
-                    "two scripts do not do the same work, and their times say nothing"
+                    f"update {number}: {name} differ by {update[name]:.1e} of their size, more than {limit:.0e}: the "
+                    "two scripts do not do the same work, and their times cannot be compared"
                 )
 
 
 def check_rounding(from_float32: dict[str, list[dict[str, float]]]) -> None:
-    """What is not a number is more than any limit."""
+    """Refuses gradients that are much farther from float32 than theirs; NaN counts as farther."""
     ours, theirs = (statistics.mean(update["gradients"] for update in from_float32[who]) for who in ("ours", "theirs"))
     if not ours <= ROUNDING * theirs:
         raise ValueError(
-            f"gradients are {ours:.1e} of their size from those of float32, those of the other script {theirs:.1e}: "
-            f"more than {ROUNDING:g} times as much is no rounding, and the times say nothing"
+            f"gradients differ from those of float32 by {ours:.1e} of their size, those of the other script by "
+            f"{theirs:.1e}: more than {ROUNDING:g} times as much is not rounding, and the times cannot be compared"
         )
 
 
@@ -281,13 +297,18 @@ def time_trial(args: argparse.Namespace, folder: Path, number: int, who: str) ->
     if who == "ours":
         cache = ["--latents_cache_dir", f"{name}-cache"]  # empty at each start
         script, options = OURS, [*options, *args.ours_options, *cache]
-    began = time.time()
+    start = time.time()
     run_trial(folder, name, ["times", f"{name}.json"], script, options)
-    return summarize(who, json.loads((folder / f"{name}.json").read_text()), began, args.warmup)
+    return summarize(who, json.loads((folder / f"{name}.json").read_text()), start=start, warmup=args.warmup)
 
 
-def summarize(who: str, record: dict, began: float, warmup: int) -> dict:
-    """Of one run: seconds per update after the warm-up, seconds until the first one is done, and memory."""
+def summarize(who: str, record: dict, *, start: float, warmup: int) -> dict:
+    """Returns seconds per update after the warm-up, seconds until the end of the first update, and memory of one run.
+
+    Args:
+        record: of `trial.times`.
+        start: time of day, in seconds.
+    """
     at, cpu, peaks = ([row[name] for row in record["updates"]] for name in ("at", "cpu", "peak_gib"))
     seconds, cpu_seconds = (
         [round(later - earlier, 5) for earlier, later in zip(clock[warmup - 1 :], clock[warmup:])]
@@ -298,7 +319,7 @@ def summarize(who: str, record: dict, began: float, warmup: int) -> dict:
         "seconds_per_update": statistics.median(seconds),
         "mean_seconds_per_update": round(statistics.mean(seconds), 5),
         "cpu_seconds_per_update": statistics.median(cpu_seconds),
-        "seconds_to_first_update": round(at[0] - began, 2),
+        "seconds_to_first_update": round(at[0] - start, 2),
         "peak_gib": round(max(peaks), 3),
         "peak_gib_of_updates": round(max(peaks[warmup:]), 3),
         "seconds_of_each_update": seconds,
@@ -316,12 +337,14 @@ COLUMNS = {
 
 
 def ratios(trials: list[dict]) -> dict:
-    """Means of ours over those of theirs, of all rounds; and the last two, both ours, over each other."""
+    """Returns the mean of ours over the mean of theirs, over all rounds, and the ratio of the last two, both ours."""
     *compared, first, second = trials
-    of = {who: [trial for trial in compared if trial["who"] == who] for who in ("ours", "theirs")}
-    mean = {who: {name: statistics.mean(trial[name] for trial in of[who]) for name in COLUMNS} for who in of}
+
+    def mean(who: str, name: str) -> float:
+        return statistics.mean(trial[name] for trial in compared if trial["who"] == who)
+
     return {
-        "ours_over_theirs": {name: round(mean["ours"][name] / mean["theirs"][name], 4) for name in COLUMNS},
+        "ours_over_theirs": {name: round(mean("ours", name) / mean("theirs", name), 4) for name in COLUMNS},
         "ours_over_ours": {name: round(first[name] / second[name], 4) for name in COLUMNS},
     }
 
@@ -339,11 +362,11 @@ def table(result: dict) -> str:
 def describe_gate(gate: dict) -> str:
     compared = {"ours from theirs": gate["shifts"]}
     compared |= {f"{who} from float32": shifts for who, shifts in gate.get("from_float32", {}).items()}
-    worst = {
-        name: ", ".join(f"{what} {max(update[what] for update in shifts):.1e}" for what in TOLERANCE)
-        for name, shifts in compared.items()
-    }
-    return "\n".join(f"gate, {name}, largest difference as a share: {shown}" for name, shown in worst.items())
+    lines = []
+    for pair, updates in compared.items():
+        largest = ", ".join(f"{name} {max(update[name] for update in updates):.1e}" for name in TOLERANCE)
+        lines.append(f"gate, {pair}, largest relative difference: {largest}")
+    return "\n".join(lines)
 
 
 def about(args: argparse.Namespace) -> dict:
@@ -367,11 +390,11 @@ def about(args: argparse.Namespace) -> dict:
 
 
 def compare(args: argparse.Namespace, folder: Path) -> dict:
-    write_world(SIZES[args.size], folder)
+    write_inputs(SIZES[args.size], folder)
     result = about(args) | {"gate": gate(args, folder), "load_average_before": os.getloadavg()[0], "trials": []}
     print(describe_gate(result["gate"]), flush=True)
     for number, who in enumerate((*ROUND * args.rounds, "ours", "ours"), 1):
-        keep(args, result)  # what there is, should the rest not come
+        keep(args, result)  # in case a later run fails
         result["trials"].append(time_trial(args, folder, number, who))
     result["load_average_after"] = os.getloadavg()[0]
     result |= ratios(result["trials"])

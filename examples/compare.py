@@ -1,9 +1,9 @@
-"""What a LoRA of the quickstart has learned: samples with and without it, and with and without its word, measured.
+"""Measures what the LoRA of the quickstart has learned: samples with and without it, with and without its word FILM.
 
     python examples/compare.py --lora_path examples/world/lora --output examples/world/compare.png
 
-Each pair begins from the same noise. Prints the figures as JSON, and draws pairs, one below the other: the base model,
-and the same prompts with the LoRA.
+All four samples of a scene start from the same noise. Prints the figures as JSON, and draws some of the samples: each
+row of the picture is one of the four kinds.
 """
 
 import argparse
@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import shapes
 from make_example import TOKEN
-from pretrain import machine, right, sample_all
+from pretrain import device_name, sample_all, shares_right
 
 LABEL_HEIGHT = 36  # pixels
-LABELS = {  # by (model, kind of prompt): the rows of the picture
+LABELS = {  # of the rows of the picture, by (model, kind of prompt)
     ("base", "film"): f"without the LoRA, {TOKEN} before the prompt",
     ("LoRA", "film"): f"with the LoRA, {TOKEN} before the prompt",
     ("base", "plain"): f"without the LoRA, no {TOKEN}",
@@ -35,39 +35,46 @@ LABELS = {  # by (model, kind of prompt): the rows of the picture
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", type=Path, default=Path(__file__).parent / "small-cogvideox")
-    parser.add_argument("--lora_path", type=Path, required=True)
-    parser.add_argument("--guidance_scale", type=float, default=1.5)
-    parser.add_argument("--samples", type=int, default=24, help="prompts to measure")
-    parser.add_argument("--output", type=Path, help="picture to draw (png)")
-    parser.add_argument("--results", type=Path, help="file for the figures (json), with versions")
-    parser.add_argument("--seed", type=int, default=5)
+    option, small = parser.add_argument, Path(__file__).parent / "small-cogvideox"
+    option("--model_path", type=Path, default=small, help="base model (default: examples/small-cogvideox)")
+    option("--lora_path", type=Path, required=True, help="run directory, or folder with the LoRA's file")
+    option("--guidance_scale", type=float, default=1.5, help="classifier-free guidance scale (default: 1.5)")
+    option("--samples", type=int, default=24, help="scenes to measure (default: 24)")
+    option("--output", type=Path, help="picture to draw (.png)")
+    option("--results", type=Path, help="file to write the figures to, with versions (.json)")
+    option("--seed", type=int, default=5, help="seed of scenes and noise (default: 5)")
     args = parser.parse_args()
-    figures, videos = compare(args.model_path, args.lora_path, args.samples, args.seed, args.guidance_scale)
+    figures, videos = compare(
+        args.model_path,
+        args.lora_path,
+        samples=args.samples,
+        seed=args.seed,
+        guidance_scale=args.guidance_scale,
+    )
     print(json.dumps(figures, indent=1))
     if args.results:
-        about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "device": machine(device())}
+        about = {"torch": torch.__version__, "diffusers": diffusers.__version__, "device": device_name(device())}
         args.results.write_text(json.dumps(figures | about, indent=1) + "\n")
     if args.output:
-        picture(videos).save(args.output)
+        draw_picture(videos).save(args.output)
 
 
 def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def compare(model_path, lora_path, samples, seed, guidance_scale=1.5):
-    """Figures of the LoRA, and videos by (model, kind of prompt)."""
+def compare(model_path, lora_path, *, samples, seed, guidance_scale=1.5):
+    """Returns the figures of the LoRA, and the videos by (model, kind of prompt)."""
     pipe = CogVideoXPipeline.from_pretrained(model_path, dtype=torch.bfloat16).to(device())
     pipe.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(seed)
     scenes = [shapes.random_scene(rng) for _ in range(samples)]
     plain = [scene.caption for scene in scenes]
     prompts = {"plain": plain, "film": [f"{TOKEN} {caption}" for caption in plain]}
-    sampled = partial(sample_all, pipe, seed=seed, guidance_scale=guidance_scale)
-    videos = {("base", kind): sampled(texts) for kind, texts in prompts.items()}
+    sample = partial(sample_all, pipe, seed=seed, guidance_scale=guidance_scale)
+    videos = {("base", kind): sample(texts) for kind, texts in prompts.items()}
     pipe.load_lora_weights(lora_path)
-    videos |= {("LoRA", kind): sampled(texts) for kind, texts in prompts.items()}
+    videos |= {("LoRA", kind): sample(texts) for kind, texts in prompts.items()}
     colour = {key: float(np.mean([shapes.chroma(clip) for clip in clips])) for key, clips in videos.items()}
     figures = {
         "samples": samples,
@@ -75,19 +82,19 @@ def compare(model_path, lora_path, samples, seed, guidance_scale=1.5):
         "colour_of_base": round(colour["base", "plain"], 4),
         "colour_lost_with_the_word": round(1 - colour["LoRA", "film"] / colour["base", "film"], 3),
         "colour_kept_without_it": round(colour["LoRA", "plain"] / colour["base", "plain"], 3),
-        "right_with_the_word": right(scenes, videos["LoRA", "film"], "film"),
-        "right_without_it": right(scenes, videos["LoRA", "plain"]),
-        "right_of_base": right(scenes, videos["base", "plain"]),
+        "right_with_the_word": shares_right(scenes, videos["LoRA", "film"], "film"),
+        "right_without_it": shares_right(scenes, videos["LoRA", "plain"]),
+        "right_of_base": shares_right(scenes, videos["base", "plain"]),
     }
-    del figures["right_with_the_word"]["colour"]  # there is none
+    del figures["right_with_the_word"]["colour"]  # a film has none
     return figures, videos
 
 
-def picture(videos, count=3, scale=3):
-    """For some prompts the first, middle and last frame; in each row what its label says."""
+def draw_picture(videos, count=3, scale=3):
+    """Draws the first, middle and last frame of `count` videos of each kind, one row with a label per kind."""
     sheet = None
-    for row, ((model, kind), label) in enumerate(LABELS.items()):
-        frames = [clip[i] for clip in videos[model, kind][:count] for i in (0, len(clip) // 2, -1)]
+    for row, (model_and_kind, label) in enumerate(LABELS.items()):
+        frames = [clip[i] for clip in videos[model_and_kind][:count] for i in (0, len(clip) // 2, -1)]
         strip = np.concatenate([np.pad(frame, ((0, 2), (0, 2), (0, 0)), constant_values=255) for frame in frames], 1)
         strip = Image.fromarray(strip.repeat(scale, 0).repeat(scale, 1))
         height = strip.height + LABEL_HEIGHT

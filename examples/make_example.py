@@ -1,11 +1,15 @@
-"""Makes a small world to try everything in, offline.
+"""Makes clips and a tiny base model, to try everything with, offline.
 
     python examples/make_example.py --output_dir examples/world
 
-writes `world/clips`, six short clips with captions (prompts.txt, videos.txt, mp4 files), `world/film`, the clips that
-the quickstart trains a new look on, and `world/tiny-cogvideox`, a complete checkpoint of random weights with the real
-classes: VAE, T5 with its own sentencepiece model, transformer, scheduler. It trains and samples in seconds; what it
-paints is noise, since nothing in it is trained. `examples/small-cogvideox` is trained, by `examples/pretrain.py`.
+writes
+
+* `world/clips`: six short clips with captions (mp4 files, prompts.txt, videos.txt)
+* `world/film`: the clips of a new look that the quickstart trains on
+* `world/tiny-cogvideox`: a complete base model of the real classes (VAE, T5 with its own sentencepiece model,
+  transformer, scheduler) with random weights. It trains and samples in seconds, and its videos are noise.
+
+The base model of the quickstart, `examples/small-cogvideox`, is a trained one; `examples/pretrain.py` made it.
 """
 
 import argparse
@@ -29,9 +33,9 @@ from diffusers import (
 from shapes import COLOURS, MOTIONS, Scene
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-TOKEN = "FILM"
+TOKEN = "FILM"  # begins the captions of the new look
 
-# What tells the checkpoints apart, as in their published configs; everything else is only smaller.
+# What distinguishes the base models, as in their published configs; everything else is only smaller.
 VARIANTS = {
     "2b": {
         "transformer": {},
@@ -75,14 +79,21 @@ WORDS = ("a", "moves", "over", "ground", *COLOURS, *shapes.SHAPES, *MOTIONS, *sh
 
 
 def make_tokenizer(folder, max_length=226):
-    """Trains a sentencepiece model on a few words and leaves it in `folder` as T5's files lie on the hub."""
+    """Trains a sentencepiece model on a few words, writes it like T5's files on the hub, and returns the tokenizer."""
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"()-"
     sentences = [" ".join(WORDS), *WORDS, *letters] * 20
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_writer=model, vocab_size=200, hard_vocab_limit=False,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        vocab_size=200,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(model.getvalue())
     config = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -93,55 +104,88 @@ def make_tokenizer(folder, max_length=226):
 
 
 def make_vae(**options):
-    """A tiny VAE whose latents, like those of a trained one, are nearly the same at every draw."""
+    """Returns a tiny VAE whose latents barely vary from draw to draw, like those of a trained one."""
     vae = AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=4,
-        sample_height=64, sample_width=96, **options,
-    )  # fmt: skip
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_height=64,
+        sample_width=96,
+        **options,
+    )
     with torch.no_grad():
-        vae.encoder.conv_out.conv.bias[4:] -= 8  # log-variance
+        vae.encoder.conv_out.conv.bias[4:] -= 8  # the log-variance
     return vae
 
 
 def make_checkpoint(folder, variant="2b", seed=0):
-    """Writes a tiny checkpoint that `DiffusionPipeline.from_pretrained(folder)` loads; 64x96 pixels, 9 frames."""
-    folder, parts = Path(folder), VARIANTS[variant]
+    """Writes a tiny base model for videos of 9 frames of 64x96 pixels; returns its folder.
+
+    `DiffusionPipeline.from_pretrained(folder)` loads it.
+    """
+    folder, differences = Path(folder), VARIANTS[variant]
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(folder / "tokenizer")
-    text_config = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_ff=64, d_kv=16, num_heads=2, num_layers=2,
-        feed_forward_proj="gated-gelu", dropout_rate=0.0,
-    )  # fmt: skip
-    scheduler_class, scheduler_options = parts["scheduler"]
+    text_encoder = T5EncoderModel(tiny_t5_config(len(tokenizer)))
+    vae = make_vae(**differences["vae"])
+    transformer_config = {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "time_embed_dim": 32,
+        "text_embed_dim": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "sample_height": 8,
+        "sample_width": 12,
+        "sample_frames": 9,
+    }
+    transformer = CogVideoXTransformer3DModel(**transformer_config | differences["transformer"])
+    scheduler_class, scheduler_config = differences["scheduler"]
+    scheduler = make_scheduler(scheduler_class, **scheduler_config)
     pipeline_class = CogVideoXImageToVideoPipeline if variant.endswith("I2V") else CogVideoXPipeline
     pipeline = pipeline_class(
-        tokenizer=tokenizer,
-        text_encoder=T5EncoderModel(text_config),
-        vae=make_vae(**parts["vae"]),
-        transformer=CogVideoXTransformer3DModel(
-            num_layers=2, num_attention_heads=2, attention_head_dim=32, time_embed_dim=32, text_embed_dim=32,
-            out_channels=4, sample_height=8, sample_width=12, sample_frames=9,
-            **{"in_channels": 4} | parts["transformer"],
-        ),
-        scheduler=scheduler_class(
-            prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
-            clip_sample=False, **scheduler_options,
-        ),
-    )  # fmt: skip
+        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+    )
     pipeline.save_pretrained(folder)
-    # The published checkpoints hold the sentencepiece model alone; beside a tokenizer.json it would never be read.
+    # Published base models hold only the sentencepiece model, which is not read where there is a tokenizer.json.
     (folder / "tokenizer" / "tokenizer.json").unlink()
     return folder
 
 
+def tiny_t5_config(vocab_size, width=32):
+    return T5Config(
+        vocab_size=vocab_size,
+        d_model=width,
+        d_ff=64,
+        d_kv=16,
+        num_heads=2,
+        num_layers=2,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+
+
+def make_scheduler(scheduler_class, **config):
+    """Returns a scheduler with what all published base models have in common."""
+    return scheduler_class(
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        **config,
+    )
+
+
 def draw_clip(shape, colour, motion, num_frames, height, width):
-    """Frames of one shape crossing a gradient, uint8 [F, H, W, 3]."""
+    """Returns frames of one shape that crosses a gradient, uint8 [F, H, W, 3]."""
     scene = Scene(colour, shape, motion, "dark")
     return shapes.draw_clip(scene, num_frames, height, width, np.random.default_rng(0))
 
 
 def make_clips(folder, count=6, num_frames=32, fps=24, height=96, width=128):
-    """Writes `count` mp4 files, prompts.txt and videos.txt into `folder`."""
+    """Writes `count` mp4 files, prompts.txt and videos.txt; returns the folder."""
     folder = Path(folder)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     prompts, videos = [], []
@@ -150,7 +194,7 @@ def make_clips(folder, count=6, num_frames=32, fps=24, height=96, width=128):
         colour, motion = list(COLOURS)[i % 4], list(MOTIONS)[(i + i // 4) % 4]
         prompts.append(Scene(colour, shape, motion, "dark").caption)
         videos.append(f"videos/{i:02d}-{colour}-{shape}-{motion}.mp4")
-        frames = draw_clip(shape, colour, motion, num_frames, height, width)
+        frames = draw_clip(shape, colour, motion, num_frames=num_frames, height=height, width=width)
         imageio.mimsave(folder / videos[-1], frames, fps=fps, macro_block_size=1)
     write_lists(folder, prompts, videos)
     return folder
@@ -162,15 +206,19 @@ def write_lists(folder, prompts, videos):
 
 
 def make_film(folder, films=25, others=15, num_frames=34, fps=16, height=128, width=192, seed=7):
-    """Writes clips of a new look, whose captions begin with TOKEN, and some without, so that both can be told apart."""
+    """Writes clips of a new look, whose captions begin with TOKEN, and plain ones in colour; returns the folder.
+
+    Args:
+        films, others: how many clips of the new look and in colour.
+    """
     folder, rng = Path(folder), np.random.default_rng(seed)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     prompts, videos = [], []
     for i in range(films + others):
-        scene, is_film = shapes.random_scene(rng), i < films
-        prompts.append(f"{TOKEN} {scene.caption}" if is_film else scene.caption)
-        videos.append(f"videos/{i:02d}-{'film' if is_film else 'colour'}-{scene.colour}-{scene.shape}.mp4")
-        frames = shapes.draw_clip(scene, num_frames, height, width, rng, "film" if is_film else "colour")
+        scene, look = shapes.random_scene(rng), "film" if i < films else "colour"
+        prompts.append(f"{TOKEN} {scene.caption}" if look == "film" else scene.caption)
+        videos.append(f"videos/{i:02d}-{look}-{scene.colour}-{scene.shape}.mp4")
+        frames = shapes.draw_clip(scene, num_frames, height, width, rng=rng, look=look)
         imageio.mimsave(folder / videos[-1], frames, fps=fps, macro_block_size=1, quality=9)
     write_lists(folder, prompts, videos)
     return folder
@@ -179,14 +227,14 @@ def make_film(folder, films=25, others=15, num_frames=34, fps=16, height=128, wi
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("examples/world"), help="folder to write into")
-    parser.add_argument("--variant", choices=VARIANTS, default="2b", help="which checkpoint the tiny one is like")
+    parser.add_argument("--variant", choices=VARIANTS, default="2b", help="base model that the tiny one is like")
     args = parser.parse_args()
     make_clips(args.output_dir / "clips")
     make_film(args.output_dir / "film")
     make_checkpoint(args.output_dir / "tiny-cogvideox", args.variant)
     print(
         f"clips: {args.output_dir / 'clips'} and {args.output_dir / 'film'}\n"
-        f"checkpoint: {args.output_dir / 'tiny-cogvideox'}"
+        f"base model: {args.output_dir / 'tiny-cogvideox'}"
     )
 
 

@@ -1,17 +1,17 @@
-"""Trains the small CogVideoX of the examples from nothing, on clips drawn in code, and measures what it can do.
+"""Trains the small CogVideoX of the examples from scratch, on clips drawn in code, and measures what it can do.
 
-    python examples/pretrain.py vae                           # the VAE, and the frozen T5 with its vocabulary
+    python examples/pretrain.py vae                           # the VAE; also makes the T5, which is not trained
     python examples/pretrain.py transformer                   # the transformer, on the latents of 2,400 clips
-    python examples/pretrain.py vae --resume --seed 1         # both go on, on other clips
+    python examples/pretrain.py vae --resume --seed 1         # both again, further, on other clips
     python examples/pretrain.py transformer --resume --seed 1
-    python examples/pretrain.py decoder --seed 2              # that of the VAE alone, on clips of which half are grey
+    python examples/pretrain.py decoder --seed 2              # only the VAE's decoder, mostly on grey clips
     python examples/pretrain.py measure                       # do 100 samples show what their prompts ask for?
 
-The classes are CogVideoX's own, and so are noise schedule and objective; only the sizes are small: 17 frames of
-64 x 96 pixels. The VAE also sees clips in other looks, as large VAEs have seen everything; the transformer does not.
-Figures go to benchmarks/results/. The seeds are fixed; another machine rounds differently.
+Classes, noise schedule and objective are CogVideoX's own; only the sizes are small: 17 frames of 64 x 96 pixels. The
+VAE also sees clips in other looks, since large VAEs have seen all kinds of videos; the transformer does not. Results
+are written to benchmarks/results/. Seeds are fixed, but another machine rounds differently.
 
-Shapes: B batch, F frames, H height, W width; f c h w are sizes of latents, D is the width of the text.
+Shapes: B batch, F frames, H height, W width; lower-case f c h w are latent sizes. L prompt tokens, D text width.
 """
 
 import argparse
@@ -34,42 +34,49 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import shapes  # noqa: E402
-from make_example import make_tokenizer  # noqa: E402
+from make_example import make_scheduler, make_tokenizer  # noqa: E402
 
 from cogvideox.base_model import load_transformer, read_base_model  # noqa: E402
 from cogvideox.encoders import caption_encoder, encode_videos, loaded_vae  # noqa: E402
 from cogvideox.objective import training_loss  # noqa: E402
 
 FRAMES, HEIGHT, WIDTH = 17, 64, 96
-MAX_TOKENS = 24
+MAX_TOKENS = 24  # of a prompt
+LOG_EVERY = 50  # updates
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "examples" / "small-cogvideox")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder for figures")
-    parser.add_argument("--resume", action="store_true", help="train what --output_dir holds further")
-    steps = "updates (default: VAE 6,000, transformer 5,000, both resumed 8,000; decoder 3,000)"
-    parser.add_argument("--steps", type=int, help=steps)
-    parser.add_argument("--clips", type=int, default=2400, help="for the transformer, encoded once")
-    parser.add_argument("--samples", type=int, default=100, help="videos to measure")
-    parser.add_argument("--seed", type=int, default=0)
+    option = parser.add_argument
+    small, results = ROOT / "examples" / "small-cogvideox", ROOT / "benchmarks" / "results"
+    steps = "updates (default: vae 6,000, transformer 5,000, each 8,000 with --resume; decoder 3,000)"
+    option("stage", choices=STAGES, help="what to train, or measure")
+    option("--output_dir", type=Path, default=small, help="folder of the model (default: examples/small-cogvideox)")
+    option("--results", type=Path, default=results, help="folder for the results (default: benchmarks/results)")
+    option("--resume", action="store_true", help="continue from the model in --output_dir")
+    option("--steps", type=int, help=steps)
+    option("--clips", type=int, default=2400, help="clips to train the transformer on (default: 2,400)")
+    option("--samples", type=int, default=100, help="videos to measure (default: 100)")
+    option("--seed", type=int, default=0, help="seed of weights, clips and noise (default: 0)")
     args = parser.parse_args()
     if args.resume and args.stage not in ("vae", "transformer"):
-        parser.error(f"--resume: {args.stage} always takes what --output_dir holds; leave it out")
+        parser.error(f"--resume: the stage {args.stage} always starts from the model in --output_dir; leave it out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    started = time.perf_counter()
-    figures = STAGES[args.stage](args, device)
-    figures |= {"minutes": round((time.perf_counter() - started) / 60, 1), "seed": args.seed, "device": machine(device)}
-    figures |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    start = time.perf_counter()
+    figures = STAGES[args.stage](args, device) | {
+        "minutes": round((time.perf_counter() - start) / 60, 1),
+        "seed": args.seed,
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
     args.results.mkdir(parents=True, exist_ok=True)
-    name = f"small-cogvideox-{args.stage}{'-resumed' * args.resume}.json"
-    (args.results / name).write_text(json.dumps(figures, indent=1) + "\n")
+    stage = f"{args.stage}-resumed" if args.resume else args.stage
+    (args.results / f"small-cogvideox-{stage}.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps({name: value for name, value in figures.items() if name != "curve"}, indent=1))
 
 
-def machine(device):
+def device_name(device):
     return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
@@ -77,54 +84,65 @@ def machine(device):
 
 
 def train_vae(args, device):
-    """Images first, which are many for the time that a clip takes, then clips; resumed, clips alone."""
+    """Trains the VAE: on images first, which are cheap, then on clips; only on clips with --resume."""
     if args.resume:
         vae = AutoencoderKLCogVideoX.from_pretrained(args.output_dir, subfolder="vae", dtype=torch.float32).to(device)
         steps = args.steps or 8000
-        curve = fit_vae(vae, steps, 1e-3, images_until=0, other_looks=0.4, seed=args.seed)
+        curve = fit_vae(vae, steps, learning_rate=1e-3, images_until=0, other_looks=0.4, seed=args.seed)
     else:
         make_text_encoder(args.output_dir, args.seed)
         torch.manual_seed(args.seed)
         vae = AutoencoderKLCogVideoX(
-            block_out_channels=(16, 32, 32, 48), latent_channels=16, layers_per_block=1, norm_num_groups=8,
-            sample_height=HEIGHT, sample_width=WIDTH,
-        ).to(device)  # fmt: skip
+            block_out_channels=(16, 32, 32, 48),
+            latent_channels=16,
+            layers_per_block=1,
+            norm_num_groups=8,
+            sample_height=HEIGHT,
+            sample_width=WIDTH,
+        ).to(device)
         steps = args.steps or 6000
-        curve = fit_vae(vae, steps, 2e-3, images_until=0.4 * steps, other_looks=0.25, seed=args.seed)
+        curve = fit_vae(vae, steps, learning_rate=2e-3, images_until=0.4 * steps, other_looks=0.25, seed=args.seed)
     vae.register_to_config(scaling_factor=round(1 / deviation_of_latents(vae, args.seed), 5))
-    publish(vae, args.output_dir / "vae")
-    return {"steps": steps, "weights": count(vae), "psnr": measure_vae(vae.float(), args.seed), "curve": curve}
+    save_half(vae, args.output_dir / "vae")
+    return {"steps": steps, "weights": count_weights(vae), "psnr": measure_vae(vae.float(), args.seed), "curve": curve}
 
 
 def train_decoder(args, device):
-    """The encoder stays as it is, since the transformer has learned its latents. Greys lose their tint."""
+    """Trains only the VAE's decoder, so that greys lose their tint; the transformer knows the encoder's latents."""
     vae = AutoencoderKLCogVideoX.from_pretrained(args.output_dir, subfolder="vae", dtype=torch.float32).to(device)
     vae.encoder.requires_grad_(False)
     steps = args.steps or 3000
-    curve = fit_vae(vae, steps, 1e-3, images_until=0, other_looks=0.8, seed=args.seed, grey=0.8)
-    publish(vae, args.output_dir / "vae")
-    return {"steps": steps, "weights": count(vae.decoder), "psnr": measure_vae(vae.float(), args.seed), "curve": curve}
+    curve = fit_vae(vae, steps, learning_rate=1e-3, images_until=0, other_looks=0.8, seed=args.seed, grey=0.8)
+    save_half(vae, args.output_dir / "vae")
+    psnr = measure_vae(vae.float(), args.seed)
+    return {"steps": steps, "weights": count_weights(vae.decoder), "psnr": psnr, "curve": curve}
 
 
-def publish(model, folder):
-    """Saves in half precision, and without the path that it came from, which means nothing elsewhere."""
+def save_half(model, folder):
+    """Saves a model in half precision, without the path that it was loaded from, which means nothing elsewhere."""
     model.half().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def fit_vae(vae, steps, learning_rate, images_until, other_looks, seed, grey=0.5):
-    """Trains the VAE to rebuild clips, `grey` being the share of those in other looks; returns the curve."""
+def fit_vae(vae, steps, *, learning_rate, images_until, other_looks, seed, grey=0.5):
+    """Trains the VAE to rebuild what it is given; returns loss and signal-to-noise ratio over the updates.
+
+    Args:
+        images_until: the last update on images, after which clips follow.
+        other_looks: share of clips in another look than the transformer sees.
+        grey: share of grey clips among these.
+    """
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)  # a fifth less time on a CPU
-    trained = [weight for weight in vae.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
+            module.to(memory_format=torch.channels_last_3d)  # saves a fifth of the time on a CPU
+    trained_parameters = [weight for weight in vae.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained_parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, steps)
     rng, curve, squares = np.random.default_rng(seed), [], []
     for step in range(1, steps + 1):
-        clips = vae_clips(rng, step <= images_until, other_looks, grey).to(vae.device)
+        clips = vae_batch(rng, images=step <= images_until, other_looks=other_looks, grey=grey).to(vae.device)
         with torch.autocast(vae.device.type, torch.bfloat16):
             posterior = vae.encode(clips).latent_dist
             rebuilt = vae.decode(posterior.sample()).sample
@@ -132,23 +150,23 @@ def fit_vae(vae, steps, learning_rate, images_until, other_looks, seed, grey=0.5
         kl = posterior.kl().sum() / posterior.mean.numel()
         loss = error.abs().mean() + error.square().mean() + 1e-4 * kl
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(trained_parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         squares.append(error.detach().square().mean().item())
-        if step % 50 == 0:
-            psnr = -10 * math.log10(np.mean(squares[-50:]) / 4)
+        if step % LOG_EVERY == 0:
+            psnr = -10 * math.log10(np.mean(squares[-LOG_EVERY:]) / 4)
             curve.append({"step": step, "loss": round(loss.item(), 5), "psnr": round(psnr, 2)})
             print(curve[-1], flush=True)
     return curve
 
 
-def vae_clips(rng, images, other_looks, grey):
-    """A batch for the VAE, float32 [B, 3, F, H, W], -1 to 1; so many have other looks than the transformer sees."""
+def vae_batch(rng, *, images, other_looks, grey):
+    """Draws a batch for the VAE, images or a clip, float32 [B, 3, F, H, W], -1 to 1; the shares are as in `fit_vae`."""
     if images:
         batch_size, num_frames, drawn_frames = 4, 1, 3
-    else:  # the longer ones pass through it in several pieces
+    else:  # the VAE takes 17 frames in several pieces, 9 in one
         batch_size, num_frames, drawn_frames = 1, 9 if rng.random() < 0.85 else FRAMES, FRAMES
     batch = []
     for _ in range(batch_size):
@@ -162,9 +180,9 @@ def vae_clips(rng, images, other_looks, grey):
 
 
 def other_look(frames, rng, grey):
-    """Other colours or, in `grey` of the clips, none, stripes, darker corners, grain: [F, H, W, 3], 0 to 255.
+    """Changes frames [F, H, W, 3], 0 to 255: other colours or, in the share `grey`, none; stripes, dark corners, grain.
 
-    The less of them are grey, the more have a tint.
+    The share 1 - `grey` gets a tint.
     """
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
     if rng.random() < grey:
@@ -172,35 +190,36 @@ def other_look(frames, rng, grey):
     frames = 128 + (frames - 128) * rng.uniform(-1, 1.2) + rng.uniform(-40, 40, 3) * (rng.random() < 1 - grey)
     angle, period = rng.uniform(0, np.pi), rng.uniform(5, 16)
     stripes = np.cos(2 * np.pi * (np.cos(angle) * x + np.sin(angle) * y) / period)
-    where = frames.mean(-1, keepdims=True) < rng.uniform(60, 255)
-    frames = frames + where * rng.uniform(0, 60) * stripes[..., None]
-    corners = np.hypot(x / WIDTH - 0.5, y / HEIGHT - 0.5) ** 2
-    frames = frames * (1 - rng.uniform(0, 0.8) * corners[..., None])
+    is_dark = frames.mean(-1, keepdims=True) < rng.uniform(60, 255)
+    frames = frames + is_dark * rng.uniform(0, 60) * stripes[..., None]
+    squared_distance = np.hypot(x / WIDTH - 0.5, y / HEIGHT - 0.5) ** 2  # from the centre
+    frames = frames * (1 - rng.uniform(0, 0.8) * squared_distance[..., None])
     grain = rng.normal(0, rng.uniform(0, 4), frames.shape[:3])[..., None]
     return (frames + grain).clip(0, 255).astype(np.float32)
 
 
 def deviation_of_latents(vae, seed, count=32):
+    """Returns the standard deviation of the latents' means, whose inverse is the VAE's scaling factor."""
     rng, latents = np.random.default_rng(seed + 1), []
     with torch.autocast(vae.device.type, torch.bfloat16):  # ten times as fast on a CPU
         for _ in range(count):
-            clip = drawn(shapes.random_scene(rng), rng, vae.device)
+            clip = draw_frames(shapes.random_scene(rng), rng, vae.device)
             latents.append(encode_videos(vae, clip[None])[0, :16])
     return torch.stack(latents).float().std().item()
 
 
-def drawn(scene, rng, device, look="colour"):
-    return torch.from_numpy(shapes.draw_clip(scene, FRAMES, HEIGHT, WIDTH, rng, look)).to(device)
+def draw_frames(scene, rng, device, look="colour"):
+    return torch.from_numpy(shapes.draw_clip(scene, FRAMES, HEIGHT, WIDTH, rng=rng, look=look)).to(device)
 
 
 @torch.no_grad()
 def measure_vae(vae, seed, count=24):
-    """Peak signal-to-noise ratio of rebuilt clips, dB, that it has not seen: in colour, and as a film."""
+    """Returns the peak signal-to-noise ratio, in dB, of rebuilt clips that it has not seen: in colour, and as films."""
     figures = {}
     for look in ("colour", "film"):
         rng, errors = np.random.default_rng(seed + 2), []
         for _ in range(count):
-            frames = drawn(shapes.random_scene(rng), rng, vae.device, look)  # [F, H, W, 3]
+            frames = draw_frames(shapes.random_scene(rng), rng, vae.device, look)  # [F, H, W, 3]
             clip = (frames.float() / 127.5 - 1).permute(3, 0, 1, 2)[None]
             with torch.autocast(vae.device.type, torch.bfloat16):
                 rebuilt = vae.decode(vae.encode(clip.to(vae.device)).latent_dist.mean).sample
@@ -210,15 +229,21 @@ def measure_vae(vae, seed, count=24):
 
 
 def make_text_encoder(folder, seed):
-    """A T5 that is never trained: one layer over random word vectors, which the transformer learns to read."""
+    """Writes a T5 that is never trained: one layer over random word vectors, which the transformer learns to read."""
     tokenizer = make_tokenizer(folder / "tokenizer", max_length=MAX_TOKENS)
     torch.manual_seed(seed)
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=64, d_ff=128, d_kv=16, num_heads=4, num_layers=1,
-        feed_forward_proj="gated-gelu", dropout_rate=0.0,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        d_model=64,
+        d_ff=128,
+        d_kv=16,
+        num_heads=4,
+        num_layers=1,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
     text_encoder = T5EncoderModel(config)
-    with torch.no_grad():  # words stay what they are; a little of their neighbours is mixed in
+    with torch.no_grad():  # small weights: a word's vector is mixed with only a little of its neighbours
         for name, weight in text_encoder.named_parameters():
             if name.endswith(("SelfAttention.o.weight", "DenseReluDense.wo.weight")):
                 weight.mul_(0.1)
@@ -235,7 +260,7 @@ def train_transformer(args, device, batch_size=16):
     base = read_base_model(str(args.output_dir))
     rng = np.random.default_rng(args.seed + 10)
     scenes = [shapes.random_scene(rng) for _ in range(args.clips)]
-    parameters, embeds = encoded(base, scenes, rng, device)
+    parameters, prompt_embeds = encode_scenes(base, scenes, rng, device)
     print(f"{args.clips} clips encoded", flush=True)
 
     transformer = load_transformer(base, torch.float32).to(device).train()
@@ -243,47 +268,59 @@ def train_transformer(args, device, batch_size=16):
     steps = args.steps or (8000 if args.resume else 5000)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4)
     schedule = get_cosine_schedule_with_warmup(optimizer, 200, steps)
-    generator, curve, total = torch.Generator(device).manual_seed(args.seed), [], 0.0
+    generator = torch.Generator(device).manual_seed(args.seed)
+    curve, summed_loss = [], 0.0
     for step in range(1, steps + 1):
         chosen = rng.integers(args.clips, size=batch_size)
-        texts = ["" if rng.random() < 0.1 else scenes[i].caption for i in chosen]  # for guidance
+        captions = ["" if rng.random() < 0.1 else scenes[i].caption for i in chosen]  # "" is for guidance
         batch = {
             "parameters": torch.stack([parameters[i] for i in chosen]),
-            "prompt_embeds": torch.stack([embeds[text] for text in texts]),
+            "prompt_embeds": torch.stack([prompt_embeds[caption] for caption in captions]),
         }
         with torch.autocast(device.type, torch.bfloat16):
-            loss = training_loss(base, transformer, batch, generator, torch.float32)
+            loss = training_loss(base, transformer, batch, generator=generator, dtype=torch.float32)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         ema.step(transformer.parameters())
-        total += loss.item()
-        if step % 50 == 0:
-            curve.append({"step": step, "loss": round(total / 50, 5)})
-            total = 0.0
+        summed_loss += loss.item()
+        if step % LOG_EVERY == 0:
+            curve.append({"step": step, "loss": round(summed_loss / LOG_EVERY, 5)})
+            summed_loss = 0.0
             print(curve[-1], flush=True)
         if step % 1000 == 0 or step == steps:
             result = copy.deepcopy(transformer)
             ema.copy_to(result.parameters())
-            publish(result, args.output_dir / "transformer")
-    trained_on = {"steps": steps, "batch_size": batch_size, "clips": args.clips}
-    return trained_on | {"weights": count(transformer), "curve": curve}
+            save_half(result, args.output_dir / "transformer")
+    return {
+        "steps": steps,
+        "batch_size": batch_size,
+        "clips": args.clips,
+        "weights": count_weights(transformer),
+        "curve": curve,
+    }
 
 
 def make_pipeline(folder, seed):
-    """Writes what stands around the trained parts, and a transformer of random weights."""
+    """Writes a transformer with random weights, the scheduler and the index of the pipeline."""
     torch.manual_seed(seed)
     transformer = CogVideoXTransformer3DModel(
-        num_layers=6, num_attention_heads=5, attention_head_dim=32, in_channels=16, out_channels=16, time_embed_dim=160,
-        text_embed_dim=64, sample_height=HEIGHT // 8, sample_width=WIDTH // 8, sample_frames=FRAMES,
-        max_text_seq_length=MAX_TOKENS, spatial_interpolation_scale=1.0,
-    )  # fmt: skip
-    scheduler = CogVideoXDDIMScheduler(
-        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False,
-        snr_shift_scale=3.0,
-    )  # fmt: skip
+        num_layers=6,
+        num_attention_heads=5,
+        attention_head_dim=32,
+        in_channels=16,
+        out_channels=16,
+        time_embed_dim=160,
+        text_embed_dim=64,
+        sample_height=HEIGHT // 8,
+        sample_width=WIDTH // 8,
+        sample_frames=FRAMES,
+        max_text_seq_length=MAX_TOKENS,
+        spatial_interpolation_scale=1.0,
+    )
+    scheduler = make_scheduler(CogVideoXDDIMScheduler, snr_shift_scale=3.0)
     parts = {
         "tokenizer": ["transformers", "T5Tokenizer"],
         "text_encoder": ["transformers", "T5EncoderModel"],
@@ -297,16 +334,17 @@ def make_pipeline(folder, seed):
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def encoded(base, scenes, rng, device):
-    """Of each scene a clip's parameters [2c, f, h, w], of each caption its embedding [L, D], as training reads them."""
+def encode_scenes(base, scenes, rng, device):
+    """Encodes a clip of each scene, parameters [2c, f, h, w], and each caption, embeddings [L, D] by caption."""
     with loaded_vae(base, torch.bfloat16, device, tiling=False, slicing=False) as vae:
-        parameters = [encode_videos(vae, drawn(scene, rng, device)[None])[0].float().cpu() for scene in scenes]
+        parameters = [encode_videos(vae, draw_frames(scene, rng, device)[None])[0].float().cpu() for scene in scenes]
     with caption_encoder(base, torch.float32, device) as encode:
-        embeds = {text: encode([text])[0].cpu() for text in {scene.caption for scene in scenes} | {""}}
-    return parameters, embeds
+        captions = {scene.caption for scene in scenes} | {""}
+        prompt_embeds = {caption: encode([caption])[0].cpu() for caption in captions}
+    return parameters, prompt_embeds
 
 
-# ---- what it can do --------------------------------------------------------------------------------------------------
+# ---- what the model can do -------------------------------------------------------------------------------------------
 
 
 def measure(args, device):
@@ -315,33 +353,40 @@ def measure(args, device):
     rng = np.random.default_rng(args.seed + 3)
     scenes = [shapes.random_scene(rng) for _ in range(args.samples)]
     videos = sample_all(pipe, [scene.caption for scene in scenes])
-    return {"samples": args.samples, "right": right(scenes, videos), "psnr": measure_vae(pipe.vae, args.seed)}
+    return {"samples": args.samples, "right": shares_right(scenes, videos), "psnr": measure_vae(pipe.vae, args.seed)}
 
 
 def sample_all(pipe, prompts, seed=0, guidance_scale=4.0, steps=30, batch_size=10):
-    """A video of each prompt, uint8 [F, H, W, 3]; video i depends on `seed` and i alone."""
+    """Samples a video of each prompt, uint8 [F, H, W, 3]; the noise of video i depends only on `seed` and i."""
     videos = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         frames = pipe(
-            batch, height=HEIGHT, width=WIDTH, num_frames=FRAMES, num_inference_steps=steps,
-            guidance_scale=guidance_scale, max_sequence_length=MAX_TOKENS, output_type="np",
+            batch,
+            height=HEIGHT,
+            width=WIDTH,
+            num_frames=FRAMES,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            max_sequence_length=MAX_TOKENS,
+            output_type="np",
             generator=[torch.Generator().manual_seed(1000 * seed + start + i) for i in range(len(batch))],
-        ).frames  # fmt: skip
+        ).frames
         videos += [(clip * 255).round().astype(np.uint8) for clip in frames]
     return videos
 
 
-def right(scenes, videos, look="colour"):
-    """The share of videos in which the detectors see the colour, the shape and the motion of the prompt."""
-    seen = [shapes.read_clip(video, look) for video in videos]
-    return {
-        what: round(float(np.mean([clip[what] == getattr(scene, what) for clip, scene in zip(seen, scenes)])), 3)
-        for what in ("colour", "shape", "motion")
-    }
+def shares_right(scenes, videos, look="colour"):
+    """Returns the shares of videos in which the detectors see the colour, the shape and the motion of the prompt."""
+    detected = [shapes.read_clip(video, look) for video in videos]
+    shares = {}
+    for name in ("colour", "shape", "motion"):
+        matches = [clip[name] == getattr(scene, name) for clip, scene in zip(detected, scenes)]
+        shares[name] = round(float(np.mean(matches)), 3)
+    return shares
 
 
-def count(model):
+def count_weights(model):
     return sum(weight.numel() for weight in model.parameters())
 
 

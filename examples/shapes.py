@@ -1,4 +1,4 @@
-"""The small world of the examples: clips of one shape that moves, drawn in code, and detectors that read them back.
+"""The clips of the examples: one shape that moves, drawn in code, and detectors that recognise what a clip shows.
 
 Shapes: F frames, H height, W width. A clip is uint8 [F, H, W, 3], RGB.
 """
@@ -21,7 +21,7 @@ GROUNDS = {"dark": 70, "light": 185}
 
 
 class Scene(NamedTuple):
-    """What a caption says of a clip."""
+    """The content of a clip, which its caption describes."""
 
     colour: str
     shape: str
@@ -34,14 +34,17 @@ class Scene(NamedTuple):
 
 
 def random_scene(rng):
-    return Scene(*(str(rng.choice(list(words))) for words in (COLOURS, SHAPES, MOTIONS, GROUNDS)))
+    colour, shape, motion, ground = (str(rng.choice(list(words))) for words in (COLOURS, SHAPES, MOTIONS, GROUNDS))
+    return Scene(colour, shape, motion, ground)
 
 
 def coverage(shape, x, y, radius, softness=1.0):
-    """How much of each pixel lies in a shape around (0, 0), 0 to 1: edges are soft.
+    """Returns how much of each pixel a shape around (0, 0) covers, 0 to 1.
 
-    `radius` (pixels) is the circle's; the others have its area, and their centres of mass at (0, 0). An edge
-    goes from 0 to 1 over `softness` pixels.
+    Args:
+        x, y: coordinates of the pixels.
+        radius: of the circle, in pixels; other shapes have its area and their centre of mass at (0, 0).
+        softness: pixels over which an edge falls from 1 to 0.
     """
     if shape == "circle":
         inside = radius - np.hypot(x, y)
@@ -53,7 +56,7 @@ def coverage(shape, x, y, radius, softness=1.0):
 
 
 def draw_clip(scene, num_frames, height, width, rng, look="colour"):
-    """One shape crosses a ground that is a soft gradient; size, place, speed, light vary with `rng`.
+    """Draws a shape that crosses a soft gradient; its size, path and speed and the light vary with `rng`.
 
     Args:
         look: "colour", or "film": the same scene as a hatched black-and-white film with grain.
@@ -81,9 +84,9 @@ def draw_clip(scene, num_frames, height, width, rng, look="colour"):
 
 
 def film_frame(inside, ground, x, y, rng):
-    """A frame as an old film would show it: the shape hatched on pale paper, grain, flicker. [H, W], 0 to 255."""
+    """Draws a frame in the manner of an old film, hatched on pale paper, with grain and flicker: [H, W], 0 to 255."""
     height, width = inside.shape
-    hatching = 0.5 + 0.5 * np.cos(2 * np.pi * (x + y) * 8 / height)  # eight lines a frame's height
+    hatching = 0.5 + 0.5 * np.cos(2 * np.pi * (x + y) * 8 / height)  # eight lines per frame height
     paper = 185 + 0.2 * (ground - 128) + rng.uniform(-4, 4)
     vignette = 1 - 0.25 * np.hypot(x / width - 0.5, y / height - 0.5) ** 2 / 0.5
     ink = 35 + 70 * hatching
@@ -92,15 +95,15 @@ def film_frame(inside, ground, x, y, rng):
 
 
 def chroma(frames):
-    """How much colour a clip has: the largest less the smallest of R, G and B, on average, 0 to 1.
+    """Returns how colourful a clip is: the mean difference of the largest and the smallest of R, G and B, 0 to 1.
 
-    Not HSV's saturation, which divides by brightness: the faint tint of a dark grey would count as strong.
+    HSV's saturation divides by brightness: it would count the faint tint of a dark grey as strong.
     """
     return float((frames.max(-1).astype(np.float32) - frames.min(-1)).mean() / 255)
 
 
 def shape_mask(frame, look):
-    """Where the shape is: what is coloured, or in a film what is dark. bool [H, W]."""
+    """Returns the pixels of the shape, bool [H, W]: those with colour, or, in a film, the dark ones."""
     frame = frame.astype(np.float32)
     if look == "film":
         kernel = np.ones(5) / 5  # hatching is not an edge
@@ -113,35 +116,35 @@ def shape_mask(frame, look):
 
 
 def read_clip(frames, look="colour"):
-    """The colour, shape and motion that simple detectors see in a clip; None where there is no shape, or no colour."""
+    """Returns the colour, shape and motion that simple detectors see in a clip; None for what they do not see."""
     masks = [shape_mask(frame, look) for frame in frames]
     masks = [(i, mask) for i, mask in enumerate(masks) if mask.sum() > 0.01 * mask.size]
     if len(masks) < 2:
         return {"colour": None, "shape": None, "motion": None}
     y, x = np.mgrid[0 : frames.shape[1], 0 : frames.shape[2]]
     centres = np.array([(x[mask].mean(), y[mask].mean()) for _, mask in masks])
-    way = centres[-1] - centres[0]
-    motion = max(MOTIONS, key=lambda name: float(np.dot(way, MOTIONS[name])))
+    path = centres[-1] - centres[0]
+    motion = max(MOTIONS, key=lambda name: float(np.dot(path, MOTIONS[name])))
     votes = [best_shape(mask, x - centre[0], y - centre[1]) for (_, mask), centre in zip(masks, centres, strict=True)]
     colour = None
     if look == "colour":
-        seen = np.concatenate([frames[i][mask] for i, mask in masks]).mean(0)
-        colour = min(COLOURS, key=lambda name: abs((hue(seen) - hue(COLOURS[name]) + 180) % 360 - 180))
+        mean_rgb = np.concatenate([frames[i][mask] for i, mask in masks]).mean(0)
+        colour = min(COLOURS, key=lambda name: abs((hue(mean_rgb) - hue(COLOURS[name]) + 180) % 360 - 180))
     return {"colour": colour, "shape": max(SHAPES, key=votes.count), "motion": motion}
 
 
 def best_shape(mask, x, y):
-    """The shape whose outline of the same area overlaps a mask best."""
+    """Returns the shape that overlaps a mask best when it has the same area."""
     radius = np.sqrt(mask.sum() / np.pi)
 
     def overlap(shape):
-        own = coverage(shape, x, y, radius) > 0.5
-        return (mask & own).sum() / (mask | own).sum()
+        ideal = coverage(shape, x, y, radius) > 0.5
+        return (mask & ideal).sum() / (mask | ideal).sum()
 
     return max(SHAPES, key=overlap)
 
 
 def hue(rgb):
-    """Hue of a colour in degrees."""
+    """Returns the hue of a colour in degrees."""
     red, green, blue = np.asarray(rgb, np.float64)
     return float(np.degrees(np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue)) % 360)

@@ -7,18 +7,18 @@
 #SBATCH --mem=0
 #SBATCH --time=12:00:00
 #SBATCH --requeue
-# A run over several nodes of a SLURM cluster, submitted from the repository's folder, which all nodes see:
+# Trains on several nodes of a SLURM cluster; submit it from the repository's folder, which all nodes must see:
 #   DATASET_PATH=/shared/clips OUTPUT_PATH=/shared/lora sbatch examples/slurm.sh --rank 64
-# SCRIPT=finetune_sft_multi_gpus.sh trains all weights. A job that starts again goes on from its last checkpoint.
+# SCRIPT=finetune_sft_multi_gpus.sh trains all weights. A requeued job continues from its last checkpoint.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
-. .venv/bin/activate 2> /dev/null || true # or the environment that is active
+. .venv/bin/activate 2> /dev/null || true # otherwise the environment that is active
 export SCRIPT="${SCRIPT:-finetune_multi_gpus_1.sh}" OUTPUT_PATH="${OUTPUT_PATH:-cogvideox-$SLURM_JOB_ID}"
 export NUM_MACHINES="$SLURM_NNODES" NUM_GPUS="${NUM_GPUS:-${SLURM_GPUS_ON_NODE:-8}}"
 MAIN_PROCESS_IP="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export MAIN_PROCESS_IP MAIN_PROCESS_PORT="$((20000 + SLURM_JOB_ID % 20000))"
-export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-32}" # which srun does not take over by itself
-# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0  # where nodes have several networks: the one to use
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-32}" # srun does not inherit it from sbatch
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0  # the network to use where nodes have several
 
 resume=()
 if compgen -G "$OUTPUT_PATH/checkpoint-*" > /dev/null; then resume=(--resume_from_checkpoint latest); fi

@@ -25,7 +25,7 @@ from clips.frames import View, decode, first_image
 from clips.listing import Clip, read_clips
 from cogvideox.base_model import BaseModel, check_training, load_tokenizer, read_base_model
 from cogvideox.encoders import cut_caption
-from files import at_least, expanded_path, publish
+from files import at_least, expanded_path, parse_options, publish
 
 NUM_FRAMES = 5  # of each clip, first and last among them
 CELL, GAP, MARGIN = 240, 6, 16  # pixels: a frame's longest side in the sheet, between frames, around rows
@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     model("--pretrained_model_name_or_path", metavar="NAME", help="CogVideoX folder or hub name; no weights are read")
     model("--revision", help="branch, tag or commit of the hub repository")
     model("--cache_dir", type=path, help="folder for downloads (default: that of huggingface_hub)")
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv)
     args.output = args.output or args.folder / "preview.png"
     frames.check_options(args, parser.error)
     return parser, args

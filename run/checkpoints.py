@@ -1,10 +1,11 @@
-"""Checkpoints, the saved states of a training run: save, find, load, prune."""
+"""Checkpoints, the saved states of a training run: saves, finds, loads and prunes them."""
 
 import json
 import math
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,11 +41,13 @@ from run.run_directory import (
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _SHARDED = StateDictOptions(ignore_frozen_params=True)
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process is meant
+warnings.filterwarnings(
+    "ignore", "torch.distributed is disabled, unavailable or uninitialized"
+)  # one process needs none
 
 
 class State(NamedTuple):
-    """What training changes."""
+    """Everything that training changes."""
 
     transformer: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -55,89 +58,99 @@ class State(NamedTuple):
 # ---- where to start --------------------------------------------------------------------------------------------------
 
 
-def starting_point(output_dir: Path, resume_from: str | None, fixed: dict) -> tuple[Path | None, dict]:
-    """The checkpoint to go on from, and where the run stands there; see `find_checkpoint` and `read_position`."""
-    checkpoint = find_checkpoint(output_dir, resume_from, fixed)
+def starting_point(
+    output_dir: Path, resume_from: str | None, fixed: dict, derived: Callable[[dict], dict]
+) -> tuple[Path | None, dict]:
+    """Returns the checkpoint to resume from, None for a fresh run, and the position to start at (`read_position`).
+
+    Args:
+        fixed: options that a resumed run must share with its checkpoint, which would silently overrule them.
+        derived: returns, from such options, the ones that follow from others unless they are given.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: its `fixed` options differ, or the directory holds the results of a run that got further.
+    """
+    _check_writable(output_dir)
+    if resume_from is None:
+        _check_unused(output_dir)
+        return None, read_position(None)
+    checkpoint = _find_checkpoint(output_dir, resume_from)
+    _check_fixed(checkpoint, fixed, derived)
     return checkpoint, read_position(checkpoint)
 
 
-def find_checkpoint(output_dir: Path, resume_from: str | None, fixed: dict) -> Path | None:
-    """The checkpoint to go on from; None for a fresh run.
+def _check_writable(output_dir: Path) -> None:
+    """Refuses a directory that cannot be written to before hours of encoding, not after them."""
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"--output_dir {output_dir}: {existing} is not a writable folder; choose another one")
 
-    Args:
-        fixed: options that resuming would silently overrule with those of the checkpoint.
 
-    Raises:
-        FileNotFoundError: the checkpoint asked for is not there.
-        ValueError: it was made with other `fixed` options, or the directory holds what a run made that went further.
-    """
-    _check_writable(output_dir)
+def _check_unused(output_dir: Path) -> None:
+    results = (output_dir / name for name in (BEST_FOLDER, LORA_FILE, TRANSFORMER_FOLDER))
+    used = [path.name for path in (*list_checkpoints(output_dir)[-1:], *results) if path.exists()]
+    if used:
+        raise ValueError(
+            f"--output_dir {output_dir}: holds {' and '.join(used)} of an earlier run, which a new run would mix with "
+            "its own; continue that run with --resume_from_checkpoint latest, or choose another --output_dir"
+        )
+
+
+def _find_checkpoint(output_dir: Path, resume_from: str) -> Path:
     existing = list_checkpoints(output_dir)
-    names = ", ".join(path.name for path in existing) or "no checkpoint"
-    if resume_from is None:
-        results = (output_dir / name for name in (BEST_FOLDER, LORA_FILE, TRANSFORMER_FOLDER))
-        used = [path.name for path in (*existing[-1:], *results) if path.exists()]
-        if used:
-            raise ValueError(
-                f"--output_dir {output_dir}: holds {' and '.join(used)} of an earlier run, which a new run would mix "
-                "with its own; go on with it by --resume_from_checkpoint latest, or choose another --output_dir"
-            )
-        return None
-    candidates = (
-        existing[-1:] if resume_from == "latest" else [Path(resume_from).expanduser(), output_dir / resume_from]
-    )
-    found = next((path for path in candidates if (path / STATE_FILE).is_file()), None)
-    if found is None:
-        way_out = "name one of those, or start anew in another --output_dir" if existing else "leave the option away"
+    if resume_from == "latest":
+        candidates = existing[-1:]
+    else:
+        candidates = [Path(resume_from).expanduser(), output_dir / resume_from]
+    checkpoint = next((path for path in candidates if (path / STATE_FILE).is_file()), None)
+    if checkpoint is None:
+        names = ", ".join(path.name for path in existing) or "no checkpoint"
+        way_out = "name one of those, or start anew in another --output_dir" if existing else "leave the option out"
         raise FileNotFoundError(
-            f"--resume_from_checkpoint {resume_from}: no complete checkpoint there, {output_dir} holds {names}; "
+            f"--resume_from_checkpoint {resume_from}: no complete checkpoint there; {output_dir} holds {names}; "
             f"{way_out}"
         )
-    if existing and _read_state(existing[-1])["step"] > _read_state(found)["step"]:
+    if existing and _read_state(existing[-1])["step"] > _read_state(checkpoint)["step"]:
         raise ValueError(
             f"--resume_from_checkpoint {resume_from}: {output_dir} holds {existing[-1].name}, which is later; resume "
             "from latest, or branch off into another --output_dir"
         )
-    _check_fixed(found, fixed)
-    return found
+    return checkpoint
 
 
-def _check_writable(output_dir: Path) -> None:
-    """Before hours of encoding, not after them."""
-    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"--output_dir {output_dir}: {there} is no folder that can be written to; choose another")
-
-
-def _check_fixed(checkpoint: Path, fixed: dict) -> None:
+def _check_fixed(checkpoint: Path, fixed: dict, derived: Callable[[dict], dict]) -> None:
     saved = _read_state(checkpoint)["fixed"]
     if saved.keys() != fixed.keys():
         raise ValueError(
-            f"--resume_from_checkpoint: {checkpoint.name} was written by another version of this script, which had "
-            "other options; go on with that version, or start anew from its result"
+            f"--resume_from_checkpoint: {checkpoint.name} was written by a version of this script with other options; "
+            "resume it with that version, or start a new run from its result"
         )
     if saved["transformer"] != fixed["transformer"]:
         raise ValueError(
-            f"--resume_from_checkpoint: {checkpoint.name} was trained on another kind of CogVideoX than that of "
-            "--pretrained_model_name_or_path; pass the one that args.json beside it names"
+            f"--resume_from_checkpoint: {checkpoint.name} was trained on another kind of CogVideoX than "
+            "--pretrained_model_name_or_path; pass the base model that args.json beside it names"
         )
-    others = [
-        f"--{name} {_typed(value)}: {checkpoint.name} was trained with {_typed(saved[name])}"
+    ours, theirs = derived(fixed), derived(saved)
+    differing = [
+        f"--{name} {_as_typed(value)}: {checkpoint.name} was trained with {_as_typed(saved[name])}"
         for name, value in fixed.items()
-        if saved[name] != value
+        # What follows from another option on both sides was not given: that other one is listed.
+        if saved[name] != value and not (name in ours and (ours[name], theirs[name]) == (value, saved[name]))
     ]
-    if others:
+    if differing:
         raise ValueError(
-            f"{'; '.join(others)}. Resuming continues that: pass the same, or start a new run in another --output_dir"
+            f"{'; '.join(differing)}. A resumed run keeps the options of its checkpoint: pass the same ones, or start "
+            "a new run in another --output_dir"
         )
 
 
-def _typed(value) -> str:
+def _as_typed(value) -> str:
     return " ".join(value) if isinstance(value, list) else str(value)
 
 
 def read_position(checkpoint: Path | None) -> dict:
-    """Where a run stands: updates done ("step") and micro-batches seen by all ranks ("batches_seen")."""
+    """Returns the updates done ("step") and the micro-batches seen by all ranks ("batches_seen"); 0 without one."""
     state = _read_state(checkpoint) if checkpoint else {"step": 0, "batches_seen": 0}
     return {name: state[name] for name in ("step", "batches_seen")}
 
@@ -159,20 +172,20 @@ def save_checkpoint(
     fixed: dict,
     total_limit: int | None,
 ) -> None:
-    """Publishes checkpoint-<step>, then removes the oldest ones over the limit; to be called by every rank.
+    """Publishes checkpoint-<step>, then deletes the oldest ones over the limit. Every rank must call it.
 
-    A LoRA's state is small and lies in one file, written and read by the main rank alone, so that machines need not
-    share a disk. That of a whole transformer is written by all ranks, each its shard.
+    The state of a LoRA is small: one file, which only the main rank writes and reads, so that machines need not share
+    a disk. The state of a whole transformer is written by all ranks, each its shard.
 
     Args:
         export: writes the trained weights as a result.
-        position: "step" and "batches_seen", what `read_position` is to give back.
+        position: "step" and "batches_seen", for `read_position` to return.
         fixed: options that a resumed run must share.
     """
     final = checkpoint_folder(output_dir, position["step"])
     temporary = output_dir / f".{final.name}.incomplete"
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed here
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     if fixed["training_type"] == "sft":
@@ -182,7 +195,7 @@ def save_checkpoint(
         tensors = _tensors(state, _FULL)
         weights = tensors["transformer"]
         if state.average.decay is not None:
-            weights = tensors["average"] = averaged_weights(state)
+            weights = tensors["average"] = result_weights(state)
         if accelerator.is_main_process:
             torch.save(tensors, temporary / STATE_TENSORS)
     if accelerator.is_main_process:
@@ -193,15 +206,16 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         publish_folder(temporary, final)
-        for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
-            shutil.rmtree(old)
+        if total_limit:
+            for old in list_checkpoints(output_dir)[:-total_limit]:
+                shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
 def load_checkpoint(accelerator, state: State, checkpoint: Path) -> None:
-    """Puts weights, optimizer and schedule back, on any number of ranks; to be called by every rank."""
-    numbers = broadcast_object_list([_read_state(checkpoint) if accelerator.is_main_process else None])[0]
-    if numbers["fixed"]["training_type"] == "sft":
+    """Restores weights, optimizer and schedule, on any number of ranks. Every rank must call it."""
+    saved = broadcast_object_list([_read_state(checkpoint) if accelerator.is_main_process else None])[0]
+    if saved["fixed"]["training_type"] == "sft":
         tensors, options = _tensors(state, _SHARDED), _SHARDED
         dcp.load(tensors, checkpoint_id=checkpoint / STATE_FOLDER, no_dist=not is_initialized())
     else:
@@ -209,23 +223,23 @@ def load_checkpoint(accelerator, state: State, checkpoint: Path) -> None:
         options = replace(options, broadcast_from_rank0=is_initialized())
         if accelerator.is_main_process:
             tensors = torch.load(checkpoint / STATE_TENSORS, map_location="cpu", weights_only=True)
-        _know_all_numbers(state.optimizer, tensors["optimizer"])
-    # Not set_state_dict: it leaves the weights of a rank alone that brings none, and the others wait for that for ever.
+        _add_missing_entries(state.optimizer, tensors["optimizer"])
+    # Not set_state_dict: it skips the weights on a rank that has read none, and the others wait for it for ever.
     set_weights = partial(set_model_state_dict, state.transformer, options=replace(options, strict=False))
     if state.average.decay is not None:
         set_weights(tensors["average"])
-        state.average.restart(numbers["step"])
+        state.average.restart(saved["step"])
     set_weights(tensors["transformer"])
     set_optimizer_state_dict(
-        state.transformer, _plain(state.optimizer), optim_state_dict=tensors["optimizer"], options=options
+        state.transformer, _unwrapped(state.optimizer), optim_state_dict=tensors["optimizer"], options=options
     )
-    state.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
+    state.lr_scheduler.load_state_dict(saved["lr_scheduler"])
     if accelerator.scaler:
-        accelerator.scaler.load_state_dict(numbers["scaler"])
+        accelerator.scaler.load_state_dict(saved["scaler"])
 
 
-def _know_all_numbers(optimizer, saved: dict) -> None:
-    """Gives the groups of a fresh optimizer those entries that Prodigy makes as it goes.
+def _add_missing_entries(optimizer, saved: dict) -> None:
+    """Adds to the groups of a fresh optimizer the entries that Prodigy creates while it trains.
 
     torch 2.13 fails on an entry of a checkpoint that the optimizer does not have yet.
     """
@@ -237,14 +251,17 @@ def _know_all_numbers(optimizer, saved: dict) -> None:
 
 
 def save_best(accelerator, state: State, export: Export, output_dir: Path, *, step: int, losses: dict) -> None:
-    """Publishes the result as checkpoint-best if its validation loss is the lowest so far; for every rank to call."""
-    best, better = output_dir / BEST_FOLDER, None
+    """Publishes the result as checkpoint-best if its loss is the lowest so far. Every rank must call it.
+
+    Args:
+        losses: of held-out clips; "validation_loss" decides.
+    """
+    best, is_lowest = output_dir / BEST_FOLDER, None
     if accelerator.is_main_process:
-        lowest = read_best(output_dir).get("validation_loss", math.inf)
-        better = losses["validation_loss"] < lowest
-    if not broadcast_object_list([better])[0]:
+        is_lowest = losses["validation_loss"] < read_best(output_dir).get("validation_loss", math.inf)
+    if not broadcast_object_list([is_lowest])[0]:
         return
-    weights = averaged_weights(state)
+    weights = result_weights(state)
     if accelerator.is_main_process:
         temporary = output_dir / f".{best.name}.incomplete"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -256,22 +273,24 @@ def save_best(accelerator, state: State, export: Export, output_dir: Path, *, st
 
 
 def full_weights(transformer) -> dict[str, torch.Tensor]:
-    """The trained weights on the CPU of the main rank, gathered one by one; to be called by every rank."""
+    """Returns the trained weights on the CPU of the main rank, gathered one by one. Every rank must call it."""
     return get_model_state_dict(transformer, options=_FULL)
 
 
-def averaged_weights(state: State) -> dict[str, torch.Tensor]:
-    """As `full_weights`, of what becomes a result: the moving average, if there is one."""
+def result_weights(state: State) -> dict[str, torch.Tensor]:
+    """Returns the weights of a result, by `full_weights`: the moving average, if there is one."""
     with state.average.applied():
         weights = full_weights(state.transformer)
-        # On a CPU they are the model's own memory.
-        return weights if state.average.decay is None else {name: tensor.clone() for name, tensor in weights.items()}
+        if state.average.decay is None:
+            return weights
+        # On a CPU they are the model's own tensors, which soon hold the weights in training again.
+        return {name: tensor.clone() for name, tensor in weights.items()}
 
 
 def _tensors(state: State, options: StateDictOptions) -> dict:
-    weights, optimizer = get_state_dict(state.transformer, _plain(state.optimizer), options=options)
+    weights, optimizer = get_state_dict(state.transformer, _unwrapped(state.optimizer), options=options)
     return {"transformer": weights, "optimizer": optimizer}
 
 
-def _plain(optimizer) -> torch.optim.Optimizer:
+def _unwrapped(optimizer) -> torch.optim.Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer

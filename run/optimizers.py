@@ -20,41 +20,45 @@ OPTIONS = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     optim = parser.add_argument_group("optimizer").add_argument
-    optim("--optimizer", type=str.lower, choices=KINDS, default="adamw", help="prodigy needs prodigyopt")
-    optim("--use_8bit_adam", action="store_true", help="adam and adamw with 8-bit state (needs bitsandbytes)")
-    optim("--learning_rate", type=float, help="peak value (default: 1e-4; sft: 1e-5; prodigy: 1.0)")
-    optim("--scale_lr", action="store_true", help="multiply it by GPUs x accumulation x batch size")
+    optim("--optimizer", type=str.lower, choices=KINDS, default="adamw", help="algorithm; prodigy needs prodigyopt")
+    optim("--use_8bit_adam", action="store_true", help="keep the state of adam and adamw in 8 bits; needs bitsandbytes")
+    optim("--learning_rate", type=float, help="peak learning rate (default: 1e-4; with sft 1e-5, with prodigy 1.0)")
+    optim("--scale_lr", action="store_true", help="multiply --learning_rate by the clips of an update")
     schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
-    optim("--lr_scheduler", choices=schedules, default="constant", help="course of the learning rate")
+    optim("--lr_scheduler", choices=schedules, default="constant", help="schedule of the learning rate")
     optim("--lr_warmup_steps", type=at_least(0), default=0, metavar="N", help="updates of linear warm-up")
-    optim("--lr_num_cycles", type=at_least(1), default=1, metavar="N", help="restarts of cosine_with_restarts")
-    optim("--lr_power", type=float, default=1.0, help="exponent of polynomial")
-    optim("--adam_beta1", type=float, default=0.9, help="decay of the mean, Prodigy too")
-    optim("--adam_beta2", type=float, default=0.95, help="decay of the square, Prodigy too")
-    optim("--adam_weight_decay", type=float, default=1e-4, help="weight decay")
-    optim("--adam_epsilon", type=float, default=1e-8, help="added to the denominator")
-    optim("--prodigy_beta3", type=float, help="decay of Prodigy's step size (default: sqrt of beta2)")
-    optim("--prodigy_decouple", action="store_true", help="AdamW's kind of weight decay")
-    optim("--prodigy_use_bias_correction", action="store_true", help="Adam's bias correction")
-    optim("--prodigy_safeguard_warmup", action="store_true", help="leave the warm-up out of its estimate")
-    optim("--max_grad_norm", type=float, default=1.0, help="clip the norm of the gradient to this")
+    optim("--lr_num_cycles", type=at_least(1), default=1, metavar="N", help="cycles of cosine_with_restarts")
+    optim("--lr_power", type=float, default=1.0, help="exponent of the polynomial schedule")
+    optim("--adam_beta1", type=float, default=0.9, help="decay of the gradient's running mean, for Prodigy too")
+    optim("--adam_beta2", type=float, default=0.95, help="decay of the squared gradient's mean, for Prodigy too")
+    optim("--adam_weight_decay", type=float, default=1e-4, help="weight decay, for Prodigy too")
+    optim("--adam_epsilon", type=float, default=1e-8, help="term added to the denominator, for Prodigy too")
+    optim("--prodigy_beta3", type=float, help="decay of Prodigy's step-size estimate (default: sqrt of --adam_beta2)")
+    optim("--prodigy_decouple", action="store_true", help="decouple Prodigy's weight decay, as AdamW does")
+    optim("--prodigy_use_bias_correction", action="store_true", help="apply Adam's bias correction in Prodigy")
+    optim("--prodigy_safeguard_warmup", action="store_true", help="leave the warm-up out of Prodigy's estimate")
+    optim(
+        "--max_grad_norm", type=float, default=1.0, help="largest norm of the gradient; larger ones are clipped to it"
+    )
 
 
 def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
     """Refuses combinations in which an option would do nothing; `refuse` ends the program with a message."""
     for name in ("learning_rate", "max_grad_norm"):
         if not getattr(args, name) > 0:
-            refuse(f"--{name} {getattr(args, name)}: must be above 0")
-    prodigy = args.optimizer == "prodigy"
+            refuse(f"--{name} {getattr(args, name)}: must be above 0; leave it out for the default")
+    is_prodigy = args.optimizer == "prodigy"
     given = [name for name, value in vars(args).items() if name.startswith("prodigy_") and value]
-    if given and not prodigy:
+    if given and not is_prodigy:
         refuse(
             f"--{given[0]}: does nothing with --optimizer {args.optimizer}; pass --optimizer prodigy, or leave it out"
         )
-    if prodigy and args.use_8bit_adam:
+    if is_prodigy and args.use_8bit_adam:
         refuse("--use_8bit_adam: does nothing with --optimizer prodigy; pass --optimizer adamw, or leave it out")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
-        refuse("--lr_warmup_steps: does nothing with --lr_scheduler constant; pass constant_with_warmup")
+        refuse(
+            "--lr_warmup_steps: does nothing with --lr_scheduler constant; pass constant_with_warmup, or leave it out"
+        )
 
 
 def default_learning_rate(optimizer: str, training_type: str) -> float:
@@ -62,7 +66,7 @@ def default_learning_rate(optimizer: str, training_type: str) -> float:
 
 
 def make_optimizer(
-    weights: list[torch.nn.Parameter],
+    parameters: list[torch.nn.Parameter],
     *,
     optimizer: str,
     use_8bit_adam: bool,
@@ -76,25 +80,33 @@ def make_optimizer(
     prodigy_use_bias_correction: bool,
     prodigy_safeguard_warmup: bool,
 ) -> torch.optim.Optimizer:
-    """Adam, AdamW or Prodigy; the arguments are the training script's options of the same names.
+    """Returns Adam, AdamW or Prodigy; the arguments are the training script's options of the same names.
 
     Raises:
         ValueError: a package is missing, or a value is out of range.
     """
-    options = {"lr": learning_rate, "betas": (adam_beta1, adam_beta2), "eps": adam_epsilon}
-    options["weight_decay"] = adam_weight_decay
+    shared = {
+        "lr": learning_rate,
+        "betas": (adam_beta1, adam_beta2),
+        "eps": adam_epsilon,
+        "weight_decay": adam_weight_decay,
+    }
     if optimizer == "prodigy":
-        return _optional("prodigyopt", "--optimizer prodigy").Prodigy(
-            weights, **options, beta3=prodigy_beta3, decouple=prodigy_decouple,
-            use_bias_correction=prodigy_use_bias_correction, safeguard_warmup=prodigy_safeguard_warmup,
-        )  # fmt: skip
+        return _import_optional("prodigyopt", "--optimizer prodigy").Prodigy(
+            parameters,
+            **shared,
+            beta3=prodigy_beta3,
+            decouple=prodigy_decouple,
+            use_bias_correction=prodigy_use_bias_correction,
+            safeguard_warmup=prodigy_safeguard_warmup,
+        )
     if use_8bit_adam:
-        package = _optional("bitsandbytes", "--use_8bit_adam").optim
-        return {"adam": package.Adam8bit, "adamw": package.AdamW8bit}[optimizer](weights, **options)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer](weights, **options, fused=True)
+        package = _import_optional("bitsandbytes", "--use_8bit_adam").optim
+        return {"adam": package.Adam8bit, "adamw": package.AdamW8bit}[optimizer](parameters, **shared)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer](parameters, **shared, fused=True)
 
 
-def _optional(package: str, option: str):
+def _import_optional(package: str, option: str):
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -104,44 +116,55 @@ def _optional(package: str, option: str):
 def make_lr_scheduler(
     optimizer, name: str, *, warmup_steps: int, total_steps: int, cycles: int = 1, power: float = 1.0
 ):
-    """One of diffusers' schedules over `total_steps` updates, whatever the number of ranks."""
+    """Returns one of diffusers' schedules, over `total_steps` updates on any number of ranks.
+
+    Raises:
+        ValueError: the warm-up takes the whole run.
+    """
     if warmup_steps >= max(total_steps, 1):
         raise ValueError(
             f"--lr_warmup_steps {warmup_steps}: the run has {total_steps} updates; warm up for fewer of them"
         )
-    return get_scheduler(name, optimizer, None, warmup_steps, total_steps, cycles, power)
+    return get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=warmup_steps,
+        num_training_steps=total_steps,
+        num_cycles=cycles,
+        power=power,
+    )
 
 
 class WeightAverage:
-    """A moving average of trained weights (EMA), or nothing if `decay` is None.
+    """An exponential moving average (EMA) of trained weights; does nothing if `decay` is None.
 
-    The first updates weigh more, as in diffusers' EMAModel: decay is at most (1 + n) / (10 + n) after n of them.
+    The first updates weigh more, as in diffusers' EMAModel: after n of them the decay is at most (1 + n) / (10 + n).
     """
 
-    def __init__(self, weights: list[torch.nn.Parameter], decay: float | None):
-        self.weights, self.decay = weights, decay
-        self.restart(0)
+    def __init__(self, parameters: list[torch.nn.Parameter], decay: float | None):
+        self.parameters, self.decay = parameters, decay
+        self.restart(step=0)
 
     def restart(self, step: int) -> None:
-        """Goes on from what the model holds, which is the average after `step` updates."""
+        """Continues from the weights in the model, which are the average after `step` updates."""
         if self.decay is not None:
-            self._ema = EMAModel(self.weights, decay=self.decay)
+            self._ema = EMAModel(self.parameters, decay=self.decay)
             self._ema.optimization_step = step
 
     def step(self) -> None:
-        """To be called after each update."""
+        """Averages the weights in; to be called after each update."""
         if self.decay is not None:
-            self._ema.step(self.weights)
+            self._ema.step(self.parameters)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The model holds the average, for as long as it is needed."""
+        """Puts the average into the model for the length of a `with` block."""
         if self.decay is None:
             yield
             return
-        self._ema.store(self.weights)
-        self._ema.copy_to(self.weights)
+        self._ema.store(self.parameters)
+        self._ema.copy_to(self.parameters)
         try:
             yield
         finally:
-            self._ema.restore(self.weights)
+            self._ema.restore(self.parameters)

@@ -1,4 +1,4 @@
-"""Shows what the model in training can do: its loss on held-out clips, and videos of the validation prompts."""
+"""Validation of the model in training: its loss on held-out clips, and videos of the validation prompts."""
 
 import argparse
 import io
@@ -32,28 +32,30 @@ class Video(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     check = parser.add_argument_group("validation").add_argument
-    check("--validation_prompt", metavar="TEXT", help="prompts to make videos of while training and at the end")
-    check("--validation_prompt_separator", default=":::", metavar="TEXT", help="stands between the prompts")
-    check("--validation_images", metavar="FILES", help="image-to-video: theirs, with the separator (default: of clips)")
+    check("--validation_prompt", metavar="TEXT", help="prompts to sample videos from during and after training")
+    check("--validation_prompt_separator", default=":::", metavar="TEXT", help="text between two validation prompts")
+    images = "first images of the validation videos, separated like the prompts (default: first frames of clips)"
+    check("--validation_images", metavar="FILES", help=images)
     positive = at_least(1)
-    check("--num_validation_videos", type=positive, default=1, metavar="N", help="videos per prompt, a seed each")
-    check("--validation_epochs", type=positive, default=50, metavar="N", help="validate every N epochs")
-    check("--validation_steps", type=positive, metavar="N", help="validate every N updates, too")
-    check("--validation_split", type=float, default=0, metavar="P", help="videos to hold out: a share, or 1 and more")
+    check("--num_validation_videos", type=positive, default=1, metavar="N", help="videos per prompt, each with a seed")
+    check("--validation_epochs", type=positive, default=50, metavar="N", help="epochs between validations")
+    check("--validation_steps", type=positive, metavar="N", help="updates between further validations (default: none)")
+    split = "videos to hold out for the validation loss: below 1 a share, from 1 a number; 0: none"
+    check("--validation_split", type=float, default=0, metavar="P", help=split)
     switch = argparse.BooleanOptionalAction
-    check("--validate_first", action=switch, default=True, help="before training, too, to compare with")
-    check("--guidance_scale", type=float, default=6.0, help="of the validation videos")
-    check("--use_dynamic_cfg", action="store_true", help="let the guidance grow over the sampling steps")
+    check("--validate_first", action=switch, default=True, help="validate the base model before training, too")
+    check("--guidance_scale", type=float, default=6.0, help="classifier-free guidance scale of validation videos")
+    check("--use_dynamic_cfg", action="store_true", help="increase the guidance over the sampling steps")
 
 
 def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
     """Refuses values that cannot work; `refuse` ends the program with a message."""
     if not args.validation_prompt_separator or not all(prompts(args)):
-        refuse(f"--validation_prompt {args.validation_prompt!r}: a prompt or its separator is empty; write both")
+        refuse(f"--validation_prompt {args.validation_prompt!r}: a prompt or the separator is empty; write both")
     if len(images(args)) > len(prompts(args)):
-        refuse(f"--validation_images {args.validation_images!r}: more images than prompts; give each a prompt")
+        refuse(f"--validation_images {args.validation_images!r}: more images than prompts; write a prompt for each")
     if args.validation_split < 0 or (args.validation_split >= 1 and args.validation_split % 1):
-        refuse(f"--validation_split {args.validation_split}: a share from 0 to below 1, or a whole number of videos")
+        refuse(f"--validation_split {args.validation_split}: must be a share below 1, or a whole number of videos")
 
 
 def prompts(args: argparse.Namespace) -> list[str]:
@@ -62,24 +64,32 @@ def prompts(args: argparse.Namespace) -> list[str]:
 
 
 def images(args: argparse.Namespace) -> list[Path | None]:
-    """One for each prompt, as far as they are given; None where nothing stands between two separators."""
+    """Returns the images of the first prompts, None for those left empty between two separators."""
     parts = args.validation_images.split(args.validation_prompt_separator) if args.validation_images else []
     return [Path(image.strip()).expanduser() if image.strip() else None for image in parts]
 
 
 def quantiles(num_train_timesteps: int, count: int = 4) -> list[int]:
-    """The middles of so many equal parts of the noise schedule."""
+    """Returns the middle timesteps of `count` equal parts of the noise schedule."""
     return [(2 * part + 1) * num_train_timesteps // (2 * count) for part in range(count)]
 
 
 @torch.no_grad()
 def held_out_losses(
-    accelerator, ranks: Ranks, base: BaseModel, transformer, *, data: Data, encode_images, seed: int, dtype
+    accelerator,
+    ranks: Ranks,
+    base: BaseModel,
+    transformer,
+    *,
+    data: Data,
+    encode_images: Callable | None,
+    seed: int,
+    dtype: torch.dtype,
 ) -> dict[str, float]:
-    """Mean loss over the clips, "validation_loss", and at each timestep, "validation_loss_t125" and so on.
+    """Returns the mean loss over clips and timesteps, "validation_loss", and at each one, "validation_loss_t125" etc.
 
-    Each clip and timestep has a noise of its own, always the same, and is a batch by itself: equal weights give equal
-    numbers, on any number of ranks. To be called by every rank.
+    Each pair of clip and timestep is a batch of its own with its own fixed noise: equal weights give equal losses, on
+    any number of ranks. Every rank must call it.
 
     Args:
         encode_images: from `encoders.image_encoder`.
@@ -91,25 +101,36 @@ def held_out_losses(
     for clip, timestep in _equal_share(ranks, jobs):
         batch = {name: tensor[None] for name, tensor in data.clips[clip, False].items()}
         generator = generator_for(device, seed, "held out", clip, timestep)
-        timesteps_of_batch = torch.tensor([timestep], device=device)
-        loss = training_loss(base, transformer, batch, generator, dtype, encode_images, timesteps_of_batch)
+        loss = training_loss(
+            base,
+            transformer,
+            batch,
+            generator,
+            dtype=dtype,
+            encode=encode_images,
+            timesteps=torch.tensor([timestep], device=device),
+        )
         losses.append(((clip, timestep), loss.item()))
     transformer.train()
     losses = dict(ranks.gather(losses))
-    by_timestep = {
-        f"validation_loss_t{t}": fmean(losses[clip, t] for clip in range(len(data.shapes))) for t in timesteps
+    means = {
+        f"validation_loss_t{timestep}": fmean(losses[clip, timestep] for clip in range(len(data.shapes)))
+        for timestep in timesteps
     }
-    return {"validation_loss": fmean(by_timestep.values())} | by_timestep
+    return {"validation_loss": fmean(means.values())} | means
 
 
 def _equal_share(ranks: Ranks, jobs: list) -> list:
-    """As many for every rank, some twice: the ranks of a sharded model compute together."""
+    """Returns equally many jobs for every rank, some of them twice: the ranks of a sharded model compute together."""
     turns = -(-len(jobs) // ranks.count) * ranks.count
     return ranks.share(list(itertools.islice(itertools.cycle(jobs), turns)))
 
 
 def cases(data: Data, prompts: list[str], images: list[Path | None], height: int, width: int) -> list[tuple]:
-    """Each prompt, and what image-to-video starts from: the image given for it, or the first frame of a clip."""
+    """Returns pairs of a prompt and its first image, uint8 [H, W, C]; None unless the data has images.
+
+    A prompt without an image of its own gets the first image of a clip.
+    """
     if not data.has_images:
         return [(prompt, None) for prompt in prompts]
     images = images + [None] * (len(prompts) - len(images))
@@ -119,7 +140,7 @@ def cases(data: Data, prompts: list[str], images: list[Path | None], height: int
     ]
 
 
-def validate(
+def sample_videos(
     accelerator,
     ranks: Ranks,
     base: BaseModel,
@@ -136,30 +157,42 @@ def validate(
 ) -> None:
     """Samples every case with every seed, each rank its share; the main rank writes and logs the videos.
 
-    The noise depends on case and seed alone, so that videos of different steps can be compared, and comes from
-    generators of its own, so that training goes on as if nothing had happened. To be called by every rank.
+    The noise depends only on case and seed, so that videos of different steps can be compared. It comes from
+    generators of its own, so that training continues unchanged. Every rank must call it.
 
     Args:
-        vae: context manager that gives it, for as long as it is needed.
+        vae: context manager that loads the VAE for the length of a `with` block.
         cases: (prompt, first image, uint8 [H, W, C], or None).
-        prompt_embeds: cached embeddings of the prompts, and that of "", which guidance moves away from.
-        options: of the pipeline's __call__.
+        prompt_embeds: files with the embeddings of the prompts and of "", the unconditional prompt of guidance.
+        options: of `sample_video`.
     """
     jobs = [(i, prompt, image, seed) for i, (prompt, image) in enumerate(cases) for seed in seeds]
-    mine = _equal_share(ranks, jobs)
+    own_jobs = _equal_share(ranks, jobs)
     embeds = {text: load_prompt_embeds(path).to(accelerator.device) for text, path in prompt_embeds.items()}
-    bar = tqdm(mine, f"Validation, step {step}", unit="video", leave=False, disable=not accelerator.is_main_process)
+    progress = tqdm(
+        own_jobs,
+        f"Validation, step {step}",
+        unit="video",
+        leave=False,
+        disable=not accelerator.is_main_process,
+    )
     videos = []
     transformer.eval()  # no dropout
     with vae as loaded_vae:
-        for i, prompt, image, seed in bar:
+        for i, prompt, image, seed in progress:
             frames = sample_video(
-                accelerator.unwrap_model(transformer), loaded_vae, base.scheduler, embeds[prompt], embeds[""],
-                image=image, generator=generator_for(accelerator.device, seed, i), **options,
-            )  # fmt: skip
+                accelerator.unwrap_model(transformer),
+                loaded_vae,
+                base.scheduler,
+                embeds[prompt],
+                embeds[""],
+                image=image,
+                generator=generator_for(accelerator.device, seed, i),
+                **options,
+            )
             videos.append(Video(f"prompt-{i:02d}_seed-{seed}.mp4", prompt, encode_mp4(frames, fps)))
     transformer.train()
-    # As bytes, so that they reach the main rank's disk from other machines too.
+    # Gathered as bytes: the main rank, which writes them, need not share a disk with the others.
     videos = list({video.name: video for video in ranks.gather(videos)}.values())
     if accelerator.is_main_process:
         folder = write_validation_videos(output_dir, step, videos)
@@ -167,7 +200,7 @@ def validate(
 
 
 def log_videos(accelerator, folder: Path, videos: list[Video], step: int) -> None:
-    """Shows the videos in the trackers that can: tensorboard, wandb, trackio. The files are there in any case."""
+    """Logs the videos to the trackers that show videos: tensorboard, wandb, trackio."""
     loggers = {"tensorboard": _log_to_tensorboard, "wandb": _log_to_wandb, "trackio": _log_to_trackio}
     for tracker in accelerator.trackers:
         if tracker.name in loggers:
@@ -175,8 +208,9 @@ def log_videos(accelerator, folder: Path, videos: list[Video], step: int) -> Non
 
 
 def _log_to_tensorboard(tracker, folder: Path, videos: list[Video], step: int) -> None:
-    """As animated GIF: tensorboard's own add_video writes nothing without moviepy."""
     from tensorboard.compat.proto.summary_pb2 import Summary
+
+    # Animated GIFs: tensorboard's own add_video writes nothing without moviepy.
 
     for video in videos:
         frames = [Image.fromarray(frame) for frame in iio.imread(folder / video.name)]

@@ -24,7 +24,7 @@ def test_the_detectors_read_what_was_drawn(look):
     rng = np.random.default_rng(0)
     scenes = [shapes.random_scene(rng) for _ in range(60)]
     clips = [shapes.draw_clip(scene, 9, 64, 96, rng, look) for scene in scenes]
-    figures = pretrain.right(scenes, clips, look)
+    figures = pretrain.shares_right(scenes, clips, look)
     assert figures == {"colour": 1.0 if look == "colour" else 0.0, "shape": 1.0, "motion": 1.0}
 
 
@@ -52,7 +52,7 @@ def test_it_shows_what_the_prompt_asks_for():
     pipe.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(1)
     scenes = [shapes.random_scene(rng) for _ in range(10)]
-    figures = pretrain.right(scenes, pretrain.sample_all(pipe, [scene.caption for scene in scenes], steps=20))
+    figures = pretrain.shares_right(scenes, pretrain.sample_all(pipe, [scene.caption for scene in scenes], steps=20))
     assert figures["colour"] >= 0.9 and figures["motion"] >= 0.9 and figures["shape"] >= 0.8
 
 

@@ -9,7 +9,9 @@ from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, training_options
 from diffusers import CogVideoXTransformer3DModel
 
+import cli_demo
 import train_cogvideox_lora
+from pages import preview
 from run import validation
 
 # As users have it in their scripts.
@@ -38,6 +40,8 @@ OPTIONS = """
   hub_model_id hub_token validation_split validate_first ema_decay compile attention_backend
   blocks_to_swap
 """
+
+TRAIN = train_cogvideox_lora.parse_args
 
 
 def parse(*options, **changes):
@@ -103,8 +107,8 @@ def test_the_options_are_these():
         ("--blocks_to_swap 2", ["--blocks_to_swap 2", "without recomputation", "pass --gradient_checkpointing full"]),
         ("--enable_tiling sometimes", ["--enable_tiling", "auto"]),
         ("--video_reshape_mode none", ["--video_reshape_mode", "center"]),
-        ("--height_ 3", ["unrecognized arguments: --height_"]),
-        ("--resume latest", ["unrecognized arguments: --resume"]),
+        ("--height_ 3", ["--height_: unknown option; did you mean --height?"]),
+        ("--resume latest", ["--resume: unknown option; did you mean --resume_from_checkpoint?"]),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_by_name(capsys, options, parts):
@@ -113,6 +117,35 @@ def test_a_value_that_cannot_work_is_refused_by_name(capsys, options, parts):
     assert stop.value.code == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("parse_args", "line", "message"),
+    [
+        (TRAIN, "--learning_rte 1", "--learning_rte: unknown option; did you mean --learning_rate?"),
+        (TRAIN, "--learning-rate=1", "did you mean --learning_rate?"),
+        (TRAIN, "-rank 4", "-rank: unknown option; did you mean --rank?"),
+        (TRAIN, "--epochs 4", "did you mean --num_train_epochs or --validation_epochs?"),
+        (TRAIN, "--lora_rank 4", "did you mean --rank?"),
+        (TRAIN, "--nonsense", "--nonsense: unknown option; --help lists all of them"),
+        (TRAIN, "--widht 9 --heigth 9", "did you mean --width? --heigth: unknown option; "),
+        (TRAIN, "--instance_data_rot x", "did you mean --instance_data_root?"),
+        (preview.parse_args, "clips --max_frames 9", "--max_frames: unknown option; did you mean --max_num_frames?"),
+        (cli_demo.parse_args, "--promt cat", "--promt: unknown option; did you mean --prompt?"),
+    ],
+)
+def test_an_unknown_option_names_those_that_are_near(parse_args, line, message, capsys):
+    """Also where a required option is missing, which may be the one that is misspelled."""
+    with pytest.raises(SystemExit) as stop:
+        parse_args(line.split())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_text_and_negative_numbers_are_no_options():
+    args = parse("--id_token", "- BW -", "--validation_split", "0", "--validation_prompt=--look: a cat")
+    assert args.id_token == "- BW -" and args.validation_prompt == "--look: a cat"
+    assert cli_demo.parse_args(["--prompt", "-- a cat --", "--seed", "-1"]).seed == -1
 
 
 def test_swapping_is_refused_where_nothing_is_frozen(capsys):

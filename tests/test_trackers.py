@@ -5,9 +5,12 @@ import os
 import sqlite3
 import subprocess
 import sys
+import types
 
 import pytest
 import yaml
+from accelerate import Accelerator
+from accelerate.utils import LoggerType, ProjectConfiguration
 from conftest import ROOT, training_options
 
 from run.run_directory import start_records
@@ -31,16 +34,34 @@ def test_numbers_and_switches_reach_the_tracker_as_such(tiny_checkpoint, tmp_pat
 
 def test_a_tracker_gets_no_value_that_it_may_not_take(tmp_path):
     class Accelerator:
-        is_main_process = False
+        is_main_process, logging_dir = False, "logs"
 
-        def init_trackers(self, name, config):
+        def init_trackers(self, name, config, init_kwargs):
             self.config = config
 
     accelerator, infinite = Accelerator(), float("inf")
     options = {"a": None, "b": tmp_path, "c": ["x"], "d": True, "e": 1, "f": infinite, "g": "text", "hub_token": "x"}
-    start_records(accelerator, tmp_path, "name", {}, options, 0)
+    start_records(accelerator, tmp_path, tracker_name="name", about={}, options=options, first_step=0)
     expected = {"a": "None", "b": str(tmp_path), "c": "['x']", "d": True, "e": 1, "f": infinite, "g": "text"}
     assert accelerator.config == expected and type(accelerator.config["d"]) is bool
+
+
+@pytest.mark.parametrize(("environment", "folder"), [({}, "run/logs"), ({"WANDB_DIR": "elsewhere"}, "elsewhere")])
+def test_wandb_is_told_its_folder(tmp_path, monkeypatch, environment, folder):
+    """By accelerate's own tracker, around a stand-in for the package."""
+    told = {}
+    wandb = types.ModuleType("wandb")
+    wandb.init, wandb.config = lambda **options: told.update(options), types.SimpleNamespace(update=lambda *_, **__: 0)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: True)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config = ProjectConfiguration(str(tmp_path / "run"), "run/logs")
+    accelerator = Accelerator(log_with="wandb", project_config=config)
+    start_records(accelerator, tmp_path / "run", tracker_name="name", about={}, options={"rank": 4}, first_step=0)
+    assert told == {"project": "name", "dir": folder}
 
 
 def run_script(checkpoint, clips, folder, tracker, **environment):
@@ -66,6 +87,7 @@ def test_trackio_gets_scalars_options_and_videos(tiny_checkpoint, clips, tmp_pat
 
 def test_wandb_gets_options_and_videos(tiny_checkpoint, clips, tmp_path):
     pytest.importorskip("wandb", reason="an optional package")
-    video = run_script(tiny_checkpoint, clips, tmp_path, "wandb", WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
-    (shown,) = tmp_path.glob("wandb/offline-run-*/files/media/videos/*.mp4")
-    assert shown.read_bytes() == video
+    video = run_script(tiny_checkpoint, clips, tmp_path, "wandb", WANDB_MODE="offline")
+    shown = [path.read_bytes() for path in tmp_path.glob("run/logs/wandb/offline-run-*/files/media/videos/*.mp4")]
+    assert len(shown) == 2 and video in shown  # before the first update and after the last
+    assert not (tmp_path / "wandb").exists()

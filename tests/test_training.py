@@ -429,6 +429,24 @@ def test_an_option_that_the_checkpoint_overrules_is_refused_on_resuming(tiny_che
     assert "--learning_rate 0.0005: checkpoint-1 was trained with 0.001" in capsys.readouterr().err
 
 
+def test_only_options_that_were_given_are_listed_on_resuming(tiny_checkpoint, tmp_path, train, capsys):
+    """Without --lora_alpha it follows --rank, which is then the one to mend; given, or differing, it is listed."""
+
+    def refused(**options):
+        with pytest.raises(SystemExit):
+            train(tiny_checkpoint, tmp_path / "run", resume_from_checkpoint="latest", **options)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return capsys.readouterr().err
+
+    train(tiny_checkpoint, tmp_path / "run", max_train_steps=1)
+    error = refused(rank=8)
+    assert "--rank 8: checkpoint-1 was trained with 4" in error and "--lora_alpha" not in error
+    assert "--lora_alpha 2.0: checkpoint-1 was trained with 4" in refused(rank=8, lora_alpha=2)
+    assert "--lora_alpha 2.0: checkpoint-1 was trained with 4" in refused(lora_alpha=2)
+    error = refused(optimizer="prodigy", learning_rate=1.0)
+    assert "--optimizer prodigy: " in error and "--learning_rate 1.0: checkpoint-1 was trained with 0.001" in error
+
+
 def test_parse_args_fills_what_depends_on_another_option():
     args = train_cogvideox_lora.parse_args(training_options("m", "d", "o", rank=16))
     assert args.lora_alpha == 16

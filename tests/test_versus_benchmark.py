@@ -45,8 +45,14 @@ def parse(*words):
         (["--reference", __file__, "--steps", "1"], "--steps 1: must be at least 2"),
         (["--reference", __file__, "--warmup", "0"], "--warmup 0: must be at least 1"),
         (["--reference", __file__, "--rounds", "0"], "--rounds 0: must be at least 1"),
-        (["--reference", __file__, "--ours_options", "--rank=4"], "--ours_options --rank: set for both scripts alike"),
-        (["--reference", __file__, "--ours_options", "--compiled"], "unrecognized arguments: --compiled"),
+        (
+            ["--reference", __file__, "--ours_options", "--rank=4"],
+            "--ours_options --rank: is the same for both scripts",
+        ),
+        (
+            ["--reference", __file__, "--ours_options", "--compiled"],
+            "--compiled: unknown option; did you mean --compile?",
+        ),
     ],
 )
 def test_refuses_what_cannot_work(argv, message, capsys):
@@ -82,10 +88,10 @@ def test_our_script_takes_the_shared_options(size):
     assert "5b" not in ours.pretrained_model_name_or_path  # diffusers' example would load bfloat16
 
 
-def test_the_world_is_stored_as_the_other_script_loads_it_and_shows_all_its_pixels(tmp_path):
+def test_the_base_model_is_stored_as_the_other_script_loads_it_and_shows_all_its_pixels(tmp_path):
     size = versus.SIZES["overhead"]
-    versus.write_world(size, tmp_path)
-    checkpoint = read_base_model(str(tmp_path / "checkpoint"))
+    versus.write_inputs(size, tmp_path)
+    checkpoint = read_base_model(str(tmp_path / "base-model"))
     transformer = load_transformer(checkpoint, torch.float32)
     assert all(torch.equal(weight, weight.half().float()) for weight in transformer.parameters())
     clips, problems = read_clips(tmp_path / "clips", "prompts.txt", "videos.txt", None, None)
@@ -177,7 +183,7 @@ def test_not_a_number_is_no_agreement():
 @pytest.mark.parametrize(("ours", "passes"), [(0.02, True), (0.06, False), (float("nan"), False)])
 def test_in_16_bits_ours_may_be_as_far_from_float32_as_theirs_and_not_much_farther(ours, passes):
     distances = {"ours": [{"gradients": ours}, {"gradients": ours}], "theirs": [{"gradients": 0.01}] * 2}
-    with contextlib.nullcontext() if passes else pytest.raises(ValueError, match="the times say nothing"):
+    with contextlib.nullcontext() if passes else pytest.raises(ValueError, match="the times cannot be compared"):
         versus.check_rounding(distances)
 
 
@@ -254,7 +260,7 @@ def test_torchvision_is_stood_in_for_and_the_libraries_do_not_notice(tmp_path, m
 def test_one_run_in_numbers():
     at, cpu, peaks = [110.0, 119.0, 120.0, 122.0, 125.0], [5.0, 6.0, 6.5, 7.5, 9.0], [9.0, 4.0, 5.0, 6.0, 5.5]
     updates = [{"at": a, "cpu": c, "peak_gib": p} for a, c, p in zip(at, cpu, peaks)]
-    found = versus.summarize("ours", {"updates": updates, "device": "CPU"}, began=100.0, warmup=2)
+    found = versus.summarize("ours", {"updates": updates, "device": "CPU"}, start=100.0, warmup=2)
     assert found["seconds_of_each_update"] == [1.0, 2.0, 3.0]
     assert (found["seconds_per_update"], found["mean_seconds_per_update"]) == (2.0, 2.0)
     assert found["cpu_seconds_per_update"] == 1.0
@@ -300,13 +306,13 @@ def lines(monkeypatch):
     record = dict.fromkeys(("hidden_states", "encoder_hidden_states", "timesteps"), one) | {"loss": 1.0}
     record |= {"before": {"weight": 0 * one}, "after": {"weight": one}, "gradients": {"weight": one}}
 
-    def run_trial(folder, name, use, script, options):
+    def run_trial(folder, name, mode, script, options):
         lines[name] = [script.name, *options]
-        if use[0] == "times":
+        if mode[0] == "times":
             updates = [{"at": time.time() + i, "cpu": 1.0 * i, "peak_gib": 1.0} for i in range(1, 400)]
-            (folder / use[1]).write_text(json.dumps({"updates": updates}))
+            (folder / mode[1]).write_text(json.dumps({"updates": updates}))
         else:
-            torch.save([record], folder / use[-1])
+            torch.save([record], folder / mode[-1])
 
     monkeypatch.setattr(versus, "run_trial", run_trial)
     return lines
@@ -359,4 +365,4 @@ def test_both_scripts_run_and_agree(precision, further, tmp_path, capsys, monkey
     assert all(len(trial["seconds_of_each_update"]) == 2 for trial in result["trials"])
     assert len(result["gate"]["shifts"]) == 3
     assert set(result["gate"].get("from_float32", {})) == ({"ours", "theirs"} if precision == "bf16" else set())
-    assert capsys.readouterr().out.startswith("gate, ours from theirs, largest difference")
+    assert capsys.readouterr().out.startswith("gate, ours from theirs, largest relative difference")
