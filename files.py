@@ -1,4 +1,4 @@
-"""Files and folders that are published whole or not at all, hashes of their content, and what argparse lacks."""
+"""Files and folders that are published whole or not at all, hashes of content, and what argparse lacks."""
 
 import argparse
 import difflib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def publish(path: Path, content: bytes) -> None:
-    """Writes a file that is complete or absent, also when the disk is full, the process killed or the power cut."""
+    """Writes a file that is complete or absent, even if the disk is full, the process is killed or the power fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -27,7 +27,7 @@ def publish(path: Path, content: bytes) -> None:
 
 
 def publish_folder(temporary: Path, final: Path) -> None:
-    """Gives a folder that is complete its name; its files are on the disk by then."""
+    """Renames a complete folder to its final name, once its files have reached the disk."""
     for path in (*temporary.rglob("*"), temporary):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -40,6 +40,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def file_hash(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -48,6 +49,7 @@ def file_hash(path: Path) -> str:
 
 
 def hash_of(content) -> str:
+    """Returns a hash of `content`, which JSON can hold, as 40 hexadecimal digits; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:40]
 
 
@@ -77,12 +79,12 @@ def _near(name: str, known: list[str]) -> str:
 
 
 def expanded_path(text: str) -> Path:
-    """A type for argparse."""
+    """Returns the path with ~ expanded, which a quoted path would keep."""
     return Path(text).expanduser()
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
-    """A type for argparse."""
+    """Returns a type for whole numbers from `lowest`."""
 
     def whole_number(text: str) -> int:
         if int(text) < lowest:

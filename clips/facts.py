@@ -1,6 +1,6 @@
-"""What the file of a clip holds, what of it the model sees, and what looks like an oversight.
+"""Examines clips: what a file holds, what of it the model sees, and what looks like an oversight.
 
-What is wrong with a clip is returned as a sentence, so that a person sees all problems of a dataset at once.
+The problem of a clip is returned as a sentence, so that a person sees all problems of a dataset at once.
 """
 
 import math
@@ -16,15 +16,15 @@ from files import file_hash
 
 
 class Facts(NamedTuple):
-    """What the file of a video holds, and what the model gets of it."""
+    """What a video file holds, and what of it the model sees."""
 
     width: int
     height: int
-    fps: float  # the mean, where frames are unevenly spaced
+    fps: float  # mean, where frames are unevenly spaced
     num_frames: int
-    indices: list[int]  # of the frames that the model gets
-    seen_until: float  # seconds from the start of the file
-    content: str  # a hash
+    indices: list[int]  # of the frames that the model sees
+    seen_until: float  # end of the last of them, in seconds from the start of the file
+    content: str  # hash of the file
 
     @property
     def seconds(self) -> float:
@@ -32,27 +32,28 @@ class Facts(NamedTuple):
 
     @property
     def unseen_seconds(self) -> float:
-        """At the end; what is skipped at the start is what was asked for."""
+        """Seconds at the end that the model does not see; frames skipped at the start are not counted."""
         return max(self.seconds - self.seen_until, 0)
 
     @property
     def repeats(self) -> bool:
-        """Whether the model gets a frame twice, because the file is slower than the model."""
+        """Whether the model sees a frame twice, because the file has fewer frames per second than the model."""
         return len(set(self.indices)) < len(self.indices)
 
     def scale(self, view: View) -> float:
+        """Returns the factor by which frames are resized; above 1 they are enlarged."""
         return covering_scale(self.height, self.width, view.height, view.width)
 
     def cropped(self, view: View) -> float:
-        """The share of the picture that is cut off."""
+        """Returns the share of the picture that is cut off, from 0 to 1."""
         return 1 - view.height * view.width / (self.height * self.width * self.scale(view) ** 2)
 
 
 def examine(clip: Clip, view: View) -> tuple[Facts | None, str | None]:
-    """What the model gets of a clip, or why it cannot be used."""
+    """Returns the facts of a clip, or its problem: why the clip cannot be used."""
     for file in filter(None, (clip.video, clip.image)):
         if not file.is_file():
-            return None, clip.problem("no such file; correct the path, which starts at the dataset's folder", file)
+            return None, clip.problem("no such file; correct the path, which is relative to the dataset's folder", file)
     try:
         facts = read_facts(clip.video, view)
     except ValueError as error:
@@ -66,10 +67,10 @@ def examine(clip: Clip, view: View) -> tuple[Facts | None, str | None]:
 
 
 def read_facts(video: Path, view: View) -> Facts:
-    """Facts of a file that is there.
+    """Returns the facts of an existing file.
 
     Raises:
-        ValueError: it cannot be read, or not as `view` asks for.
+        ValueError: the file cannot be read, or cannot give what `view` requires.
     """
     if video.stat().st_size == 0:
         raise ValueError("the file is empty; copy it again, or remove the clip from the lists")
@@ -79,14 +80,19 @@ def read_facts(video: Path, view: View) -> Facts:
         indices = choose_frames(timestamps, view)
         height, width, _ = reader[indices[-1]].shape
     except (RuntimeError, decord.DECORDError) as error:
-        remedy = "play it to check, and re-encode it (ffmpeg -i in -c:v libx264 out.mp4) or remove it from the lists"
-        raise ValueError(f"cannot be read as a video, the file is damaged or not a video; {remedy}") from error
+        raise ValueError(
+            "cannot be read as a video: the file is damaged or not a video; play it to check, and re-encode it "
+            "(ffmpeg -i in -c:v libx264 out.mp4) or remove it from the lists"
+        ) from error
     if min(height, width) < SMALLEST_SIDE:
-        raise ValueError(f"is {width}x{height} pixels; decord reads videos from {SMALLEST_SIDE} pixels a side")
+        raise ValueError(
+            f"is {width}x{height} pixels, and decord needs at least {SMALLEST_SIDE} on each side; enlarge it, or "
+            "remove it from the lists"
+        )
     if view.whole and len(indices) < view.max_num_frames:
         raise ValueError(
-            f"gives {len(indices)} frames at --fps {view.fps}, and this checkpoint takes {view.max_num_frames}, no "
-            "fewer; use a longer clip, or remove it from the lists"
+            f"gives {len(indices)} frames at --fps {view.fps}, and this base model needs {view.max_num_frames}; use a "
+            "longer clip, or remove it from the lists"
         )
     span, intervals = timestamps[-1] - timestamps[0], len(timestamps) - 1
     fps = float(intervals / span) if span else reader.get_avg_fps()
@@ -95,65 +101,75 @@ def read_facts(video: Path, view: View) -> Facts:
 
 
 def headline(facts: list[Facts], view: View) -> str:
-    """What clips are, and what the model gets of them."""
+    """Returns one line on the sizes, rates and lengths of all clips, in the files and as the model sees them."""
     sizes = sorted({(fact.width, fact.height) for fact in facts}, key=math.prod)
     rates = sorted({round(fact.fps, 2) for fact in facts})
-    lengths = sorted(Counter(len(fact.indices) for fact in facts).items(), reverse=True)
+    (longest, count), *others = sorted(Counter(len(fact.indices) for fact in facts).items(), reverse=True)
+    lengths = [f"{count} of {longest} frames", *(f"{count} of {length}" for length, count in others)]
     return (
         f"{count_clips(len(facts))} of {_range([f'{width}x{height}' for width, height in sizes])} at "
         f"{_range([f'{rate:g}' for rate in rates])} fps -> {view.width}x{view.height} at {view.fps} fps; "
-        + ", ".join(f"{count} of {length}{' frames' * (i == 0)}" for i, (length, count) in enumerate(lengths))
+        f"{', '.join(lengths)}"
     )
 
 
 def remarks(clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
-    """What the model does not see of clips, and what of them looks like an oversight, a line each.
+    """Returns one line for each thing that the model does not see or that looks like an oversight.
 
     Args:
-        facts: of each clip.
+        facts: one for each clip.
     """
-    unseen = [fact.unseen_seconds for fact in facts if fact.unseen_seconds >= 0.05]
-    cropped = [fact.cropped(view) for fact in facts if fact.cropped(view) >= 0.005]
-    parts = [f"up to {max(unseen):.1f} s at the end ({count_clips(len(unseen))})"] if unseen else []
-    parts += [f"up to {100 * max(cropped):.0f} % of the picture ({count_clips(len(cropped))})"] if cropped else []
-    lines = [f"not seen: {', '.join(parts)}"] if parts else []
-    larger = sum(fact.scale(view) > 1 for fact in facts)
-    slower = sum(fact.repeats for fact in facts)
-    lines += [f"scaled up, so less sharp than others of this size: {count_clips(larger)}"] if larger else []
-    lines += [f"slower than {view.fps} fps, so some frames are seen twice: {count_clips(slower)}"] if slower else []
+    lines, not_seen = [], []
+    if unseen := [fact.unseen_seconds for fact in facts if fact.unseen_seconds >= 0.05]:
+        not_seen.append(f"up to {max(unseen):.1f} s at the end ({count_clips(len(unseen))})")
+    if cropped := [fact.cropped(view) for fact in facts if fact.cropped(view) >= 0.005]:
+        not_seen.append(f"up to {100 * max(cropped):.0f} % of the picture ({count_clips(len(cropped))})")
+    if not_seen:
+        lines.append(f"not seen: {', '.join(not_seen)}")
+    if enlarged := sum(fact.scale(view) > 1 for fact in facts):
+        lines.append(f"scaled up, so less sharp than others of this size: {count_clips(enlarged)}")
+    if slower := sum(fact.repeats for fact in facts):
+        lines.append(f"slower than {view.fps} fps, so some frames are seen twice: {count_clips(slower)}")
     return lines + _repetitions(clips, facts)
 
 
 def _repetitions(clips: list[Clip], facts: list[Facts]) -> list[str]:
-    """Videos and captions that stand in the lists more than once, the most frequent first."""
-    videos, captions = {}, {}
+    """Returns the lines on videos and captions that are listed more than once, the most frequent first."""
+    lines_of_video, lines_of_caption = {}, {}
     for clip, fact in zip(clips, facts):
-        videos.setdefault(fact.content, []).append(clip.line)
-        captions.setdefault(clip.caption, []).append(clip.line)
-    lines = []
-    for what, found in (("video", videos), ("caption", captions)):
-        repeated = sorted((group for group in found.values() if len(group) > 1), key=len, reverse=True)
+        lines_of_video.setdefault(fact.content, []).append(clip.line)
+        lines_of_caption.setdefault(clip.caption, []).append(clip.line)
+    remarks = []
+    for kind, groups in (("video", lines_of_video), ("caption", lines_of_caption)):
+        repeated = sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
         if repeated:
-            groups = [_and(group[:6], len(group)) for group in repeated[:5]]
             more = f"; and {len(repeated) - 5} more" if len(repeated) > 5 else ""
-            lines.append(f"the same {what} more than once: lines {'; '.join(groups)}{more}")
-    return lines
+            shown = "; ".join(_enumeration(group) for group in repeated[:5])
+            remarks.append(f"the same {kind} more than once: lines {shown}{more}")
+    return remarks
 
 
 def count_clips(count: int) -> str:
-    return f"{count} clip{'s' * (count != 1)}"
+    return "1 clip" if count == 1 else f"{count} clips"
 
 
 def _range(ascending: list[str]) -> str:
     return ascending[0] if len(ascending) == 1 else f"{ascending[0]} to {ascending[-1]}"
 
 
-def _and(numbers: list[int], count: int) -> str:
-    """The numbers in words, of `count` that there are."""
-    *most, last = [*map(str, numbers), *([f"{count - len(numbers)} others"] if count > len(numbers) else [])]
-    return f"{', '.join(most)} and {last}"
+def _enumeration(numbers: list[int]) -> str:
+    """Returns "1, 4 and 5", with at most six of the numbers spelt out."""
+    if len(numbers) > 6:
+        return f"{', '.join(map(str, numbers[:6]))} and {len(numbers) - 6} others"
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} and {last}"
 
 
 def list_problems(root: Path, problems: list[str], consequence: str) -> str:
-    count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+    """Returns the error message for the problems of a dataset.
+
+    Args:
+        consequence: what does not happen because of them.
+    """
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return f"{root}: {count} in the dataset, {consequence}:\n  " + "\n  ".join(problems)

@@ -1,4 +1,4 @@
-"""Which clips are in which micro-batch, on which rank, and how many updates there are: whole numbers only.
+"""Decides which clips are in which micro-batch, on which rank, and how many updates a run has: whole numbers only.
 
 An update is made of micro-batches, which are numbered over all ranks and all epochs. Everything here is a pure function
 of such numbers and a seed, so N ranks, one rank and a resumed run see the same clips in the same order.
@@ -7,22 +7,23 @@ of such numbers and a seed, so N ranks, one rank and a resumed run see the same 
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 
 class Ranks(NamedTuple):
-    """The processes that share the work; `gather` takes a list and gives the lists of all ranks as one."""
+    """The processes that share the work, as seen by one of them."""
 
     index: int = 0
     count: int = 1
-    gather: Callable[[list], list] = list
-    wait: Callable[[], None] = lambda: None
+    gather: Callable[[list], list] = list  # takes this rank's list, returns the lists of all ranks as one
+    wait: Callable[[], None] = lambda: None  # until all ranks have come here
 
     def share(self, items: list) -> list:
         return items[self.index :: self.count]
 
     def gather_shares(self, items: list) -> list:
-        """Puts together what all ranks made of their `share`, in the order of the whole."""
+        """Gathers what each rank made of its `share`, in the order of the items that were shared."""
         shares = self.gather([items])
         whole = [None] * sum(len(share) for share in shares)
         for index, share in enumerate(shares):
@@ -31,10 +32,10 @@ class Ranks(NamedTuple):
 
 
 def count_held_out(held_out: float, videos: int) -> int:
-    """How many of the videos `--validation_split` takes.
+    """Returns how many of the videos `--validation_split` holds out: a share below 1, a number from 1.
 
     Raises:
-        ValueError: none is left to train on.
+        ValueError: no video is left to train on.
     """
     count = round(held_out) if held_out >= 1 or not held_out else max(1, round(held_out * videos))
     if 0 < videos <= count:
@@ -42,8 +43,14 @@ def count_held_out(held_out: float, videos: int) -> int:
     return count
 
 
-def epoch_batches(shapes: list, batch_size: int, seed: int, epoch: int, random_flip: bool) -> list[list]:
-    """Batches of items (clip, mirrored) of one epoch: every clip once, and only clips of one shape together."""
+def epoch_batches(
+    shapes: list, *, batch_size: int, seed: int, epoch: int, random_flip: bool
+) -> list[list[tuple[int, bool]]]:
+    """Returns the batches of one epoch, lists of (clip, mirrored): every clip once, and one shape per batch.
+
+    Args:
+        shapes: shape of each clip.
+    """
     draw = random.Random(f"{seed} {epoch}")
     order = draw.sample(range(len(shapes)), len(shapes))
     buckets = {}
@@ -54,25 +61,28 @@ def epoch_batches(shapes: list, batch_size: int, seed: int, epoch: int, random_f
     return batches
 
 
-def rank_batches(shapes, batch_size: int, seed: int, random_flip: bool, numbers: Iterable[int]) -> Iterator[list]:
-    """The micro-batches with these (ascending) numbers.
+def rank_batches(
+    shapes: list, *, batch_size: int, seed: int, random_flip: bool, numbers: Iterable[int]
+) -> Iterator[list[tuple[int, bool]]]:
+    """Yields the micro-batches with the given numbers, in ascending order.
 
-    The sequence is the same for every number of ranks, they only share it out: N ranks see in one turn what one rank
-    sees in N, no clip is ever left out or seen more often than another, and a number is all there is to resume.
+    The sequence does not depend on the number of ranks; they divide it. N ranks see in one turn what one rank sees in
+    N turns, every clip is seen equally often, and a run resumes from a number.
     """
-    epoch, per_epoch = None, len(epoch_batches(shapes, batch_size, seed, 0, random_flip))
+    batches_of = partial(epoch_batches, shapes, batch_size=batch_size, seed=seed, random_flip=random_flip)
+    batches_per_epoch, epoch = len(batches_of(epoch=0)), None
     for number in numbers:
-        if number // per_epoch != epoch:
-            epoch = number // per_epoch
-            batches = epoch_batches(shapes, batch_size, seed, epoch, random_flip)
-        yield batches[number % per_epoch]
+        if number // batches_per_epoch != epoch:
+            epoch = number // batches_per_epoch
+            batches = batches_of(epoch=epoch)
+        yield batches[number % batches_per_epoch]
 
 
 class Timeline(NamedTuple):
-    """A run in whole numbers. Micro-batches are counted over all ranks, and over all epochs laid end to end."""
+    """A run in whole numbers. Micro-batches are counted over all ranks and all epochs."""
 
-    first_step: int  # updates that were done before this start
-    first_batch: int  # micro-batches that were seen before this start
+    first_step: int  # updates done before this start
+    first_batch: int  # micro-batches seen before this start
     batches_per_step: int
     batches_per_epoch: int
     total_steps: int
@@ -81,7 +91,7 @@ class Timeline(NamedTuple):
         return self.first_batch + (step - self.first_step) * self.batches_per_step
 
     def position(self, step: int) -> dict:
-        """What a run that goes on from here has to know."""
+        """Returns what a resumed run needs to continue after this update; the arguments of `make_timeline`."""
         return {"step": step, "batches_seen": self.batches_seen(step)}
 
     def epoch(self, step: int) -> float:
@@ -93,16 +103,16 @@ class Timeline(NamedTuple):
 
     def summary(self, batch_size: int) -> str:
         if self.first_step >= self.total_steps:
-            return f"{self.first_step} updates are done, {self.total_steps} were asked for; ask for more to go on"
+            return f"{self.first_step} updates are done and {self.total_steps} were requested: nothing is left to train"
         clips, epochs = self.batches_per_step * batch_size, self.last_epoch
         return f"updates {self.first_step + 1} to {self.total_steps}, clips in each: {clips}, epochs: {epochs:.4g}"
 
     def ends_epochs(self, step: int, every: int) -> bool:
-        """Whether the update passes the end of epoch `every`, 2 * `every`, ..."""
+        """Returns whether this update completes epoch `every`, 2 * `every`, ..."""
         return self.epoch(step) // every > self.epoch(step - 1) // every
 
     def due(self, step: int, every_steps: int | None, every_epochs: int) -> bool:
-        """Whether what happens every so many updates or epochs, and at the end, happens after this update."""
+        """Returns whether what is done every so many updates or epochs, and at the end, is due after this update."""
         by_steps = every_steps is not None and step % every_steps == 0
         return by_steps or self.ends_epochs(step, every_epochs) or step == self.total_steps
 
@@ -110,7 +120,18 @@ class Timeline(NamedTuple):
 def make_timeline(
     *, batches_per_epoch: int, batches_per_step: int, epochs: int, max_steps: int | None, step: int, batches_seen: int
 ) -> Timeline:
-    """The plan of a run that stands at `step`; the epochs that are left are turned into updates of today's size."""
-    left = max(epochs * batches_per_epoch - batches_seen, 0)
-    total_steps = max_steps or step + math.ceil(left / batches_per_step)
-    return Timeline(step, batches_seen, batches_per_step, batches_per_epoch, total_steps)
+    """Returns the timeline of a run that starts after update `step`, with `batches_seen` micro-batches behind it.
+
+    The rest of the epochs is counted in updates of `batches_per_step`, whatever the size of earlier updates was.
+
+    Args:
+        max_steps: number of updates in all, which overrides `epochs`.
+    """
+    batches_left = max(epochs * batches_per_epoch - batches_seen, 0)
+    return Timeline(
+        first_step=step,
+        first_batch=batches_seen,
+        batches_per_step=batches_per_step,
+        batches_per_epoch=batches_per_epoch,
+        total_steps=max_steps or step + math.ceil(batches_left / batches_per_step),
+    )

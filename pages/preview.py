@@ -1,4 +1,4 @@
-"""What the model will see of a dataset, as a picture and a table.
+"""Shows what the model will see of a dataset, as a picture and a table.
 
 python dataset.py preview FOLDER [the data options of the training]
 """
@@ -27,25 +27,42 @@ from cogvideox.base_model import BaseModel, check_training, load_tokenizer, read
 from cogvideox.encoders import cut_caption
 from files import at_least, expanded_path, parse_options, publish
 
-NUM_FRAMES = 5  # of each clip, first and last among them
-CELL, GAP, MARGIN = 240, 6, 16  # pixels: a frame's longest side in the sheet, between frames, around rows
-LEAST_WIDTH = 900  # pixels, for the captions of small frames
-SIZE, SMALL = 16, 12  # of letters, pixels
+FRAMES_PER_CLIP = 5  # among them the first and the last
+CELL, GAP, MARGIN = 240, 6, 16  # pixels: longest side of a frame in the sheet, between frames, around rows
+LEAST_WIDTH = 900  # pixels; leaves room for captions where frames are small
+TEXT_SIZE, LABEL_SIZE = 16, 12  # pixels
+LINE_HEIGHT = 23  # pixels, of captions
 CAPTION_LINES = 4
 INK, FAINT, PAPER, RULE = (20, 20, 20), (120, 120, 120), (255, 255, 255), (225, 225, 225)
 
-# Pillow finds them by name where a system keeps its fonts. The first has most alphabets, the others CJK.
-FONTS = (
-    "DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "NotoSansSC-Regular.otf",
-    "SourceHanSansCN-Regular.otf", "wqy-microhei.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf",
-    "Arial Unicode.ttf", "Hiragino Sans GB.ttc", "msyh.ttc", "arial.ttf",
-)  # fmt: skip
+FONTS = (  # Pillow finds them by name among the system's fonts; the first has most alphabets, most others have CJK
+    "DejaVuSans.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "NotoSansSC-Regular.otf",
+    "SourceHanSansCN-Regular.otf",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf",
+    "Arial Unicode.ttf",
+    "Hiragino Sans GB.ttc",
+    "msyh.ttc",
+    "arial.ttf",
+)
+
+
+class Text(NamedTuple):
+    """A line of text in the sheet."""
+
+    text: str
+    font: ImageFont.FreeTypeFont
+    colour: tuple[int, int, int]
 
 
 class Row(NamedTuple):
     """A clip in the sheet."""
 
-    cells: list[tuple[str, Image.Image]]  # what is written beneath, and the picture
+    cells: list[tuple[str, Image.Image]]  # label beneath the picture, and the picture
     title: str
     caption: str
 
@@ -57,18 +74,18 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     about = "Shows what a model will see of a dataset: prints a table of its clips, and draws some of them."
     parser = argparse.ArgumentParser("python dataset.py preview", description=about, allow_abbrev=False)
     path = expanded_path
-    parser.add_argument("folder", type=path, metavar="FOLDER", help="with the two list files and the videos")
+    parser.add_argument("folder", type=path, metavar="FOLDER", help="folder with the two list files and the videos")
     data = parser.add_argument_group("data")
     listing.add_options(data)
     frames.add_options(data)
-    data.add_argument("--seed", type=at_least(0), default=42, help="decides where --video_reshape_mode random cuts")
+    data.add_argument("--seed", type=at_least(0), default=42, help="decides where --video_reshape_mode random crops")
     sheet = parser.add_argument_group("picture").add_argument
-    sheet("--output", type=path, metavar="FILE", help="a .png (default: preview.png in FOLDER)")
-    sheet("--clips", type=at_least(1), default=40, metavar="N", help="draw at most N, evenly over the list")
-    model = parser.add_argument_group("model, to see what it refuses and where its captions end").add_argument
+    sheet("--output", type=path, metavar="FILE", help=".png file to write (default: preview.png in FOLDER)")
+    sheet("--clips", type=at_least(1), default=40, metavar="N", help="draw at most N clips, evenly spaced in the list")
+    model = parser.add_argument_group("base model, to check its limits and where it cuts captions off").add_argument
     model("--pretrained_model_name_or_path", metavar="NAME", help="CogVideoX folder or hub name; no weights are read")
     model("--revision", help="branch, tag or commit of the hub repository")
-    model("--cache_dir", type=path, help="folder for downloads (default: that of huggingface_hub)")
+    model("--cache_dir", type=path, help="folder for downloads (default: huggingface_hub's)")
     args = parse_options(parser, argv)
     args.output = args.output or args.folder / "preview.png"
     frames.check_options(args, parser.error)
@@ -77,22 +94,31 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
 
 def check_output(path: Path) -> None:
     """Refuses a file that cannot be written, before anything is decoded."""
-    rule = "give another file with --output"
+    remedy = "pass another file as --output"
     if path.suffix.lower() != ".png":
-        raise ValueError(f"--output {path}: the picture is a .png; {rule}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"--output {path}: {'is a folder' if path.is_dir() else f'no folder {path.parent}'}; {rule}")
+        raise ValueError(f"--output {path}: the picture is a .png; {remedy}")
+    if path.is_dir():
+        raise ValueError(f"--output {path}: is a folder; {remedy}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--output {path}: no folder {path.parent}; {remedy}")
     if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--output {path}: {path.parent} is not writable; {rule}")
+        raise ValueError(f"--output {path}: {path.parent} is not writable; {remedy}")
 
 
 def read_base(args: argparse.Namespace) -> BaseModel | None:
-    """What is to be trained, if it is given and can be trained with these options."""
+    """Returns the base model, if one is named; refuses one that cannot be trained with these options."""
     if not args.pretrained_model_name_or_path:
         return None
     base = read_base_model(args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir)
     image_options = ["--image_column"] if args.image_column else []
-    check_training(base, torch.bfloat16, args.max_num_frames, args.height, args.width, image_options)
+    check_training(
+        base,
+        dtype=torch.bfloat16,
+        num_frames=args.max_num_frames,
+        height=args.height,
+        width=args.width,
+        image_options=image_options,
+    )
     return base
 
 
@@ -100,29 +126,37 @@ def read_base(args: argparse.Namespace) -> BaseModel | None:
 
 
 def table(root: Path, clips: list[Clip], facts: list[Facts | None], view: View) -> list[str]:
-    """A line per clip; columns are as wide as what stands in them."""
+    """Returns the lines of the table: a heading, and a line per clip.
+
+    Args:
+        facts: one for each clip; None for a clip that cannot be used.
+    """
     rows = [("line", "file", "pixels", "fps", "seconds", "frames", "end unseen", "cropped", "scaled")]
     for clip, fact in zip(clips, facts):
         cells = _describe(fact, view) if fact else ("cannot be used: see below", *[""] * 6)
         rows.append((str(clip.line), _name(root, clip.video), *cells))
-    usable = [row for row, fact in zip(rows, [True, *facts]) if fact]
-    widths = [max(map(_columns, column)) for column in zip(*[row[:2] for row in rows])]
-    widths += [max(map(_columns, column)) for column in zip(*[row[2:] for row in usable])]
-    return ["  ".join(map(_pad, row, widths, range(len(row)))).rstrip() for row in rows]
+    # A clip that cannot be used has a sentence in place of its figures, which must not widen their column.
+    with_figures = [row for row, fact in zip(rows, [True, *facts]) if fact]
+    widths = [max(map(_terminal_width, column)) for column in zip(*[row[:2] for row in rows])]
+    widths += [max(map(_terminal_width, column)) for column in zip(*[row[2:] for row in with_figures])]
+    lines = []
+    for row in rows:
+        padding = [" " * (width - _terminal_width(cell)) for cell, width in zip(row, widths)]
+        cells = [space + cell for cell, space in zip(row, padding)]
+        cells[1] = row[1] + padding[1]  # file names are aligned to the left
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
-def _pad(cell: str, width: int, column: int) -> str:
-    space = " " * (width - _columns(cell))
-    return cell + space if column == 1 else space + cell
-
-
-def _columns(text: str) -> int:
-    """How many places of a terminal a text takes: a Chinese character takes two."""
+def _terminal_width(text: str) -> int:
+    """Returns how many columns of a terminal a text takes: a Chinese character takes two."""
     return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
 def _describe(fact: Facts, view: View) -> tuple[str, ...]:
+    """Returns the cells of the table from "pixels" on."""
     scale, unseen = fact.scale(view), fact.unseen_seconds
+    scaled = "-" if scale == 1 else f"{'up to' if scale > 1 else 'to'} {100 * scale:.0f} %"
     return (
         f"{fact.width}x{fact.height}",
         f"{round(fact.fps, 2):g}",
@@ -130,17 +164,17 @@ def _describe(fact: Facts, view: View) -> tuple[str, ...]:
         f"{fact.num_frames} -> {len(fact.indices)}",
         f"{unseen:.2f} s" if unseen >= 0.005 else "-",
         f"{100 * fact.cropped(view):.0f} %" if fact.cropped(view) >= 0.005 else "-",
-        f"{'up ' * (scale > 1)}to {100 * scale:.0f} %" if scale != 1 else "-",
+        scaled,
     )
 
 
 def _name(root: Path, video: Path) -> str:
-    """As it stands in the list, for most lists."""
+    """Returns the path relative to the dataset's folder, if it is inside."""
     return str(video.relative_to(root)) if video.is_relative_to(root) else str(video)
 
 
 def spread(facts: list[Facts]) -> list[str]:
-    """How often each size and rate is there, and how long the files are."""
+    """Returns lines on how often each size, rate and length occurs."""
     sizes = Counter(f"{fact.width}x{fact.height}" for fact in facts)
     rates = Counter(f"{round(fact.fps, 2):g}" for fact in facts)
     seconds = [fact.seconds for fact in facts]
@@ -148,37 +182,42 @@ def spread(facts: list[Facts]) -> list[str]:
     return [
         f"pixels: {_counts(sizes)}",
         f"fps: {_counts(rates)}",
-        f"seconds: {min(seconds):.1f} to {max(seconds):.1f}, {sum(seconds):.0f} together",
-        f"frames that are trained together: {_counts(buckets)}",
+        f"seconds: {min(seconds):.1f} to {max(seconds):.1f}, {sum(seconds):.0f} in all",
+        f"frames, batched by length: {_counts(buckets)}",
     ]
 
 
-def _counts(counter: Counter, most: int = 8) -> str:
-    parts = [f"{count} of {value}" for value, count in counter.most_common(most)]
-    return ", ".join(parts) + (f", {len(counter) - most} others" if len(counter) > most else "")
+def _counts(counter: Counter, limit: int = 8) -> str:
+    parts = [f"{count} of {value}" for value, count in counter.most_common(limit)]
+    if len(counter) > limit:
+        parts.append(f"{len(counter) - limit} others")
+    return ", ".join(parts)
 
 
 def cut_captions(clips: list[Clip], base: BaseModel | None) -> list[str]:
-    """Which captions are longer than the model reads, and exactly what is cut off of them."""
+    """Returns lines on the captions that are longer than the model reads, with the words that it does not see."""
     if not base:
         return ["captions: length not checked; pass --pretrained_model_name_or_path for its tokenizer"]
-    tokenizer, most = load_tokenizer(base), base.transformer["max_text_seq_length"]
-    lengths = [(clip.line, *cut_caption(tokenizer, clip.caption, most)) for clip in clips]
-    long = [f"  line {line}: {tokens} tokens, cut off: {cut}" for line, tokens, cut in lengths if cut]
-    longest = max((tokens for _, tokens, _ in lengths), default=0)
-    return [f"captions: {len(long)} longer than {most} tokens; the longest has {longest}", *long]
+    tokenizer, max_length = load_tokenizer(base), base.transformer["max_text_seq_length"]
+    longest, too_long = 0, []
+    for clip in clips:
+        num_tokens, cut_off = cut_caption(tokenizer, clip.caption, max_length)
+        longest = max(longest, num_tokens)
+        if cut_off:
+            too_long.append(f"  line {clip.line}: {num_tokens} tokens, cut off: {cut_off}")
+    return [f"captions: {len(too_long)} longer than {max_length} tokens; the longest has {longest}", *too_long]
 
 
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
 
-def evenly(count: int, most: int) -> list[int]:
-    """At most `most` of `count` places, first and last among them."""
-    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
+def evenly_spaced(count: int, limit: int) -> list[int]:
+    """Returns at most `limit` of the indices below `count`, among them the first and the last."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, limit))})
 
 
 def thumbnail(frame: torch.Tensor) -> Image.Image:
-    """A frame [H, W, C], smaller if its longest side is above CELL."""
+    """Returns a frame [H, W, C] as a picture, scaled down so that its longest side is at most CELL."""
     image = Image.fromarray(frame.numpy())
     scale = CELL / max(image.size)
     if scale >= 1:
@@ -186,14 +225,14 @@ def thumbnail(frame: torch.Tensor) -> Image.Image:
     return image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS)
 
 
-def draw_row(root: Path, clip: Clip, fact: Facts, view: View, random_flip: bool) -> Row:
-    """Frames as training encodes them; the image that it starts from before, a mirrored one behind.
+def draw_row(root: Path, clip: Clip, fact: Facts, view: View, *, random_flip: bool) -> Row:
+    """Returns frames of a clip as training encodes them, between its image and a mirrored frame, if there are such.
 
     Raises:
-        ValueError: the video stops in the middle of decoding.
+        ValueError: decoding stopped midway.
     """
     shown = decode(clip, view, mirrored=False)  # [F, H, W, C]
-    cells = [(f"{i / view.fps:.2f} s", thumbnail(shown[i])) for i in evenly(len(shown), NUM_FRAMES)]
+    cells = [(f"{i / view.fps:.2f} s", thumbnail(shown[i])) for i in evenly_spaced(len(shown), FRAMES_PER_CLIP)]
     if clip.image:
         cells.insert(0, ("image", thumbnail(first_image(clip, shown, view, mirrored=False))))
     if random_flip:
@@ -204,94 +243,101 @@ def draw_row(root: Path, clip: Clip, fact: Facts, view: View, random_flip: bool)
 
 
 def draw_sheet(rows: list[Row]) -> tuple[Image.Image, set[str]]:
-    """The picture, and the characters that no font has, which it shows as boxes."""
-    inner = max(LEAST_WIDTH, *(sum(image.width + GAP for _, image in row.cells) - GAP for row in rows))
-    texts, missing = [], set()
+    """Returns the picture, and the characters that no font has, which it shows as boxes."""
+    inner_width = max(LEAST_WIDTH, *(sum(image.width + GAP for _, image in row.cells) - GAP for row in rows))
+    width = inner_width + 2 * MARGIN
+    drawn, missing = [], set()
     for row in rows:
-        texts.append([])
-        for text, most, colour in ((row.title, 1, FAINT), (row.caption, CAPTION_LINES, INK)):
-            font, lacks = font_for(text)
-            missing |= lacks
-            texts[-1] += [(line, font, colour) for line in wrap(text, font, inner, most)]
-    heights = [_row_height(row, lines) for row, lines in zip(rows, texts)]
-    width = inner + 2 * MARGIN
-    columns = into_columns(heights, width)
-    tallest = max(sum(heights[i] for i in column) for column in columns)
-    sheet = Image.new("RGB", (width * len(columns), tallest), PAPER)
-    draw = ImageDraw.Draw(sheet)
+        title, missing_in_title = _lay_out(row.title, FAINT, inner_width, max_lines=1)
+        caption, missing_in_caption = _lay_out(row.caption, INK, inner_width, max_lines=CAPTION_LINES)
+        drawn.append(_draw_row(row, title + caption, width))
+        missing |= missing_in_title | missing_in_caption
+
+    columns = into_columns([image.height for image in drawn], width)
+    height = max(sum(drawn[i].height for i in column) for column in columns)
+    sheet = Image.new("RGB", (width * len(columns), height), PAPER)
     for number, column in enumerate(columns):
-        left, top = number * width, 0
+        top = 0
         for i in column:
-            _place_row(sheet, draw, left, top, rows[i], texts[i])
-            top += heights[i]
-            draw.line([(left, top - 1), (left + width - 1, top - 1)], RULE)
+            sheet.paste(drawn[i], (number * width, top))
+            top += drawn[i].height
     return sheet, missing
 
 
+def _lay_out(text: str, colour: tuple[int, int, int], width: int, *, max_lines: int) -> tuple[list[Text], set[str]]:
+    """Returns the lines of a text, and the characters that its font lacks."""
+    font, missing = font_for(text)
+    return [Text(line, font, colour) for line in wrap(text, font, width, max_lines)], missing
+
+
+def _draw_row(row: Row, texts: list[Text], width: int) -> Image.Image:
+    """Returns the picture of one clip: its cells side by side, labels beneath, then the texts and a rule."""
+    cell_height = max(image.height for _, image in row.cells)
+    text_top = MARGIN + cell_height + 2 * LABEL_SIZE
+    picture = Image.new("RGB", (width, text_top + LINE_HEIGHT * len(texts) + MARGIN), PAPER)
+    draw = ImageDraw.Draw(picture)
+    left = MARGIN
+    for label, image in row.cells:
+        picture.paste(image, (left, MARGIN))
+        draw.text((left, MARGIN + cell_height + 3), label, FAINT, fonts(LABEL_SIZE)[0])
+        left += image.width + GAP
+    for number, line in enumerate(texts):
+        draw.text((MARGIN, text_top + number * LINE_HEIGHT), line.text, line.colour, line.font)
+    draw.line([(0, picture.height - 1), (width - 1, picture.height - 1)], RULE)
+    return picture
+
+
 def into_columns(heights: list[int], width: int) -> list[list[int]]:
-    """Which rows stand in which column, from top to bottom: as few columns as make a sheet no taller than wide."""
+    """Divides rows into as few columns as make a sheet no taller than wide.
+
+    Args:
+        heights: height of each row.
+        width: width of a column.
+
+    Returns:
+        For each column, its rows from top to bottom.
+    """
     for count in range(1, len(heights) + 1):
-        most = -(-len(heights) // count)
-        columns = [list(range(start, min(start + most, len(heights)))) for start in range(0, len(heights), most)]
+        size = -(-len(heights) // count)
+        columns = [list(range(start, min(start + size, len(heights)))) for start in range(0, len(heights), size)]
         if max(sum(heights[i] for i in column) for column in columns) <= width * len(columns):
             break
     return columns
 
 
-def _row_height(row: Row, lines: list) -> int:
-    return 2 * MARGIN + max(image.height for _, image in row.cells) + 2 * SMALL + _line_height() * len(lines)
-
-
-def _line_height() -> int:
-    return round(1.45 * SIZE)
-
-
-def _place_row(sheet: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int, row: Row, lines: list) -> None:
-    start, left, top = left + MARGIN, left + MARGIN, top + MARGIN
-    tallest = max(image.height for _, image in row.cells)
-    for label, image in row.cells:
-        sheet.paste(image, (left, top))
-        draw.text((left, top + tallest + 3), label, FAINT, fonts(SMALL)[0])
-        left += image.width + GAP
-    top += tallest + 2 * SMALL
-    for line, font, colour in lines:
-        draw.text((start, top), line, colour, font)
-        top += _line_height()
-
-
 @lru_cache
 def fonts(size: int) -> list[ImageFont.FreeTypeFont]:
-    """Those that this system has, and Pillow's own, which has Latin letters alone."""
-    found = []
+    """Returns the FONTS that this system has, and Pillow's own, which has only Latin letters."""
+    installed = []
     for name in FONTS:
         try:
-            found.append(ImageFont.truetype(name, size))
+            installed.append(ImageFont.truetype(name, size))
         except OSError:
             continue  # not on this system
-    return [*found, ImageFont.load_default(size)]
+    return [*installed, ImageFont.load_default(size)]
 
 
 def font_for(text: str) -> tuple[ImageFont.FreeTypeFont, set[str]]:
-    """The font that has most of a text's characters, and those that it lacks."""
+    """Returns the font that has most of a text's characters, and the characters that it lacks."""
     characters = {character for character in text if character.isprintable() and not character.isspace()}
-    lacking = [{character for character in characters if _lacks(font, character)} for font in fonts(SIZE)]
+    lacking = [{character for character in characters if _lacks(font, character)} for font in fonts(TEXT_SIZE)]
     best = min(range(len(lacking)), key=lambda i: len(lacking[i]))
-    return fonts(SIZE)[best], lacking[best]
+    return fonts(TEXT_SIZE)[best], lacking[best]
 
 
 @lru_cache(maxsize=65536)
 def _lacks(font: ImageFont.FreeTypeFont, character: str) -> bool:
-    """Whether the font draws what it draws for a character that cannot be."""
+    """Returns whether the font draws a character as it draws one that does not exist."""
     drawn, nothing = font.getmask(character), font.getmask("\U0010ffff")
     return drawn.size == nothing.size and bytes(drawn) == bytes(nothing)
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
-    """Lines of at most `width` pixels, broken at spaces where there are some; three dots where `most` is too few."""
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:
+    """Breaks a text into lines of at most `width` pixels, at spaces where it can; "..." stands for the rest."""
     lines, rest = [], " ".join(text.split())
-    while rest and len(lines) < most:
-        dots = "..." if len(lines) == most - 1 and font.getlength(rest) > width else ""
-        end = _fitting(rest, font, width - font.getlength(dots))
+    while rest and len(lines) < max_lines:
+        dots = "..." if len(lines) == max_lines - 1 and font.getlength(rest) > width else ""
+        end = _fitting_length(rest, font, width - font.getlength(dots))
         space = rest.rfind(" ", 0, end + 1)
         if end < len(rest) and space > end / 2:  # Chinese and Japanese have none
             end = space
@@ -300,8 +346,8 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list
     return lines
 
 
-def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> int:
-    """How many of the first characters fit; at least one, so that `wrap` comes to an end."""
+def _fitting_length(text: str, font: ImageFont.FreeTypeFont, width: float) -> int:
+    """Returns how many of the first characters fit; at least one, so that `wrap` terminates."""
     low, high = 1, min(len(text), 1000)
     while low < high:
         middle = (low + high + 1) // 2
@@ -312,33 +358,42 @@ def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> int:
 # ---- the story -------------------------------------------------------------------------------------------------------
 
 
-def write_sheet(args, clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
-    """Draws some of the clips into a file; returns what is wrong with those that cannot be decoded to their end."""
+def write_sheet(args: argparse.Namespace, clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
+    """Draws some of the clips into a file; returns the problems of those that cannot be decoded to their end."""
     rows, problems = [], []
-    chosen = evenly(len(clips), args.clips)
+    chosen = evenly_spaced(len(clips), args.clips)
     for i in tqdm(chosen, "Drawing clips", unit="clip"):
         try:
-            rows.append(draw_row(args.folder, clips[i], facts[i], view, args.random_flip))
+            rows.append(draw_row(args.folder, clips[i], facts[i], view, random_flip=args.random_flip))
         except ValueError as error:
             problems.append(str(error))
-    if rows:
-        sheet, missing = draw_sheet(rows)
-        content = io.BytesIO()
-        sheet.save(content, "PNG")
-        try:
-            publish(args.output, content.getvalue())
-        except OSError as error:
-            raise ValueError(f"--output {args.output}: cannot be written ({error.strerror}); give another") from error
-        left_out = len(clips) - len(chosen)
-        print(f"{args.output}: {count_clips(len(rows))}" + f", {left_out} left out (--clips)" * (left_out > 0))
-        if missing:
-            print(f"shown as boxes there, for want of a font that has them: {' '.join(sorted(missing)[:40])}")
+    if not rows:
+        return problems
+    sheet, missing = draw_sheet(rows)
+    content = io.BytesIO()
+    sheet.save(content, "PNG")
+    try:
+        publish(args.output, content.getvalue())
+    except OSError as error:
+        raise ValueError(
+            f"--output {args.output}: cannot be written ({error.strerror}); pass another file as --output"
+        ) from error
+    left_out = f", {len(clips) - len(chosen)} left out (--clips)" if len(clips) > len(chosen) else ""
+    print(f"{args.output}: {count_clips(len(rows))}{left_out}")
+    if missing:
+        print(f"drawn as boxes, because no installed font has them: {' '.join(sorted(missing)[:40])}")
     return problems
 
 
 def preview(args: argparse.Namespace) -> list[str]:
-    """Prints the table and writes the picture of the clips that can be used; returns what is wrong with the others."""
-    clips, problems = read_clips(args.folder, args.caption_column, args.video_column, args.image_column, args.id_token)
+    """Prints the table, writes the picture of the clips that can be used, and returns the problems of the others."""
+    clips, problems = read_clips(
+        args.folder,
+        caption_file=args.caption_column,
+        video_file=args.video_column,
+        image_file=args.image_column,
+        id_token=args.id_token,
+    )
     check_output(args.output)
     base = read_base(args)
     view = frames.view_of(
@@ -348,11 +403,11 @@ def preview(args: argparse.Namespace) -> list[str]:
         examined = list(threads.map(partial(examine, view=view), clips))
     problems += [problem for _, problem in examined if problem]
     print(*table(args.folder, clips, [fact for fact, _ in examined], view), sep="\n")
-    good = [(clip, fact) for clip, (fact, _) in zip(clips, examined) if fact]
-    if not good:
+    usable = [(clip, fact) for clip, (fact, _) in zip(clips, examined) if fact]
+    if not usable:
         print("no picture: none of the clips can be used")
         return problems
-    clips, facts = map(list, zip(*good))
+    clips, facts = map(list, zip(*usable))
     lines = [headline(facts, view), *remarks(clips, facts, view), *spread(facts)]
     print("", *lines, *cut_captions(clips, base), sep="\n")
     return problems + write_sheet(args, clips, facts, view)

@@ -1,6 +1,7 @@
 """Lists, frames, cache and batches."""
 
 from itertools import count, islice
+from pathlib import Path
 
 import imageio
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import dataset
+from clips.facts import Facts
 from clips.frames import View, choose_frames, read_frames, resize_and_crop, trainable_length
 from clips.listing import Clip, read_clips
 from clips.order import Ranks, epoch_batches, make_timeline, rank_batches
@@ -20,7 +22,7 @@ def write(folder, prompts, videos):
     folder.mkdir(exist_ok=True)
     for name, content in (("prompts.txt", prompts), ("videos.txt", videos)):
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_clips(folder, "prompts.txt", "videos.txt", None, None)
+    return read_clips(folder, "prompts.txt", "videos.txt")
 
 
 def make_video(path, num_frames=16, fps=8, height=96, width=128, value=None):
@@ -66,7 +68,7 @@ def test_paths_may_be_relative_absolute_from_home_and_hold_spaces_and_umlauts(tm
 
 def test_the_id_token_stands_before_each_caption_with_one_space(tmp_path):
     write(tmp_path, "a cat\n", "a.mp4\n")
-    clips, _ = read_clips(tmp_path, "prompts.txt", "videos.txt", None, "DISNEY")
+    clips, _ = read_clips(tmp_path, "prompts.txt", "videos.txt", id_token="DISNEY")
     assert clips[0].caption == "DISNEY a cat"
 
 
@@ -99,7 +101,7 @@ def test_a_blank_line_drops_no_caption_onto_another_video(tmp_path):
 def test_a_near_file_name_is_named_with_the_option_that_takes_it(tmp_path):
     (tmp_path / "prompt.txt").write_text("a cat\n")
     (tmp_path / "videos.txt").write_text("a.mp4\n")
-    _, problems = read_clips(tmp_path, "prompts.txt", "videos.txt", None, None)
+    _, problems = read_clips(tmp_path, "prompts.txt", "videos.txt")
     assert "there is prompt.txt: pass --caption_column prompt.txt" in problems[0]
 
 
@@ -139,7 +141,7 @@ def test_the_clip_s_last_moment_is_not_lost_to_rounding():
 
 
 def test_skipping_more_than_there_is_says_so():
-    with pytest.raises(ValueError, match="has 10 frames and nothing is left after --skip_frames_start 6"):
+    with pytest.raises(ValueError, match="has 10 frames, and none is left after --skip_frames_start 6"):
         choose_frames(np.arange(10) / 8, VIEW._replace(skip_frames_start=6, skip_frames_end=4))
 
 
@@ -164,8 +166,8 @@ def test_random_cropping_stays_where_it_was_drawn_and_differs_between_clips(tmp_
     videos = [tmp_path / f"{i}.mp4" for i in range(4)]
     for i, video in enumerate(videos):
         imageio.mimsave(video, [gradient] * (9 + i), fps=8, macro_block_size=1)
-    first = [read_frames(video, view, False) for video in videos]
-    again = [read_frames(video, view, False) for video in videos]
+    first = [read_frames(video, view, mirrored=False) for video in videos]
+    again = [read_frames(video, view, mirrored=False) for video in videos]
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert len({int(frames[0, 0, 0, 0]) for frames in first}) > 1
 
@@ -173,17 +175,44 @@ def test_random_cropping_stays_where_it_was_drawn_and_differs_between_clips(tmp_
 def test_mirrored_frames_are_the_mirror_image(tmp_path):
     video = make_video(tmp_path / "a.mp4")
     view = VIEW._replace(max_num_frames=9)
-    assert torch.equal(read_frames(video, view, True), read_frames(video, view, False).flip(2))
+    assert torch.equal(read_frames(video, view, mirrored=True), read_frames(video, view, mirrored=False).flip(2))
 
 
 def test_frames_read_are_the_frames_of_the_file(tmp_path):
     video = make_video(tmp_path / "a.mp4", num_frames=48, fps=24)
-    frames = read_frames(video, VIEW._replace(max_num_frames=9), False)
+    frames = read_frames(video, VIEW._replace(max_num_frames=9), mirrored=False)
     expected = np.linspace(0, 250, 48)[::3][:9]  # every third of 24 is 8 a second
     assert np.abs(frames[:, 32, 48, 0].numpy() - expected).max() <= 3  # as far as the codec goes
 
 
 # ---- cache
+
+
+@pytest.mark.parametrize(
+    ("changes", "image", "names"),
+    [
+        ({}, None, ["db234ae465b0c4836be07ee34c66d1a366775be1", "47c4d016ea673bbe94fbe070d9e490005b924129"]),
+        ({"seed": 7}, None, ["db234ae465b0c4836be07ee34c66d1a366775be1", "47c4d016ea673bbe94fbe070d9e490005b924129"]),
+        ({"crop": "random"}, None, ["b9acb0e28380549c676307275c2ecedf128f9169"]),
+        ({"with_image": True}, None, ["d99931b8863355623a0ea8daad96ebe7a6ac5912"]),
+        ({"with_image": True, "whole": True}, Path("a.png"), ["c12993126df2442ba4b9d0e35b25ef30f166c932"]),
+    ],
+    ids=["as filmed and mirrored", "the seed does nothing", "random crop", "image-to-video", "an image of its own"],
+)
+def test_caches_of_earlier_versions_are_found(monkeypatch, changes, image, names):
+    """The names were computed by the version before the modules were split into folders; users have such files."""
+    view = View(480, 720, 8, 49, 0, 0, "center", 42)._replace(**changes)
+    facts = Facts(720, 480, 8.0, 49, list(range(49)), 6.125, "video content")
+    monkeypatch.setattr(dataset, "examine", lambda clip, view: (facts, None))
+    monkeypatch.setattr(dataset, "file_hash", lambda path: "image content")
+    clip = Clip(Path("a.mp4"), "a cat", 1, image)
+    (probed,) = dataset.probe_clips([clip], view, Path("cache"), "encoder", random_flip=len(names) == 2)
+    assert probed.paths == [Path(f"cache/latents/{name}.safetensors") for name in names]
+
+
+def test_captions_cached_by_earlier_versions_are_found():
+    path = dataset.cache_path(Path("cache"), "captions", caption="a cat", encoder="encoder")
+    assert path == Path("cache/captions/53fe5786e77e060660122a00adf4b88e88820aa5.safetensors")
 
 
 def test_whatever_changes_the_frames_changes_the_place_in_the_cache(tmp_path):
@@ -275,28 +304,36 @@ def number_of(batch):
 def test_every_clip_is_seen_once_an_epoch_and_only_with_clips_of_its_shape():
     shapes = [(13,)] * 7 + [(3,)] * 4 + [(1,)]
     for epoch in range(3):
-        batches = epoch_batches(shapes, 3, 42, epoch, False)
+        batches = epoch_batches(shapes, batch_size=3, seed=42, epoch=epoch, random_flip=False)
         assert sorted(clip for batch in batches for clip in number_of(batch)) == list(range(12))
         assert all(len({shapes[clip] for clip in number_of(batch)}) == 1 for batch in batches)
         assert len(batches) == 6
-    assert epoch_batches(shapes, 3, 42, 0, False) != epoch_batches(shapes, 3, 42, 1, False)
-    assert epoch_batches(shapes, 3, 42, 0, False) != epoch_batches(shapes, 3, 43, 0, False)
+    assert epoch_batches(shapes, batch_size=3, seed=42, epoch=0, random_flip=False) != epoch_batches(
+        shapes, batch_size=3, seed=42, epoch=1, random_flip=False
+    )
+    assert epoch_batches(shapes, batch_size=3, seed=42, epoch=0, random_flip=False) != epoch_batches(
+        shapes, batch_size=3, seed=43, epoch=0, random_flip=False
+    )
 
 
 def test_half_of_the_turns_are_mirrored_if_asked():
-    batches = epoch_batches([0] * 400, 1, 42, 0, True)
+    batches = epoch_batches([0] * 400, batch_size=1, seed=42, epoch=0, random_flip=True)
     assert 150 < sum(mirrored for ((_, mirrored),) in batches) < 250
-    assert not any(mirrored for ((_, mirrored),) in epoch_batches([0] * 400, 1, 42, 0, False))
+    assert not any(
+        mirrored for ((_, mirrored),) in epoch_batches([0] * 400, batch_size=1, seed=42, epoch=0, random_flip=False)
+    )
 
 
 @pytest.mark.parametrize(("world", "clips"), [(1, 5), (2, 5), (3, 5), (8, 3)])
 def test_ranks_share_out_the_sequence_that_one_rank_sees(world, clips):
-    shapes = [0] * clips
-    whole = list(islice(rank_batches(shapes, 1, 42, False, count()), 24))
+    batches_of = lambda numbers: rank_batches(  # noqa: E731
+        [0] * clips, batch_size=1, seed=42, random_flip=False, numbers=numbers
+    )
+    whole = list(islice(batches_of(count()), 24))
     for rank in range(world):
-        share = list(islice(rank_batches(shapes, 1, 42, False, count(rank, world)), 24 // world))
+        share = list(islice(batches_of(count(rank, world)), 24 // world))
         assert share == whole[rank::world]
-    resumed = list(islice(rank_batches(shapes, 1, 42, False, count(17)), 7))
+    resumed = list(islice(batches_of(count(17)), 7))
     assert resumed == whole[17:]
 
 

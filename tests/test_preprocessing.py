@@ -1,7 +1,9 @@
-"""What is decoded ahead, encoded in batches and written behind is what one clip, alone, would have become."""
+"""Clips decoded ahead, encoded in batches and written behind are cached as if each were encoded by itself."""
 
 import math
 import threading
+from contextlib import nullcontext
+from functools import partial
 
 import imageio
 import pytest
@@ -16,7 +18,7 @@ from clips.listing import read_clips
 from clips.order import Ranks
 from cogvideox import encoders
 from cogvideox.base_model import download_weights, read_base_model
-from cogvideox.encoders import caption_encoder, clips_at_once, loaded_vae
+from cogvideox.encoders import Encoder, caption_encoder, clips_at_once, loaded_vae
 
 VIEW = View(64, 96, 8, 9, 0, 0, "center", 0)
 
@@ -24,7 +26,7 @@ VIEW = View(64, 96, 8, 9, 0, 0, "center", 0)
 def encode(folder, checkpoint, cache, dtype=torch.float32, slicing=False, view=VIEW, ranks=None):
     """The cached latents and embeddings of the clips in `folder`, in order."""
     checkpoint = download_weights(read_base_model(str(checkpoint)))
-    clips, problems = read_clips(folder, "prompts.txt", "videos.txt", None, None)
+    clips, problems = read_clips(folder, "prompts.txt", "videos.txt")
     video_encoder, text_encoder = encoders.encoders(checkpoint, dtype, "cpu", tiling=False, slicing=slicing)
     data = dataset.encode_dataset(
         folder, clips, problems, view, cache=cache, prompts=[""], random_flip=False,
@@ -48,7 +50,7 @@ def mixed_clips(tmp_path_factory):
 def test_what_is_cached_is_each_clip_and_caption_encoded_alone(tiny_checkpoint, mixed_clips, tmp_path, dtype):
     parameters, prompt_embeds = encode(mixed_clips, tiny_checkpoint, tmp_path / "cache", dtype)
 
-    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt", None, None)
+    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt")
     checkpoint = read_base_model(str(tiny_checkpoint))
     with loaded_vae(checkpoint, dtype, "cpu", tiling=False, slicing=False) as vae:
         for clip, cached in zip(clips, parameters):
@@ -56,7 +58,7 @@ def test_what_is_cached_is_each_clip_and_caption_encoded_alone(tiny_checkpoint, 
             video = (frames.float() / 127.5 - 1).to(dtype).permute(3, 0, 1, 2)[None]
             with torch.no_grad():
                 alone = vae.encode(video).latent_dist.parameters[0]
-            # Of a batch, torch computes a convolution by other means than of one small clip.
+            # torch computes the convolutions of a batch by another algorithm than those of one small clip.
             assert cached.shape == alone.shape and cached.dtype == dtype
             assert (cached - alone).float().square().mean().sqrt() < {torch.float32: 5e-5, torch.bfloat16: 0.05}[dtype]
     assert {cached.shape[1] for cached in parameters} == {2, 3}  # of 5 frames, and of 9
@@ -79,14 +81,14 @@ def test_a_clip_in_a_batch_sees_nothing_of_the_others(tiny_checkpoint):
 def test_what_is_cached_does_not_depend_on_what_is_encoded_with_it(tiny_checkpoint, mixed_clips, tmp_path):
     """Bit for bit: by three ranks, and by a run that finds some of it done."""
     alone, _ = encode(mixed_clips, tiny_checkpoint, tmp_path / "alone")
-    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt", None, None)
+    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt")
     probed = dataset.probe_clips(clips, VIEW, tmp_path / "shared", "v", False)
-    work = dataset._missing(clips, probed)
-    shares = [Ranks(index, 3).share(work) for index in range(3)]
+    new = dataset.missing_latents(clips, probed)
+    shares = [Ranks(index, 3).share(new) for index in range(3)]
     checkpoint = read_base_model(str(tiny_checkpoint))
-    with encoders.video_encoder(checkpoint, torch.float32, "cpu", tiling=False, slicing=False) as encode_videos:
-        for share in shares:
-            assert dataset.cache_latents(share, VIEW, encode_videos, clips_at_once, lambda x, *_: x) == []
+    load = partial(encoders.video_encoder, checkpoint, torch.float32, "cpu", tiling=False, slicing=False)
+    for share in shares:
+        assert dataset.cache_latents(share, VIEW, Encoder("v", load, clips_at_once), lambda items, *_: items) == []
     for found, expected in zip(probed, alone):
         assert torch.equal(load_file(found.paths[0])["parameters"], expected)
 
@@ -98,11 +100,11 @@ def test_what_is_cached_does_not_depend_on_what_is_encoded_with_it(tiny_checkpoi
 
 def test_slicing_encodes_each_clip_alone_bit_for_bit(tiny_checkpoint, mixed_clips, tmp_path):
     sliced, _ = encode(mixed_clips, tiny_checkpoint, tmp_path / "cache", slicing=True)
-    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt", None, None)
+    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt")
     checkpoint = read_base_model(str(tiny_checkpoint))
     with encoders.video_encoder(checkpoint, torch.float32, "cpu", tiling=False, slicing=False) as encode_videos:
         for clip, cached in zip(clips, sliced):
-            assert torch.equal(cached, encode_videos(read_frames(clip.video, VIEW, False)[None])[0])
+            assert torch.equal(cached, encode_videos(read_frames(clip.video, VIEW, mirrored=False)[None])[0])
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_a_bound_number_of_clips_is_decoded_ahead():
             started.append(item)
         return item * item
 
-    made = dataset._ahead(call, iter(range(20)), threads=3)
+    made = dataset._map_ahead(call, iter(range(20)), threads=3)
     assert next(made) == 0
     assert set(started) <= {0, 1, 2, 3}
     assert list(made) == [i * i for i in range(1, 20)]
@@ -140,7 +142,7 @@ def test_a_stopped_reader_decodes_no_further():
             stop.wait(5)
         return item
 
-    made = dataset._ahead(call, iter(range(20)), threads=2)
+    made = dataset._map_ahead(call, iter(range(20)), threads=2)
     next(made)
     stop.set()
     made.close()
@@ -159,48 +161,50 @@ def test_threads_are_as_many_as_cores_and_memory_allow(monkeypatch):
 
 
 def test_problems_of_several_clips_are_told_in_the_order_of_the_list(tmp_path, mixed_clips, monkeypatch):
-    """Those of decoding and those of the VAE, which are found at other times; the other clips are written."""
-    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt", None, None)
-    work = [(clip, False, tmp_path / f"{clip.line}.safetensors") for clip in clips]
+    """Problems of decoding and of the VAE, which are found at different times; the other clips are written."""
+    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt")
+    new = [dataset.NewLatents(clip, False, tmp_path / f"{clip.line}.safetensors") for clip in clips]
     decode = dataset.decode
 
     def stop(clip, view, mirrored):
         if clip.line in (2, 6):
             raise ValueError(f"line {clip.line}: cannot be decoded")
-        return decode(clip, view, mirrored)
+        return decode(clip, view, mirrored=mirrored)
 
     calls = iter(range(len(clips)))
     monkeypatch.setattr(dataset, "decode", stop)
     encode_videos = lambda frames: torch.full((1, 2, 3, 2, 2), math.nan if next(calls) == 2 else 0.0)  # noqa: E731
-    problems = dataset.cache_latents(work, VIEW, encode_videos, lambda shape: 1, lambda items, *_: items)
+    encoder = Encoder("v", lambda: nullcontext(encode_videos), lambda shape: 1)
+    problems = dataset.cache_latents(new, VIEW, encoder, lambda items, *_: items)
     assert [problem.split(":")[0] for problem in problems] == ["line 2", "line 4", "line 6"]
-    assert "the VAE made NaN or infinity" in problems[1]
+    assert "the VAE encodes it to NaN or infinity" in problems[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{line}.safetensors" for line in (1, 3, 5, 7)]
 
 
 def test_a_disk_that_fills_up_midway_ends_the_encoding_with_its_message(tmp_path, mixed_clips, monkeypatch):
-    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt", None, None)
-    work, publish = [(clip, False, tmp_path / f"{clip.line}.safetensors") for clip in clips], files.publish
+    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt")
+    new = [dataset.NewLatents(clip, False, tmp_path / f"{clip.line}.safetensors") for clip in clips]
 
     def full(path, content):
         if path.name.startswith("7"):  # the last: nothing is written after it that could tell
             raise OSError(28, "No space left on device")
-        publish(path, content)
+        files.publish(path, content)
 
     monkeypatch.setattr(dataset, "publish", full)
     encode_videos = lambda frames: torch.zeros(len(frames), 2, 3, 2, 2)  # noqa: E731
+    encoder = Encoder("v", lambda: nullcontext(encode_videos), lambda shape: 1)
     with pytest.raises(ValueError, match="cannot write the cache .No space left on device"):
-        dataset.cache_latents(work, VIEW, encode_videos, lambda shape: 1, lambda items, *_: items)
+        dataset.cache_latents(new, VIEW, encoder, lambda items, *_: items)
     assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_frames_read_in_parts_are_those_read_at_once(tmp_path, monkeypatch):
-    """Of a file of which some frames are left out and some are seen twice."""
+    """In a file with more frames than are seen, and in one with fewer, of which some are seen twice."""
     for fps in (24, 5):
         path = tmp_path / f"{fps}.mp4"
         imageio.mimsave(path, draw_clip("circle", "blue", "up", 60, 96, 128), fps=fps, macro_block_size=1)
         view = VIEW._replace(max_num_frames=17)
-        parts = read_frames(path, view, False)
+        parts = read_frames(path, view, mirrored=False)
         monkeypatch.setattr("clips.frames.FRAMES_READ_AT_ONCE", 1000)
-        assert torch.equal(parts, read_frames(path, view, False))
+        assert torch.equal(parts, read_frames(path, view, mirrored=False))
         monkeypatch.undo()

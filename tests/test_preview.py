@@ -1,4 +1,4 @@
-"""What the model will see of a dataset, as a picture and a table."""
+"""The preview: a picture and a table of what the model will see of a dataset."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ SMALL = ["--height", "64", "--width", "96", "--max_num_frames", "9"]
 
 
 def make_dataset(folder, videos, captions=None):
-    """`videos` are (name, frames, fps, height, width)."""
+    """Writes a dataset folder; `videos` are (name, frames, fps, height, width)."""
     folder.mkdir()
     for i, (name, num_frames, fps, height, width) in enumerate(videos):
         frames = draw_clip(("circle", "square")[i % 2], "red", "left", num_frames, height, width)
@@ -35,7 +35,7 @@ def make_dataset(folder, videos, captions=None):
 
 
 def read(folder, view=VIEW):
-    clips, problems = read_clips(folder, "prompts.txt", "videos.txt", None, None)
+    clips, problems = read_clips(folder, "prompts.txt", "videos.txt")
     examined = [examine(clip, view) for clip in clips]
     return clips, [facts for facts, _ in examined], problems + [problem for _, problem in examined if problem]
 
@@ -53,8 +53,8 @@ def refused(capsys, line):
 def test_the_picture_shows_the_model_s_own_pixels(clips):
     (clip, *_), (fact, *_), _ = read(clips)
     sheet, missing = preview.draw_sheet([preview.draw_row(clips, clip, fact, VIEW, random_flip=True)])
-    shown = frames.read_frames(clip.video, VIEW, False)
-    expected = [*shown[[0, 2, 4, 6, 8]], frames.read_frames(clip.video, VIEW, True)[0]]
+    shown = frames.read_frames(clip.video, VIEW, mirrored=False)
+    expected = [*shown[[0, 2, 4, 6, 8]], frames.read_frames(clip.video, VIEW, mirrored=True)[0]]
     pixels = torch.from_numpy(np.array(sheet))
     for i, frame in enumerate(expected):
         left = preview.MARGIN + i * (96 + preview.GAP)
@@ -85,11 +85,11 @@ def test_an_image_to_start_from_stands_before_the_frames(clips, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "most", "places"),
+    ("count", "limit", "indices"),
     [(3, 5, [0, 1, 2]), (9, 5, [0, 2, 4, 6, 8]), (49, 5, [0, 12, 24, 36, 48]), (1, 5, [0]), (7, 1, [0])],
 )
-def test_clips_and_frames_are_picked_evenly(count, most, places):
-    assert preview.evenly(count, most) == places
+def test_clips_and_frames_are_picked_evenly(count, limit, indices):
+    assert preview.evenly_spaced(count, limit) == indices
 
 
 @pytest.mark.parametrize("text", ["a cat sleeps " * 40, "a" * 900, "short"])
@@ -109,7 +109,7 @@ def test_characters_that_no_font_has_are_told(clips, tmp_path, monkeypatch, caps
     folder = make_dataset(tmp_path / "clips", [("a.mp4", 9, 8, 96, 128)], ["a cat 猫"])
     preview.main([str(folder), *SMALL])
     preview.fonts.cache_clear()
-    assert "for want of a font that has them: 猫" in capsys.readouterr().out
+    assert "because no installed font has them: 猫" in capsys.readouterr().out
 
 
 # ---- the table
@@ -155,8 +155,8 @@ def test_facts_end_where_the_model_s_frames_do(tmp_path):
 
 
 def test_the_words_that_are_cut_off_are_those_whose_tokens_are(tiny_checkpoint):
-    checkpoint = read_base_model(str(tiny_checkpoint))
-    tokenizer = load_tokenizer(checkpoint)
+    base = read_base_model(str(tiny_checkpoint))
+    tokenizer = load_tokenizer(base)
     caption = "a red circle moves over grey ground, and then a blue square moves left " * 14
     read_tokens = tokenizer(caption, max_length=226, truncation=True).input_ids
     seen = tokenizer.decode(read_tokens, skip_special_tokens=True)
@@ -164,7 +164,7 @@ def test_the_words_that_are_cut_off_are_those_whose_tokens_are(tiny_checkpoint):
     assert num_tokens == len(tokenizer(caption, verbose=False).input_ids) > 226
     assert cut and (seen + cut).replace(" ", "") == caption.replace(" ", "")
     assert cut_caption(tokenizer, "a red circle", 226)[1] == ""
-    line = preview.cut_captions([Clip(None, caption, 7)], checkpoint)[1]
+    line = preview.cut_captions([Clip(None, caption, 7)], base)[1]
     assert line == f"  line 7: {num_tokens} tokens, cut off: {cut}"
 
 
@@ -198,7 +198,7 @@ def test_problems_are_told_as_training_tells_them_and_the_good_clips_shown(tmp_p
     for part in (
         f"{folder}: 3 problems in the dataset, training refuses it:",
         "prompts.txt has 5 lines and videos.txt 4: line n of one belongs to line n of the other",
-        f"line 3: {folder}/missing.mp4: no such file; correct the path, which starts at the dataset's folder",
+        f"line 3: {folder}/missing.mp4: no such file; correct the path, which is relative to the dataset's folder",
         f"line 4: {folder}/empty.mp4: the file is empty; copy it again",
     ):
         assert part in said.err
@@ -209,10 +209,10 @@ def test_problems_are_told_as_training_tells_them_and_the_good_clips_shown(tmp_p
 def test_a_video_that_stops_midway_is_told_and_the_others_shown(tmp_path, capsys, monkeypatch):
     folder, read_frames = make_clips(tmp_path / "clips", count=2), frames.read_frames
 
-    def stop(video, *others):
+    def stop(video, view, mirrored):
         if video.name.startswith("01"):
             raise RuntimeError("decoder says no")
-        return read_frames(video, *others)
+        return read_frames(video, view, mirrored=mirrored)
 
     monkeypatch.setattr("clips.frames.read_frames", stop)
     said = refused(capsys, [folder, *SMALL])
@@ -223,7 +223,7 @@ def test_a_video_that_stops_midway_is_told_and_the_others_shown(tmp_path, capsys
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--output", "/no/where/a.png"], ["--output /no/where/a.png: no folder /no/where", "give another file"]),
+        (["--output", "/no/where/a.png"], ["--output /no/where/a.png: no folder /no/where", "pass another file"]),
         (["--output", "a.jpg"], ["--output a.jpg: the picture is a .png"]),
         (["--height", "100"], ["--height 100: must be divisible by 16"]),
         (["--pretrained_model_name_or_path", "no/such-model"], ["no/such-model: found no model_index.json"]),
@@ -235,8 +235,8 @@ def test_a_mistake_ends_in_a_message(clips, capsys, options, parts):
     assert not (clips / "preview.png").exists()
 
 
-def test_what_a_checkpoint_refuses_is_refused_here_too(checkpoint_of, clips, tmp_path, capsys):
+def test_what_a_base_model_refuses_is_refused_here_too(checkpoint_of, clips, tmp_path, capsys):
     model = ["--pretrained_model_name_or_path", checkpoint_of("5b-I2V")]
     assert "learned positions for 9 frames of 64x96" in refused(capsys, [clips, *SMALL, "--height", "48", *model]).err
     folder = make_dataset(tmp_path / "clips", [("short.mp4", 5, 8, 96, 128)])
-    assert "gives 5 frames at --fps 8, and this checkpoint takes 9" in refused(capsys, [folder, *SMALL, *model]).err
+    assert "gives 5 frames at --fps 8, and this base model needs 9" in refused(capsys, [folder, *SMALL, *model]).err

@@ -8,15 +8,15 @@ import re
 
 import browser
 import imageio.v3 as iio
+import jinja2
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from files import write_json
 from pages import report
 from run.run_directory import append_metrics
 
-PROMPTS = ['a <b>boat</b> & a "gull" </script> {{data}}', "лодка уходит из гавани, 船が港を出る"]
+PROMPTS = ['a <b>boat</b> & a "gull" </script> {{ 6 * 7 }} {% raw %}', "лодка уходит из гавани, 船が港を出る"]
 
 
 def make_run(folder, steps=400, videos=(0, 100, 250, 400), smoothed=True, validation=True, frames=9):
@@ -86,6 +86,10 @@ def page_of(folder):
     return report.write_report(folder).read_text(encoding="utf-8")
 
 
+def sentence_of(page):
+    return re.sub("<.*?>", "", re.search(r'class="standing">(.*?)</p>', page)[1])
+
+
 def panels_in(page):
     return json.loads(re.search(r'id="panels">(.*?)</script>', page, re.DOTALL)[1])
 
@@ -105,20 +109,25 @@ def test_the_page_refers_to_nothing_outside_itself(run_dir):
 
 def test_what_a_person_wrote_cannot_become_markup_or_script(run_dir):
     page = page_of(run_dir)
-    assert "a &lt;b&gt;boat&lt;/b&gt; &amp; a &quot;gull&quot; &lt;/script&gt; {{data}}" in page
+    assert "a &lt;b&gt;boat&lt;/b&gt; &amp; a &#34;gull&#34; &lt;/script&gt; {{ 6 * 7 }} {% raw %}</div>" in page
     assert "<b>boat" not in page and "disney <lora>" not in page
     assert PROMPTS[1] in page
     assert page.count("</script>") == 2
-    assert report.json_for_script(["</script><!--"]) == '["\\u003c/script>\\u003c!--"]'
-    assert json.loads(report.json_for_script([PROMPTS])) == [PROMPTS]
+
+
+def test_no_text_ends_the_script_that_draws_it(tmp_path, monkeypatch):
+    drawn = [{"title": "</script><!--", "note": PROMPTS[0], "curves": []}]
+    monkeypatch.setattr(report, "panels", lambda rows, best: drawn)
+    page = page_of(tmp_path)
+    assert page.count("</script>") == 2
+    assert panels_in(page) == drawn
 
 
 def test_the_sentence_says_where_the_run_stands(run_dir):
-    sentence = re.sub("<.*?>", "", re.search(r'class="standing">(.*?)</p>', page_of(run_dir))[1])
     assert re.fullmatch(
         r"At step 400 of 500, the smoothed training loss is 0\.\d+; the best validation loss is 0\.\d+, at step 250, "
         r"[\d.]+ % below that of the base model; a step takes 4\.\d+ s, so about 7 min remain\.",
-        sentence,
+        sentence_of(page_of(run_dir)),
     )
 
 
@@ -149,8 +158,11 @@ def test_the_sentence_says_where_the_run_stands(run_dir):
         ),
     ],
 )
-def test_the_sentence_leaves_out_what_is_not_known(rows, total_steps, best, sentence):
-    assert re.sub("<.*?>", "", report.standing(rows, total_steps, best)) == sentence
+def test_the_sentence_leaves_out_what_is_not_known(tmp_path, rows, total_steps, best, sentence):
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_json(tmp_path / "args.json", {"options": {"max_train_steps": total_steps}})
+    write_json(tmp_path / "checkpoint-best" / "best.json", best)
+    assert sentence_of(page_of(tmp_path)) == sentence
 
 
 def test_a_run_with_nothing_yet_has_a_page(tmp_path):
@@ -287,11 +299,9 @@ def test_the_command_refuses_what_is_no_run_directory(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_placeholder_of_the_template_is_filled_once(tmp_path):
-    template = (ROOT / "pages" / "report_template.html.jinja").read_text(encoding="utf-8")
-    names = re.findall(r"\{\{(\w+)\}\}", template)
-    assert len(names) == len(set(names)) == 8
-    assert "{{" not in page_of(tmp_path)
+def test_a_value_that_the_template_misses_is_an_error():
+    with pytest.raises(jinja2.UndefinedError, match="progress"):
+        report.load_template().render(name="run", about="", panels=[], videos=None, run=None)
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------
