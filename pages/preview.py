@@ -333,7 +333,7 @@ def _lacks(font: ImageFont.FreeTypeFont, character: str) -> bool:
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:
-    """Breaks a text into lines of at most `width` pixels, at spaces where it can; "..." stands for the rest."""
+    """Breaks a text into lines of at most `width` pixels, at spaces where it can; "..." replaces the rest."""
     lines, rest = [], " ".join(text.split())
     while rest and len(lines) < max_lines:
         dots = "..." if len(lines) == max_lines - 1 and font.getlength(rest) > width else ""
@@ -359,7 +359,7 @@ def _fitting_length(text: str, font: ImageFont.FreeTypeFont, width: float) -> in
 
 
 def write_sheet(args: argparse.Namespace, clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
-    """Draws some of the clips into a file; returns the problems of those that cannot be decoded to their end."""
+    """Draws some of the clips into a file; returns a problem for each clip that cannot be decoded to its end."""
     rows, problems = [], []
     chosen = evenly_spaced(len(clips), args.clips)
     for i in tqdm(chosen, "Drawing clips", unit="clip"):
