@@ -36,6 +36,7 @@ from cogvideox.objective import rotary_embedding, training_loss
 REHEARSED_LAYERS = 4  # at most; and one fewer, to see what a block adds
 SAMPLER_STEPS = inspect.signature(CogVideoXPipeline.__call__).parameters["num_inference_steps"].default
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
+EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention.default
 META = torch.device("meta")
 
 
@@ -125,6 +126,16 @@ def flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     return FLASH(*(tensor.transpose(1, 2) for tensor in (query, key, value)))[0].transpose(1, 2)
 
 
+class FusedAttention(TorchFunctionMode):
+    """A GPU's kernels for PyTorch's attention with a mask, which T5 uses."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return EFFICIENT(*args, attn_bias=kwargs["attn_mask"], compute_log_sumexp=False, scale=kwargs["scale"])[0]
+
+
 class Autocast(TorchFunctionMode):
     """What `torch.autocast` does to the transformer's operators, for meta tensors.
 
@@ -209,7 +220,7 @@ def _transformer(base: BaseModel, settings: Settings, num_layers: int):
     """The transformer as training prepares it, with so many blocks."""
     transformer = empty_transformer(base.transformer | {"num_layers": num_layers})
     if settings.lora:
-        for weight in transformer.parameters():
+        for weight in transformer.parameters():  # from_pretrained, too, leaves 2b's position table in float64
             weight.data = weight.data.to(settings.dtype)
         lora = settings.lora._replace(  # whose first values are of no interest, nor how they are found
             init_lora_weights="default", lora_target_modules=list(settings.lora.lora_target_modules)
@@ -300,7 +311,7 @@ def _text(models: Models, settings: Settings) -> tuple[int, int]:
             weight.data = weight.data.to(torch.float32 if kept else settings.dtype)
         if settings.text_encoder_precision != "bf16":
             quantized.quantize_linears(model.encoder, settings.text_encoder_precision)
-        with torch.no_grad(), Meter() as meter:
+        with FusedAttention(), torch.no_grad(), Meter() as meter:
             model(torch.zeros(encoders.captions_at_once(length), length, dtype=torch.int64, device=META))
         return {"peak": module_bytes(model) + meter.peak, "flops": meter.flops}
 
