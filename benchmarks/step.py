@@ -172,7 +172,7 @@ def random_base_model(name: str, num_layers: int | None = None) -> BaseModel:
     return BaseModel(
         name=name,
         transformer=dict(empty_transformer(config).config),
-        vae=model.vae | {"block_out_channels": (128, 256, 256, 512)},
+        vae=model.vae | vae_config(config),
         scheduler=model.scheduler(
             prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
             clip_sample=False, snr_shift_scale=model.snr_shift_scale,
@@ -182,9 +182,13 @@ def random_base_model(name: str, num_layers: int | None = None) -> BaseModel:
     )  # fmt: skip
 
 
+def vae_config(transformer: dict) -> dict:
+    return VAES["tiny" if transformer.get("out_channels") == 4 else "published"]
+
+
 def write_random_vae(base: BaseModel, folder: Path) -> BaseModel:
     """The checkpoint with a folder, in which lies a VAE as published, 0.4 GB; of a few channels for a tiny one."""
-    vae = AutoencoderKLCogVideoX(**VAES["tiny" if base.transformer["out_channels"] == 4 else "published"])
+    vae = AutoencoderKLCogVideoX(**vae_config(base.transformer))
     vae.to(torch.bfloat16).save_pretrained(folder / "vae")
     return base._replace(folder=folder)
 

@@ -41,11 +41,16 @@ def encoders(
     """
     video = partial(video_encoder, base, dtype, device, tiling=tiling, slicing=slicing)
     caption = partial(caption_encoder, base, dtype, text_device or device, text_precision)
-    captions_at_once = max(1, TOKENS_AT_ONCE // base.transformer["max_text_seq_length"])
+    max_length = base.transformer["max_text_seq_length"]
     return (
         Encoder(vae_fingerprint(base, dtype, tiling), video, (lambda _: 1) if slicing else clips_at_once),
-        Encoder(text_fingerprint(base, dtype, text_precision), caption, lambda _: captions_at_once),
+        Encoder(text_fingerprint(base, dtype, text_precision), caption, lambda _: captions_at_once(max_length)),
     )
+
+
+def captions_at_once(max_length: int) -> int:
+    """Returns how many captions, padded to `max_length` tokens, T5 encodes together."""
+    return max(1, TOKENS_AT_ONCE // max_length)
 
 
 def clips_at_once(shape: tuple[int, ...]) -> int:

@@ -57,7 +57,8 @@ class QuantizedLinear(torch.nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.compute_dtype
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # which raises for meta
+        dtype = torch.get_autocast_dtype(kind) if autocast else self.compute_dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         x, shape, stored = x.to(dtype), (self.out_features, self.in_features), self._stored_tensors()
         if x.requires_grad and torch.is_grad_enabled():
@@ -107,6 +108,9 @@ def _(gradient, precision, shape, stored):
     return gradient.new_empty(*gradient.shape[:-1], shape[1])
 
 
+INPUT_GRADIENT = torch.ops.cogvideox_lora.input_gradient
+
+
 # ---- the formats -----------------------------------------------------------------------------------------------------
 
 
@@ -144,6 +148,8 @@ def _quantize_nf4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     The weight is passed as one block per row: on a CPU, bitsandbytes 0.50.2 has three times the error of nf4 in rows
     that are not whole blocks. Every weight of CogVideoX has a multiple of 64 x 32 elements.
     """
+    if weight.is_meta:
+        return _empty_nf4(weight.numel())
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(
@@ -153,7 +159,23 @@ def _quantize_nf4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"weight": packed} | scales | {"nested_absmax": state.state2.absmax, "nested_code": state.state2.code}
 
 
+def _empty_nf4(count: int) -> dict[str, torch.Tensor]:
+    """What `_quantize_nf4` keeps of `count` weights, on the meta device, of which bitsandbytes knows nothing."""
+    blocks = -(-count // NF4_BLOCK)
+    with torch.device("meta"):
+        return {
+            "weight": torch.empty(count // 2, 1, dtype=torch.uint8),
+            "absmax": torch.empty(blocks, dtype=torch.uint8),
+            "code": torch.empty(16),
+            "offset": torch.empty(()),
+            "nested_absmax": torch.empty(-(-blocks // NF4_SCALES_BLOCK)),
+            "nested_code": torch.empty(256),
+        }
+
+
 def _dequantize_nf4(shape, dtype, packed, absmax, code, offset, nested_absmax, nested_code) -> torch.Tensor:
+    if packed.is_meta:
+        return torch.empty(shape, dtype=dtype, device="meta")
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     nested = QuantState(nested_absmax, blocksize=NF4_SCALES_BLOCK, code=nested_code, dtype=torch.float32)

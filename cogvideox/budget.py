@@ -1,0 +1,195 @@
+"""What of a run fits into memory, and what is decided for it: recomputation and tiles, where they are "auto"."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from cogvideox import compute
+from cogvideox.lora import DEFAULT_RANK, DEFAULT_TARGETS, Lora
+from cogvideox.rehearsal import PHASES, Models, Phase, Settings, rehearse
+
+GIB = 2**30
+SAFETY_SHARE, SAFETY_BYTES = 0.10, GIB  # what `needed` adds to a predicted peak
+
+
+class Remedy(NamedTuple):
+    phase: str
+    options: str  # of the command line, with which it would fit
+    peak_bytes: int
+
+
+class Decision(NamedTuple):
+    """What a run does where an option is "auto", and otherwise what the options say."""
+
+    gradient_checkpointing: str  # of compute.LEVELS
+    tile_encoding: bool
+    tile_decoding: bool
+    phases: tuple[Phase, ...] = ()  # as decided
+    free_bytes: int | None = None  # on the device before anything is loaded; None where nothing is known of it
+    level_peaks: tuple[tuple[str, int], ...] = ()  # levels that "auto" has rehearsed, and their peaks in training
+    tiles_where_needed: bool = False  # --enable_tiling auto
+    remedies: tuple[Remedy, ...] = ()  # for phases that do not fit, where there is one
+
+    @property
+    def tight(self) -> tuple[Phase, ...]:
+        """Phases that do not fit with what `needed` adds."""
+        return tuple(phase for phase in self.phases if not fits(phase, self.free_bytes))
+
+    @property
+    def impossible(self) -> tuple[Phase, ...]:
+        """Phases that do not fit even if nothing else takes memory."""
+        return tuple(phase for phase in self.tight if phase.peak_bytes > self.free_bytes)
+
+    def as_json(self) -> dict:
+        return {
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "tile_encoding": self.tile_encoding,
+            "tile_decoding": self.tile_decoding,
+            "peak_gib": {phase.name: round(phase.peak_bytes / GIB, 3) for phase in self.phases},
+            "free_gib": None if self.free_bytes is None else round(self.free_bytes / GIB, 3),
+        }
+
+
+def needed(peak_bytes: int) -> float:
+    """Free bytes that a predicted peak asks for."""
+    return peak_bytes * (1 + SAFETY_SHARE) + SAFETY_BYTES
+
+
+def fits(phase: Phase, free_bytes: int | None) -> bool:
+    return free_bytes is None or needed(phase.peak_bytes) <= free_bytes
+
+
+def decide(models: Models, settings: Settings, *, tiling: str, free_bytes: int | None) -> Decision:
+    """The fastest way to run that fits into the free memory; the one that needs least, where none does.
+
+    Args:
+        settings: `gradient_checkpointing` may be "auto".
+        tiling: --enable_tiling; "auto" tiles the phases that do not fit otherwise.
+    """
+    level_peaks = []
+    if settings.gradient_checkpointing == "auto":
+        for level in compute.LEVELS[1:] if settings.blocks_to_swap else compute.LEVELS:
+            settings = settings._replace(gradient_checkpointing=level)
+            training = rehearse("training", models, settings)
+            level_peaks.append((level, training.peak_bytes))
+            if fits(training, free_bytes):
+                break
+    names = [name for name in PHASES if settings.samples or name != "validation"]
+    for phase, option in {"clips": "tile_encoding", "validation": "tile_decoding"}.items():
+        tiled = tiling == "always"
+        if tiling == "auto" and phase in names:
+            tiled = not fits(rehearse(phase, models, settings), free_bytes)
+        settings = settings._replace(**{option: tiled})
+    phases = tuple(rehearse(name, models, settings) for name in names)
+    found = [_remedy(phase.name, models, settings, free_bytes) for phase in phases if not fits(phase, free_bytes)]
+    return Decision(
+        settings.gradient_checkpointing,
+        settings.tile_encoding,
+        settings.tile_decoding,
+        phases,
+        free_bytes,
+        level_peaks=tuple(level_peaks),
+        tiles_where_needed=tiling == "auto",
+        remedies=tuple(filter(None, found)),
+    )
+
+
+def _remedy(phase: str, models: Models, settings: Settings, free_bytes: int) -> Remedy | None:
+    """The first options that make the phase fit, one beside the other until it does."""
+    options = []
+    for option, change in _smaller(phase, settings, models.base.transformer["num_layers"]):
+        changed = settings._replace(**change)
+        if changed != settings:
+            settings = changed
+            options.append(option)
+            rehearsed = rehearse(phase, models, settings)
+            if fits(rehearsed, free_bytes):
+                return Remedy(phase, " ".join(options), rehearsed.peak_bytes)
+    return None
+
+
+def _smaller(phase: str, settings: Settings, num_layers: int) -> list[tuple[str, dict]]:
+    """Options that make a phase smaller, and their settings; what costs least comes first."""
+    tiles = [("--enable_tiling", {"tile_encoding": True, "tile_decoding": True})]
+    if phase == "text":
+        return [
+            ("--text_encoder_precision int8", {"text_encoder_precision": "int8"}),
+            ("--text_encoder_device cpu", {"text_encoder_device": "cpu"}),
+        ]
+    if phase == "clips":
+        return tiles
+    lora = settings.lora or Lora(DEFAULT_RANK, DEFAULT_RANK, tuple(DEFAULT_TARGETS))
+    options = tiles if phase == "validation" else []
+    options.append(("--gradient_checkpointing full", {"gradient_checkpointing": "full"}))
+    options.append(("--training_type lora", {"lora": lora}))
+    if settings.device_type == "cuda":
+        options.append((f"--blocks_to_swap {num_layers}", {"blocks_to_swap": num_layers}))
+    if not (lora.use_dora or lora.mutates):
+        options.append(("--base_precision int8", {"lora": lora._replace(base_precision="int8")}))
+    return options
+
+
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
+    """Free memory of a GPU, or of the machine and the control group that a process on the CPU runs in; None if unknown.
+
+    Args:
+        root: that /proc and /sys are in.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo, group = root / "proc/meminfo", root / "sys/fs/cgroup"
+    if not meminfo.exists():
+        return None
+    values = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    free = 1024 * int(values["MemAvailable"].split()[0])
+    limit = group / "memory.max"
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        used = int((group / "memory.current").read_text())
+        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+        free = min(free, int(most) - used + int(cache))
+    return free
+
+
+# ---- what is said of it ----------------------------------------------------------------------------------------------
+
+
+def describe(decision: Decision) -> list[str]:
+    """Lines that tell what a run will need, and what was decided for it."""
+    free, level, peaks = decision.free_bytes, decision.gradient_checkpointing, dict(decision.level_peaks)
+    numbers = ", ".join(f"{phase.name} {phase.peak_bytes / GIB:.1f}" for phase in decision.phases)
+    lines = [f"memory, predicted: {numbers} GiB" + ("" if free is None else f"; free: {free / GIB:.1f}")]
+    if peaks:
+        others = [f"; {other} would need {needed(peak) / GIB:.1f}" for other, peak in peaks.items() if other != level]
+        lines.append(f"--gradient_checkpointing auto: {level} {_rule(peaks[level], free)}{''.join(others)}")
+    if decision.tiles_where_needed:
+        tiled = {"clips": decision.tile_encoding, "validation": decision.tile_decoding}
+        names = " and ".join(phase for phase, is_tiled in tiled.items() if is_tiled)
+        lines.append(f"--enable_tiling auto: {f'tiles for {names}' if names else 'no tiles, there is room'}")
+    for phase in decision.tight:
+        if phase not in decision.impossible:
+            lines.append(f"{phase.name} may not fit: {_rule(phase.peak_bytes, free)}; {_way_out(phase, decision)}")
+    return lines
+
+
+def refusal(decision: Decision) -> str:
+    """Why the run cannot be: which phases are impossible, and what would fit."""
+    free_gib = decision.free_bytes / GIB
+    return "; ".join(
+        f"{phase.name} needs {phase.peak_bytes / GIB:.1f} GiB, as predicted, and {free_gib:.1f} are free: "
+        f"{_way_out(phase, decision)}"
+        for phase in decision.impossible
+    )
+
+
+def _rule(peak_bytes: int, free: int | None) -> str:
+    of_free = "" if free is None else f" of {free / GIB:.1f}"
+    return f"needs {needed(peak_bytes) / GIB:.1f}{of_free} GiB (predicted {peak_bytes / GIB:.1f}, 10 % and 1 GiB)"
+
+
+def _way_out(phase: Phase, decision: Decision) -> str:
+    smaller = "take another machine" if phase.name == "text" else "lower --max_num_frames, --height and --width"
+    for remedy in decision.remedies:
+        if remedy.phase == phase.name:
+            return f"with {remedy.options} it would need {needed(remedy.peak_bytes) / GIB:.1f}; or {smaller}"
+    return smaller
