@@ -1,4 +1,4 @@
-"""Blocks that come from main memory when they are needed compute what blocks on the device compute, bit for bit."""
+"""Blocks that are copied from CPU memory before they compute give what blocks on the device give, bit for bit."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from test_compute import compiled_without_a_compiler, in_dtype, step, with_lora  # noqa: F401 - a fixture
 
 from cogvideox import compute, swapping
-from cogvideox.base_model import download_weights, read_base_model
+from cogvideox.base_model import download_weights, load_transformer, read_base_model
 
 CPU = torch.device("cpu")
 
@@ -17,13 +17,13 @@ CPU = torch.device("cpu")
 def aligned_weights(monkeypatch):
     """Weights lie in files as they come, and a CPU's products round otherwise where memory begins in odd places."""
 
-    def load_transformer(*args):
+    def load_aligned(*args):
         transformer = load_transformer(*args)
         for weight in transformer.parameters():
             weight.data = weight.data.clone()
         return transformer
 
-    monkeypatch.setattr("cogvideox.lora.load_transformer", load_transformer)
+    monkeypatch.setattr("cogvideox.lora.load_transformer", load_aligned)
 
 
 @pytest.fixture(scope="module", params=["2b", "1.5-5B-I2V"])
