@@ -287,7 +287,7 @@ def test_it_is_refused_where_no_lora_is_trained(capsys):
 def test_it_is_refused_under_fsdp(monkeypatch):
     monkeypatch.setattr(processes, "start", lambda **options: (SimpleNamespace(is_fsdp2=True), None))
     args = script.parse_args(training_options("m", "d", "o", base_precision="fp8"))
-    with pytest.raises(ValueError, match="--base_precision fp8: FSDP shards no quantised weights"):
+    with pytest.raises(ValueError, match="--base_precision fp8: FSDP cannot shard quantised weights"):
         script.start(args)
 
 
