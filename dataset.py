@@ -145,11 +145,30 @@ def encode_dataset(
 
 def check_clips(
     root: Path, clips: list[Clip], problems: list[str], view: View, *, ranks: Ranks, everyone: Ranks
-) -> None:
-    """Refuses the clips that `encode_dataset` would refuse, before the VAE is there; takes the same arguments."""
+) -> list[Facts]:
+    """Returns the facts of the clips, and refuses those that `encode_dataset` would; takes the same arguments."""
     with ThreadPoolExecutor() as threads:
-        share = list(threads.map(lambda clip: examine(clip, view)[1], ranks.share(clips)))
-    _refuse(root, everyone, problems + [problem for problem in ranks.gather_shares(share) if problem])
+        share = list(threads.map(lambda clip: examine(clip, view), ranks.share(clips)))
+    examined = ranks.gather_shares(share)
+    _refuse(root, everyone, problems + [problem for _, problem in examined if problem])
+    return [facts for facts, _ in examined]
+
+
+def unencoded(clips: list[Clip], facts: list[Facts], view: View, latent_shape: Callable) -> Data:
+    """Returns the dataset as it is before it is encoded: its sizes and facts, and files that are not there.
+
+    Args:
+        latent_shape: number of frames, height, width -> (f, h, w).
+    """
+    files = [[Path(f"{of_clip.content}-{clip.image}")] for clip, of_clip in zip(clips, facts)]
+    return Data(
+        clips=CachedClips(files, [Path(clip.caption) for clip in clips]),
+        shapes=[latent_shape(len(of_clip.indices), view.height, view.width) for of_clip in facts],
+        prompts={},
+        facts=facts,
+        view=view,
+        remarks=tuple(remarks(clips, facts, view)),
+    )
 
 
 def _refuse(root: Path, everyone: Ranks, problems: list[str]) -> None:

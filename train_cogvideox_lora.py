@@ -27,7 +27,7 @@ import dataset
 from clips import frames, listing
 from clips.frames import image_problems
 from clips.order import Ranks, Timeline, count_held_out, make_timeline
-from cogvideox import compute, encoders, lora, memory
+from cogvideox import budget, compute, encoders, lora
 from cogvideox.base_model import (
     BaseModel,
     check_training,
@@ -35,11 +35,13 @@ from cogvideox.base_model import (
     read_base_model,
     read_text_encoder_config,
 )
+from cogvideox.budget import MemoryPlan
 from cogvideox.objective import generator_for, training_loss
+from cogvideox.rehearsal import Models, Settings, models_of
 from dataset import Data
 from files import at_least, expanded_path, parse_options
 from pages import report
-from run import checkpoints, hub, optimizers, processes, run_directory, validation
+from run import checkpoints, dry_run, hub, optimizers, processes, run_directory, validation
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Options that a resumed run must share with its checkpoint: they shape the restored state or the order of the clips.
@@ -69,6 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimizers.add_options(parser)
     validation.add_options(parser)
     add_output_options(parser)
+    budget.add_options(parser)
 
     args = parse_options(parser, argv)
     lora.check_options(args, parser.error)  # first: it refuses options of a LoRA that are given where none is trained
@@ -82,6 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimizers.check_options(args, parser.error)
     compute.check_options(args, parser.error)
     validation.check_options(args, parser.error)
+    budget.check_options(args, parser.error)
     return args
 
 
@@ -206,7 +210,7 @@ def read_base(args: argparse.Namespace, dtype: torch.dtype, device: torch.device
     compute.check_possible(
         base.transformer,
         dtype=dtype,
-        device=device,
+        device=None if args.dry_run_gib else device,
         base_precision=args.base_precision,
         blocks_to_swap=args.blocks_to_swap,
         compiled=args.compile,
@@ -230,39 +234,91 @@ def fixed_options(args: argparse.Namespace, mixed_precision: str, base: BaseMode
 
 def create_hub_repo(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
     """Creates the hub repository for the result and returns its name; None without --push_to_hub."""
-    if not args.push_to_hub:
+    if not args.push_to_hub or args.dry_run:
         return None
     return processes.from_main(accelerator, hub.create_hub_repo, args.hub_model_id, args.hub_token)
 
 
-def plan_memory(args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, dtype: torch.dtype) -> memory.Plan:
-    """Says what each phase will need, and decides what is "auto" among the options: for all ranks the same."""
-    free_gib = memory.free_gpu_gib(accelerator.device)
-    free_gib = None if free_gib is None else min(ranks.gather([free_gib]))
-    settings = memory.Settings.of(args, dtype, samples=bool(args.validation_prompt))
-    plan = memory.plan(base, read_text_encoder_config(base), settings, args.enable_tiling, free_gib)
-    # Under FSDP2 GPUs share the weights, and need less for all phases but the clips: tiles on the safe side.
-    lines = plan.lines[1:] if accelerator.is_fsdp2 else plan.lines
-    accelerator.print(*lines, sep="\n")
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def rehearsed_models(args: argparse.Namespace, base: BaseModel) -> Models:
+    return models_of(base, read_text_encoder_config(base), partial(make_optimizer, args, batches_per_step=1))
+
+
+def memory_settings(args: argparse.Namespace, dtype: torch.dtype, device: torch.device, num_processes: int) -> Settings:
+    """Returns what of the options decides about memory, for the card of a dry run if one is given."""
+    options = {name: value for name, value in vars(args).items() if name in Settings._fields}
+    trained = lora.lora_of(args)._replace(lora_target_modules=tuple(args.lora_target_modules))
+    return Settings(
+        **options,
+        lora=trained if args.training_type == "lora" else None,
+        dtype=dtype,
+        ema=args.ema_decay is not None,
+        samples=bool(args.validation_prompt),
+        device_type="cuda" if args.dry_run_gib else device.type,
+        num_processes=num_processes,
+    )
+
+
+def free_bytes(args: argparse.Namespace, accelerator: Accelerator, ranks: Ranks) -> int | None:
+    """Returns the memory that each process has to itself, the least of all; None if it is not known."""
+    if args.dry_run_gib:
+        return round(args.dry_run_gib * budget.GIB)
+    known = [count for count in ranks.gather([processes.free_bytes(accelerator.device)]) if count is not None]
+    return min(known, default=None)
+
+
+def plan_memory(args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, dtype: torch.dtype) -> MemoryPlan:
+    """Says what each phase will need and decides, the same on all ranks, what the options leave open ("auto").
+
+    Raises:
+        ValueError: a phase does not fit, whatever else takes memory.
+    """
+    plan = budget.decide(
+        rehearsed_models(args, base),
+        memory_settings(args, dtype, accelerator.device, ranks.count),
+        tiling=args.enable_tiling,
+        free_bytes=free_bytes(args, accelerator, ranks),
+    )
+    if accelerator.is_fsdp2:  # shares of the weights, of which a rehearsal knows nothing; tiles are on the safe side
+        plan = plan._replace(phases=())
+    accelerator.print(*budget.describe(plan), sep="\n")
+    if plan.impossible and not args.allow_oversubscription:
+        raise ValueError(budget.refusal(plan))
     return plan
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def prepare_data(
-    args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, dtype: torch.dtype, memory_plan: memory.Plan
-) -> tuple[BaseModel, Data, Data]:
-    """Returns the base model with its weights on disk, the training data and the held-out data.
+class Listed(NamedTuple):
+    """The dataset as its files list it, and how the model is to see it."""
 
-    T5 and the VAE are no longer in memory when it returns.
-    """
+    root: Path
+    clips: list[listing.Clip]
+    problems: list[str]
+    view: frames.View
+    cache: Path
+
+
+def read_listed(args: argparse.Namespace, base: BaseModel) -> Listed:
     root = args.instance_data_root or listing.download_dataset(args.dataset_name, args.cache_dir)
     clips, problems = listing.read_clips(root, args.caption_column, args.video_column, args.image_column, args.id_token)
     count_held_out(args.validation_split, len(clips))  # before hours of encoding
     problems += image_problems([image for image in validation.images(args) if image], "--validation_images")
     view = frames.view_of(args, with_image=base.takes_image, whole=base.fixed_size is not None)
-    cache = args.latents_cache_dir or root / ".cogvideox_cache"
+    return Listed(root, clips, problems, view, cache=args.latents_cache_dir or root / ".cogvideox_cache")
+
+
+def prepare_data(
+    args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, dtype: torch.dtype, memory_plan: MemoryPlan
+) -> tuple[BaseModel, Data, Data]:
+    """Returns the base model with its weights on disk, the training data and the held-out data.
+
+    T5 and the VAE are no longer in memory when it returns.
+    """
+    root, clips, problems, view, cache = read_listed(args, base)
     sharing = processes.sharing(ranks, cache, "--latents_cache_dir")
     if not base.folder:  # clips are checked before weights are downloaded
         dataset.check_clips(root, clips, problems, view, ranks=sharing, everyone=ranks)
@@ -318,7 +374,7 @@ def progress_bar(accelerator: Accelerator, items: Iterable | None, description: 
 
 
 def prepare_transformer(
-    args, base: BaseModel, dtype: torch.dtype, device: torch.device, memory_plan: memory.Plan
+    args, base: BaseModel, dtype: torch.dtype, device: torch.device, memory_plan: MemoryPlan
 ) -> tuple[torch.nn.Module, lora.Export]:
     """Returns the transformer, in which only the trained weights require gradients, and the export of the result."""
     set_seed(args.seed)
@@ -366,7 +422,7 @@ class Run(NamedTuple):
     ranks: Ranks
     base: BaseModel
     dtype: torch.dtype
-    memory_plan: memory.Plan
+    memory_plan: MemoryPlan
     data: Data
     held_out: Data
     timeline: Timeline
@@ -588,33 +644,17 @@ def sample_videos(run: Run, step: int) -> None:
 def announce(run: Run) -> float | None:
     """Describes the run in the terminal, args.json and the trackers; returns the smoothed loss of a resumed run."""
     args, timeline, base = run.args, run.timeline, run.base
-    trained = lora.count_trained(run.state.transformer)
-    data = [run.data.summary()]
-    if run.held_out.shapes:
-        data.append(f"held out: {run.held_out.summary()}")
-    lines = [
-        base.describe(),
-        *data,
-        f"{args.training_type}, {trained}, learning rate {args.learning_rate:g}",
-        compute.describe(
-            run.memory_plan.gradient_checkpointing,
-            dtype=run.dtype,
-            device=run.accelerator.device,
-            base_precision=args.base_precision,
-            blocks_to_swap=args.blocks_to_swap,
-            compiled=args.compile,
-            backend=args.attention_backend,
-        ),
-        timeline.summary(args.train_batch_size),
-        *base.remarks(args.max_num_frames, args.fps),
-    ]
+    level, num_trained = run.memory_plan.gradient_checkpointing, lora.count_trained(run.state.transformer)
+    data = describe_data(run.data, run.held_out)
+    lines = [base.describe(), *data, *describe_training(args, run.dtype, run.accelerator.device, level, num_trained)]
+    lines += [timeline.summary(args.train_batch_size), *base.remarks(args.max_num_frames, args.fps)]
     run.accelerator.print(*lines, sep="\n")
     about = {
         "checkpoint": base.describe(),
         "clips": len(run.data.shapes),
         "processes": run.ranks.count,
         "data": data,
-        "memory_plan": run.memory_plan._asdict(),
+        "memory_plan": run.memory_plan.as_json(),
     }
     run_directory.start_records(
         run.accelerator,
@@ -625,6 +665,63 @@ def announce(run: Run) -> float | None:
         first_step=timeline.first_step,
     )
     return run_directory.smoothed_loss(args.output_dir)
+
+
+def describe_data(data: Data, held_out: Data) -> list[str]:
+    return [data.summary()] + ([f"held out: {held_out.summary()}"] if held_out.shapes else [])
+
+
+def describe_training(
+    args: argparse.Namespace, dtype: torch.dtype, device: torch.device, level: str, num_trained: int
+) -> list[str]:
+    """Returns what is trained and how it is computed; `level` is that of recomputation."""
+    return [
+        f"{args.training_type}, {num_trained / 1e6:.4g} million weights, learning rate {args.learning_rate:g}",
+        compute.describe(
+            level,
+            dtype=dtype,
+            device=device,
+            base_precision=args.base_precision,
+            blocks_to_swap=args.blocks_to_swap,
+            compiled=args.compile,
+            backend=args.attention_backend,
+        ),
+    ]
+
+
+def report_dry_run(
+    args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, memory_plan: MemoryPlan, position: dict
+) -> None:
+    """Says what the run will do and take, once the clips and the disk space for it are checked.
+
+    Args:
+        position: where the run starts, from `checkpoints.starting_point`.
+    """
+    dtype = DTYPES[accelerator.mixed_precision]
+    device = torch.device("cuda") if args.dry_run_gib else accelerator.device
+    root, clips, problems, view, cache = read_listed(args, base)
+    facts = dataset.check_clips(root, clips, problems, view, ranks=ranks, everyone=ranks)
+    data, held_out = dataset.unencoded(clips, facts, view, base.latent_shape).split(args.validation_split, args.seed)
+    timeline = plan_updates(args, data, ranks, position)
+    level = memory_plan.gradient_checkpointing
+    outlook = dry_run.look_ahead(
+        rehearsed_models(args, base),
+        memory_settings(args, dtype, device, ranks.count)._replace(gradient_checkpointing=level),
+        facts,
+        captions={clip.caption for clip in clips} | {*validation.prompts(args), ""},
+        views=2 if args.random_flip else 1,
+        num_checkpoints=timeline.count_checkpoints(args.checkpointing_steps, args.checkpoints_total_limit),
+    )
+    dry_run.check_disk(outlook, cache=cache, output_dir=args.output_dir)
+    accelerator.print(
+        base.describe(),
+        *describe_data(data, held_out),
+        *describe_training(args, dtype, device, level, outlook.num_trained),
+        timeline.summary(args.train_batch_size),
+        *base.remarks(args.max_num_frames, args.fps),
+        *dry_run.describe(outlook, memory_plan.phases),
+        sep="\n",
+    )
 
 
 # ---- the story -------------------------------------------------------------------------------------------------------
@@ -649,6 +746,9 @@ def main(args: argparse.Namespace) -> None:
         make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], batches_per_step=1)  # refuses missing packages
         hub_repo = create_hub_repo(args, accelerator)
         memory_plan = plan_memory(args, accelerator, ranks, base, dtype)
+        if args.dry_run:
+            report_dry_run(args, accelerator, ranks, base, memory_plan, position)
+            return
 
         # Data: read, checked and encoded, before the transformer comes in.
         base, data, held_out = prepare_data(args, accelerator, ranks, base, dtype, memory_plan)

@@ -8,10 +8,12 @@ Needs no checkpoint and no clips: the transformer has the full size and random w
 the images of image-to-video, and the cache holds random latents and embeddings. All else is what
 train_cogvideox_lora.py runs: its accelerator, optimizer, batches, loss and update.
 
-"mfu" is the share of its GPU's peak at which a process gets through forward and backward pass of the transformer, "hfu"
-counts what is recomputed, too (benchmarks/flops.py). Peak memory is counted after the warm-up: what PyTorch allocated
-on the GPU, or all that the process ever had on a CPU. Of several processes (accelerate launch) the first one reports
-its own times, FLOP and memory; tokens are those of all.
+"mfu" is the share of its GPU's peak at which a process gets through the forward and backward pass, "hfu" counts what is
+recomputed, too. FLOPs are those of a rehearsal (cogvideox/rehearsal.py): products of matrices, and attention's backward
+pass as flash kernels compute it, 2.5 times its forward pass (Dao 2023, arXiv:2307.08691, section 4.1).
+"peak_memory_gib" is counted after the warm-up: what PyTorch allocated on the GPU, or all that the process ever had on a
+CPU; "predicted_peak_gib" is what the rehearsal says of it. Of several processes (accelerate launch) the first one
+reports its own times, FLOPs and memory; tokens are those of all.
 """
 
 import argparse
@@ -39,13 +41,13 @@ from diffusers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import flops
-
 import dataset
 import train_cogvideox_lora as train
-from cogvideox import compute, memory, quantized
+from cogvideox import compute, quantized
 from cogvideox.base_model import BaseModel, check_training, empty_transformer
+from cogvideox.budget import GIB, MemoryPlan
 from cogvideox.lora import add_lora, lora_of, trained_parameters
+from cogvideox.rehearsal import models_of, rehearse
 from files import write_json
 from run import checkpoints, processes, run_directory
 from run.optimizers import WeightAverage
@@ -56,6 +58,15 @@ TRAINING = (
     "mixed_precision", "gradient_checkpointing", "attention_backend", "base_precision",
     "blocks_to_swap",
 )  # fmt: skip
+
+# Dense bfloat16 TFLOP/s of the tensor cores with float32 sums, as NVIDIA's data sheets and whitepapers have them, by
+# what torch.cuda.get_device_name says without "NVIDIA ". Whole names: a slice of a GPU (MIG) is named after it, too.
+PEAK_TFLOPS = {
+    "H200": 989, "H100 80GB HBM3": 989, "H100 PCIe": 756,
+    "A100-SXM4-40GB": 312, "A100-SXM4-80GB": 312, "A100-PCIE-40GB": 312, "A100 80GB PCIe": 312,
+    "A10": 125, "A30": 165, "A40": 149.7, "L4": 121, "L40S": 362,
+    "GeForce RTX 3090": 71, "GeForce RTX 4090": 165,
+}  # fmt: skip
 
 
 class Model(NamedTuple):
@@ -267,7 +278,7 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> train.Ru
     transformer, optimizer = accelerator.prepare(transformer.train(), optimizer)
     average = WeightAverage(trained_parameters(transformer), None)
     state = checkpoints.State(transformer, optimizer, lr_scheduler, average)
-    held_out, memory_plan = data._replace(shapes=[]), memory.Plan(level, False, False, [])
+    held_out, memory_plan = data._replace(shapes=[]), MemoryPlan(level, tile_encoding=False, tile_decoding=False)
     return train.Run(args, accelerator, ranks, base, dtype, memory_plan, data, held_out, timeline, state, export=None)
 
 
@@ -316,18 +327,33 @@ def kernel_times(update: Callable[[], train.Update], steps: int, on_gpu: bool, m
     return sorted(rows, key=lambda row: -row["milliseconds"])[:most]
 
 
-def utilization(run: train.Run, device_name: str, seconds: float) -> dict:
-    """FLOP of one update in one process, and which share of its GPU's peak they are in `seconds`.
+def peak_tflops(device_name: str) -> float | None:
+    """Returns the peak of a GPU; None for one that is not in the table, and for a CPU."""
+    return PEAK_TFLOPS.get(device_name.removeprefix("NVIDIA "))
 
-    None where the peak is not known, and in float32, which tensor cores compute at other peaks or not at all.
+
+def rehearsed(run: train.Run, model: str, device_name: str, seconds: float) -> dict:
+    """Returns predicted memory and FLOPs of one update in one process, and their share of the GPU's peak in `seconds`.
+
+    The share is None where the peak is not known, and in float32, which tensor cores compute at other peaks or not at
+    all.
     """
-    args, tokens = run.args, run.base.num_tokens(*run.data.shapes[0][1:])
-    clip = flops.step_flops(run.base.transformer, tokens, flops.Trained.of(args))
-    clips = args.train_batch_size * args.gradient_accumulation_steps
-    model, hardware = clips * clip.model, clips * clip.hardware(args.gradient_checkpointing)
-    peak = None if run.dtype == torch.float32 else flops.peak_tflops(device_name)
-    mfu, hfu = (round(count / seconds / peak / 1e12, 4) if peak else None for count in (model, hardware))
-    return {"model_flops": model, "hardware_flops": hardware, "peak_tflops": peak, "mfu": mfu, "hfu": hfu}
+    t5 = T5S["tiny" if model.startswith("tiny") else "published"]
+    models = models_of(run.base, t5, partial(train.make_optimizer, run.args, batches_per_step=1))
+    settings = train.memory_settings(run.args, run.dtype, run.accelerator.device, run.ranks.count)
+    hardware = rehearse("training", models, settings)
+    without = settings._replace(gradient_checkpointing="none", blocks_to_swap=0)
+    model_flops, peak = rehearse("training", models, without).flops, peak_tflops(device_name)
+    peak = None if run.dtype == torch.float32 else peak
+    mfu, hfu = (round(flops / seconds / peak / 1e12, 4) if peak else None for flops in (model_flops, hardware.flops))
+    return {
+        "model_flops": model_flops,
+        "hardware_flops": hardware.flops,
+        "peak_tflops": peak,
+        "mfu": mfu,
+        "hfu": hfu,
+        "predicted_peak_gib": round(hardware.peak_bytes / GIB, 3),
+    }
 
 
 def report(run: train.Run, options: argparse.Namespace, measured: Measured) -> dict:
@@ -352,7 +378,7 @@ def report(run: train.Run, options: argparse.Namespace, measured: Measured) -> d
         "seconds_of_each_step": [round(value, 4) for value in seconds],
         "first_step_seconds": round(measured.seconds[0], 4),
         "tokens_per_second": round(tokens * clips / median, 1),
-        **utilization(run, device_name, median),
+        **rehearsed(run, options.model, device_name, median),
         "peak_memory_gib": round(measured.peak_memory_gib, 3),
         "losses": measured.losses[options.warmup :],
     } | ({"kernels": measured.kernels} if measured.kernels else {})

@@ -101,6 +101,11 @@ class Timeline(NamedTuple):
     def last_epoch(self) -> float:
         return self.epoch(self.total_steps)
 
+    def count_checkpoints(self, every_steps: int, total_limit: int | None) -> int:
+        """Returns how many checkpoints are there at most at the same time: the oldest goes once the newest is there."""
+        count = -(-self.total_steps // every_steps) - self.first_step // every_steps
+        return count if total_limit is None else min(count, total_limit + 1)
+
     def summary(self, batch_size: int) -> str:
         if self.first_step >= self.total_steps:
             return f"{self.first_step} updates are done and {self.total_steps} were requested: nothing is left to train"

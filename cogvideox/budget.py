@@ -1,9 +1,8 @@
 """What of a run fits into memory, and what is decided for it: recomputation and tiles, where they are "auto"."""
 
-from pathlib import Path
+import argparse
+from collections.abc import Callable
 from typing import NamedTuple
-
-import torch
 
 from cogvideox import compute
 from cogvideox.lora import DEFAULT_RANK, DEFAULT_TARGETS, Lora
@@ -13,13 +12,28 @@ GIB = 2**30
 SAFETY_SHARE, SAFETY_BYTES = 0.10, GIB  # what `needed` adds to a predicted peak
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument_group("before a run").add_argument
+    option("--dry_run", action="store_true", help="check, say what the run will do and need, and end; writes nothing")
+    option("--dry_run_gib", type=float, metavar="N", help="dry run for a GPU with N GiB free; needs no GPU")
+    option("--allow_oversubscription", action="store_true", help="start even if the predicted memory is not there")
+
+
+def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
+    """Refuses options without effect; `refuse` ends the program with a message."""
+    if args.dry_run_gib is not None and not args.dry_run:
+        refuse(f"--dry_run_gib {args.dry_run_gib:g}: does nothing without --dry_run; pass both, or leave it out")
+    if args.dry_run_gib is not None and not args.dry_run_gib > 0:
+        refuse(f"--dry_run_gib {args.dry_run_gib:g}: must be above 0")
+
+
 class Remedy(NamedTuple):
     phase: str
     options: str  # of the command line, with which it would fit
     peak_bytes: int
 
 
-class Decision(NamedTuple):
+class MemoryPlan(NamedTuple):
     """What a run does where an option is "auto", and otherwise what the options say."""
 
     gradient_checkpointing: str  # of compute.LEVELS
@@ -60,7 +74,7 @@ def fits(phase: Phase, free_bytes: int | None) -> bool:
     return free_bytes is None or needed(phase.peak_bytes) <= free_bytes
 
 
-def decide(models: Models, settings: Settings, *, tiling: str, free_bytes: int | None) -> Decision:
+def decide(models: Models, settings: Settings, *, tiling: str, free_bytes: int | None) -> MemoryPlan:
     """The fastest way to run that fits into the free memory; the one that needs least, where none does.
 
     Args:
@@ -83,7 +97,7 @@ def decide(models: Models, settings: Settings, *, tiling: str, free_bytes: int |
         settings = settings._replace(**{option: tiled})
     phases = tuple(rehearse(name, models, settings) for name in names)
     found = [_remedy(phase.name, models, settings, free_bytes) for phase in phases if not fits(phase, free_bytes)]
-    return Decision(
+    return MemoryPlan(
         settings.gradient_checkpointing,
         settings.tile_encoding,
         settings.tile_decoding,
@@ -111,74 +125,55 @@ def _remedy(phase: str, models: Models, settings: Settings, free_bytes: int) -> 
 
 def _smaller(phase: str, settings: Settings, num_layers: int) -> list[tuple[str, dict]]:
     """Options that make a phase smaller, and their settings; what costs least comes first."""
-    tiles = [("--enable_tiling", {"tile_encoding": True, "tile_decoding": True})]
     if phase == "text":
         return [
             ("--text_encoder_precision int8", {"text_encoder_precision": "int8"}),
             ("--text_encoder_device cpu", {"text_encoder_device": "cpu"}),
         ]
     if phase == "clips":
-        return tiles
+        return [("--enable_tiling", {"tile_encoding": True})]
     lora = settings.lora or Lora(DEFAULT_RANK, DEFAULT_RANK, tuple(DEFAULT_TARGETS))
-    options = tiles if phase == "validation" else []
+    options = [("--enable_tiling", {"tile_decoding": True})] if phase == "validation" else []
     options.append(("--gradient_checkpointing full", {"gradient_checkpointing": "full"}))
     options.append(("--training_type lora", {"lora": lora}))
     if settings.device_type == "cuda":
         options.append((f"--blocks_to_swap {num_layers}", {"blocks_to_swap": num_layers}))
-    if not (lora.use_dora or lora.mutates):
+    if not (lora.use_dora or lora.changes_base):
         options.append(("--base_precision int8", {"lora": lora._replace(base_precision="int8")}))
     return options
-
-
-def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
-    """Free memory of a GPU, or of the machine and the control group that a process on the CPU runs in; None if unknown.
-
-    Args:
-        root: that /proc and /sys are in.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo, group = root / "proc/meminfo", root / "sys/fs/cgroup"
-    if not meminfo.exists():
-        return None
-    values = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    free = 1024 * int(values["MemAvailable"].split()[0])
-    limit = group / "memory.max"
-    if limit.exists() and (most := limit.read_text().strip()) != "max":
-        used = int((group / "memory.current").read_text())
-        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
-        free = min(free, int(most) - used + int(cache))
-    return free
 
 
 # ---- what is said of it ----------------------------------------------------------------------------------------------
 
 
-def describe(decision: Decision) -> list[str]:
+def describe(plan: MemoryPlan) -> list[str]:
     """Lines that tell what a run will need, and what was decided for it."""
-    free, level, peaks = decision.free_bytes, decision.gradient_checkpointing, dict(decision.level_peaks)
-    numbers = ", ".join(f"{phase.name} {phase.peak_bytes / GIB:.1f}" for phase in decision.phases)
+    free, level, peaks = plan.free_bytes, plan.gradient_checkpointing, dict(plan.level_peaks)
+    numbers = ", ".join(f"{phase.name} {phase.peak_bytes / GIB:.1f}" for phase in plan.phases)
     lines = [f"memory, predicted: {numbers} GiB" + ("" if free is None else f"; free: {free / GIB:.1f}")]
     if peaks:
         others = [f"; {other} would need {needed(peak) / GIB:.1f}" for other, peak in peaks.items() if other != level]
         lines.append(f"--gradient_checkpointing auto: {level} {_rule(peaks[level], free)}{''.join(others)}")
-    if decision.tiles_where_needed:
-        tiled = {"clips": decision.tile_encoding, "validation": decision.tile_decoding}
+    if plan.tiles_where_needed:
+        tiled = {"clips": plan.tile_encoding, "validation": plan.tile_decoding}
         names = " and ".join(phase for phase, is_tiled in tiled.items() if is_tiled)
         lines.append(f"--enable_tiling auto: {f'tiles for {names}' if names else 'no tiles, there is room'}")
-    for phase in decision.tight:
-        if phase not in decision.impossible:
-            lines.append(f"{phase.name} may not fit: {_rule(phase.peak_bytes, free)}; {_way_out(phase, decision)}")
+    for phase in plan.tight:
+        if phase not in plan.impossible:
+            lines.append(f"{phase.name} may not fit: {_rule(phase.peak_bytes, free)}; {_way_out(phase, plan)}")
     return lines
 
 
-def refusal(decision: Decision) -> str:
+def refusal(plan: MemoryPlan) -> str:
     """Why the run cannot be: which phases are impossible, and what would fit."""
-    free_gib = decision.free_bytes / GIB
-    return "; ".join(
-        f"{phase.name} needs {phase.peak_bytes / GIB:.1f} GiB, as predicted, and {free_gib:.1f} are free: "
-        f"{_way_out(phase, decision)}"
-        for phase in decision.impossible
+    free_gib = plan.free_bytes / GIB
+    return (
+        "; ".join(
+            f"{phase.name} needs {phase.peak_bytes / GIB:.1f} GiB, as predicted, and {free_gib:.1f} are free: "
+            f"{_way_out(phase, plan)}"
+            for phase in plan.impossible
+        )
+        + "; or pass --allow_oversubscription to try all the same"
     )
 
 
@@ -187,9 +182,9 @@ def _rule(peak_bytes: int, free: int | None) -> str:
     return f"needs {needed(peak_bytes) / GIB:.1f}{of_free} GiB (predicted {peak_bytes / GIB:.1f}, 10 % and 1 GiB)"
 
 
-def _way_out(phase: Phase, decision: Decision) -> str:
+def _way_out(phase: Phase, plan: MemoryPlan) -> str:
     smaller = "take another machine" if phase.name == "text" else "lower --max_num_frames, --height and --width"
-    for remedy in decision.remedies:
+    for remedy in plan.remedies:
         if remedy.phase == phase.name:
             return f"with {remedy.options} it would need {needed(remedy.peak_bytes) / GIB:.1f}; or {smaller}"
     return smaller

@@ -91,7 +91,11 @@ def describe(
     if base_precision != "bf16":
         parts.append(f"frozen weights in {base_precision}")
     if blocks_to_swap:
-        gain = " (which saves nothing without a GPU)" if device.type == "cpu" else ""
+        gain = ""
+        if device.type == "cpu":
+            gain = " (which saves nothing without a GPU)"
+        elif blocks_to_swap <= 2:
+            gain = " (which saves nothing: two blocks have a place on the GPU)"
         parts.append(f"{blocks_to_swap} blocks swapped{gain}")
     if compiled:
         parts.append("compiled (the first update takes minutes)")
@@ -104,7 +108,7 @@ def check_possible(
     config: dict,
     *,
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | None,
     base_precision: str = "bf16",
     blocks_to_swap: int = 0,
     compiled: bool = False,
@@ -114,6 +118,7 @@ def check_possible(
 
     Args:
         config: of the transformer.
+        device: None if it is that of another machine, whose kernels cannot be tried here.
 
     Raises:
         ValueError: with what to pass instead.
@@ -122,6 +127,8 @@ def check_possible(
         raise ValueError(
             f"--blocks_to_swap {blocks_to_swap}: the transformer has {config['num_layers']}; pass at most that"
         )
+    if device is None:
+        return
     if compiled and base_precision == "fp8" and device.type == "cuda":
         check_fp8_kernels(torch.cuda.get_device_capability(device))
     check_attention(backend, device, dtype, config["attention_head_dim"])

@@ -119,8 +119,8 @@ def trained_parameters(transformer: torch.nn.Module) -> list[torch.nn.Parameter]
     return [weight for weight in transformer.parameters() if weight.requires_grad]
 
 
-def count_trained(transformer: torch.nn.Module) -> str:
-    return f"{sum(weight.numel() for weight in trained_parameters(transformer)) / 1e6:.4g} million weights"
+def count_trained(transformer: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in trained_parameters(transformer))
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from transformers import T5EncoderModel
 
 from cogvideox import compute, encoders, quantized, swapping
 from cogvideox.base_model import BaseModel, empty_text_encoder, empty_transformer, empty_vae
-from cogvideox.lora import Lora, add_lora, trained_parameters
+from cogvideox.lora import Lora, add_lora, count_trained, trained_parameters
 from cogvideox.meter import Meter, bytes_of, module_bytes
 from cogvideox.objective import rotary_embedding, training_loss
 
@@ -275,7 +275,7 @@ def _resident_bytes(models: Models, settings: Settings, transformer, image_encod
     """Bytes that are there from the first update to the last, whatever is computed."""
     trained = trained_parameters(transformer)
     resident = module_bytes(transformer) + swapped_bytes(transformer.transformer_blocks[0], settings)
-    resident += round(models.optimizer.state * sum(weight.numel() for weight in trained))
+    resident += round(models.optimizer.state * count_trained(transformer))
     resident += bytes_of(rotary_embedding(models.base, *_padded_latent_shape(models.base, settings), META))
     if settings.ema:
         resident += bytes_of(trained)
@@ -292,6 +292,13 @@ def _with_all_layers(count: Callable[[int], dict[str, int]], num_layers: int) ->
         return count(num_layers)
     fewer, more = count(REHEARSED_LAYERS - 1), count(REHEARSED_LAYERS)
     return {name: more[name] + (num_layers - REHEARSED_LAYERS) * (more[name] - fewer[name]) for name in more}
+
+
+def count_trained_elements(models: Models, settings: Settings) -> int:
+    def count(num_layers: int) -> dict[str, int]:
+        return {"elements": count_trained(_transformer(models.base, settings, num_layers))}
+
+    return _with_all_layers(count, models.base.transformer["num_layers"])["elements"]
 
 
 # ---- phases ----------------------------------------------------------------------------------------------------------

@@ -104,6 +104,28 @@ def _check_gpu_of_this_process() -> None:
         )
 
 
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
+    """Returns the free memory that this process has to itself, of its GPU or of the machine; None if it is not known.
+
+    On a CPU, the processes of a machine share what it has free, and what a control group leaves them of it.
+
+    Args:
+        root: the folder with /proc and /sys.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo, group = root / "proc/meminfo", root / "sys/fs/cgroup"
+    if not meminfo.exists():
+        return None
+    values = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    free = 1024 * int(values["MemAvailable"].split()[0])
+    limit = group / "memory.max"
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        file_cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+        free = min(free, int(most) - int((group / "memory.current").read_text()) + int(file_cache))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def from_main(accelerator: Accelerator, function: Callable, *args, **options):
     """Calls `function` on the main rank, whose disk holds the run directory; returns or raises the outcome on all."""
     outcome = None

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 import dataset
 import train_cogvideox_lora
 from clips.order import Ranks
-from cogvideox import memory
 from cogvideox.base_model import load_transformer, read_base_model
+from cogvideox.budget import MemoryPlan
 from cogvideox.lora_files import LORA_FILE
 from cogvideox.objective import generator_for, sample_latents
 from run import validation
@@ -92,7 +92,7 @@ def cached(args, checkpoint):
     class Here:
         device, is_main_process = torch.device("cpu"), False
 
-    whole = memory.Plan("none", tile_encoding=False, tile_decoding=False, lines=[])
+    whole = MemoryPlan("none", tile_encoding=False, tile_decoding=False)
     _, *data = train_cogvideox_lora.prepare_data(args, Here, Ranks(), checkpoint, torch.float32, whole)
     return data
 

@@ -1,0 +1,91 @@
+"""What a run will take, in bytes and FLOPs, before anything is loaded or written."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from clips.facts import Facts
+from cogvideox.budget import GIB
+from cogvideox.rehearsal import Models, Phase, Settings, count_trained_elements
+
+WHOSE_FLOPS = {
+    "text": "for the captions that are encoded together",
+    "clips": "for the clips that are encoded together",
+    "training": "for an update, on each GPU",
+    "validation": "for a video",
+}
+
+
+class Outlook(NamedTuple):
+    """Sizes of what a run will write, in bytes; its videos and logs are left out."""
+
+    num_trained: int  # elements
+    cache: int
+    result: int
+    checkpoint: int
+    num_checkpoints: int  # at the same time
+
+
+def look_ahead(
+    models: Models,
+    settings: Settings,
+    facts: list[Facts],
+    *,
+    captions: set[str],
+    views: int,
+    num_checkpoints: int,
+) -> Outlook:
+    """Returns the sizes for clips of which nothing is cached yet.
+
+    Args:
+        captions: those of the clips and of validation.
+        views: entries for each clip in the cache: 2 if it is mirrored as well.
+    """
+    base, itemsize = models.base, settings.dtype.itemsize
+    config, cache = base.transformer, 0
+    for num_frames in {of_clip.content: len(of_clip.indices) for of_clip in facts}.values():  # each video once
+        f, h, w = base.latent_shape(num_frames, settings.height, settings.width)
+        cache += views * 2 * config["out_channels"] * f * h * w * itemsize
+        if base.takes_image:
+            cache += views * settings.height * settings.width * 3
+    cache += len(captions) * config["max_text_seq_length"] * config["text_embed_dim"] * itemsize
+    num_trained = count_trained_elements(models, settings)
+    result = num_trained * (4 if settings.lora else itemsize)
+    # A checkpoint has the weights in float32, the optimizer's state, the average, and a result.
+    state = num_trained * (4 + models.optimizer.state + (4 if settings.ema else 0))
+    return Outlook(num_trained, cache, result, round(state) + result, num_checkpoints)
+
+
+def check_disk(outlook: Outlook, *, cache: Path, output_dir: Path) -> None:
+    """Refuses a run whose files have no room; what is in the cache already counts as room.
+
+    Raises:
+        ValueError: names the folder that is too small.
+    """
+    cached = sum(file.stat().st_size for file in cache.rglob("*.safetensors")) if cache.exists() else 0
+    written = outlook.num_checkpoints * outlook.checkpoint + outlook.result
+    for option, folder, needed, remedy in (
+        ("--latents_cache_dir", cache, outlook.cache - cached, "give a folder on another disk"),
+        ("--output_dir", output_dir, written, "keep fewer with --checkpoints_total_limit, or give another folder"),
+    ):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        if needed > free:
+            raise ValueError(
+                f"{option} {folder}: the run needs {needed / GIB:.2f} GiB there, and {free / GIB:.2f} are free; "
+                f"make room, or {remedy}"
+            )
+
+
+def describe(outlook: Outlook, phases: Iterable[Phase]) -> list[str]:
+    """Returns lines for the terminal; that of a phase begins with its name and has its peak memory."""
+    lines = [
+        f"{name:<12}{peak_bytes / GIB:7.2f} GiB, {flops / 1e12:,.4g} TFLOP {WHOSE_FLOPS[name]}"
+        for name, peak_bytes, flops in phases
+    ]
+    checkpoints = f"{outlook.checkpoint / GIB:.2f} GiB each, {outlook.num_checkpoints} at a time"
+    lines.append(
+        f"cache: {outlook.cache / GIB:.2f} GiB; result: {outlook.result / GIB:.2f} GiB; checkpoints: {checkpoints}"
+    )
+    return [*lines, "dry run: nothing was loaded or written"]
