@@ -5,7 +5,7 @@
 #
 # 1: pytest -m gpu, and the first seconds of 2b, with a profile; 2: seconds and memory of 2b and 5b; 3: against diffusers'
 # example (needs VERSUS_REFERENCE=path); 4: against it, ours compiled; 5: preprocessing, and short steps of the other
-# models; 6: swapped blocks and quantised ones, and errors of the predicted memory; 7: the quickstart and the small model.
+# models; 6: swapped blocks and quantised ones; 7: the quickstart and the small model.
 # --dry prints the commands; --tiny, or GPU_SUITE_MODEL=tiny, takes stand-ins that any CPU can do. Results go to
 # GPU_SUITE_RESULTS (default: benchmarks/results, tiny: examples/world/gpu-suite). What fails is written to failures.txt
 # there and does not stop the rest. Needs the packages of requirements-dev.txt, and installs nothing. Start it in the
@@ -160,13 +160,6 @@ part_6() {
     step "5b-full-$precision" 75 5b "${timing[@]}" --gradient_checkpointing full --base_precision "$precision"
   done
   step 1.5-I2V-short 130 1.5-I2V "${short[@]}"
-  shopt -s nullglob
-  local measured=("$results"/[125]*-"$gpu".json) # those of step.py
-  shopt -u nullglob
-  if ((${#measured[@]})); then
-    script memory-errors 30 benchmarks/memory.py --measured "${measured[@]}" \
-      --output "$results/memory-errors-$gpu.json"
-  fi
 }
 
 part_7() {

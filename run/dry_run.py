@@ -81,7 +81,7 @@ def check_disk(outlook: Outlook, *, cache: Path, output_dir: Path) -> None:
 def describe(outlook: Outlook, phases: Iterable[Phase]) -> list[str]:
     """Returns lines for the terminal; that of a phase begins with its name and has its peak memory."""
     lines = [
-        f"{name:<12}{peak_bytes / GIB:7.2f} GiB, {flops / 1e12:,.4g} TFLOP {WHOSE_FLOPS[name]}"
+        f"{name:<12}{peak_bytes / GIB:7.2f} GiB, {flops / 1e12:,.1f} TFLOP {WHOSE_FLOPS[name]}"
         for name, peak_bytes, flops in phases
     ]
     checkpoints = f"{outlook.checkpoint / GIB:.2f} GiB each, {outlook.num_checkpoints} at a time"
