@@ -48,7 +48,8 @@ PUBLISHED = (
     Published("CogVideoX1.5-5B-I2V",  "cogvideox-license", "image-to-video", "1.5", 81, 16, 768, 1360),
 )  # fmt: skip
 
-# The transformer's config fields that tell the weights of one base model from those of another.
+# The transformer's config fields that tell the weights of one base model from those of another. Checkpoints and LoRA
+# files record them: with a further field, older ones would be refused as another kind of CogVideoX.
 IDENTITY = (
     "num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size_t",
     "use_rotary_positional_embeddings", "use_learned_positional_embeddings",

@@ -83,7 +83,7 @@ def decide(models: Models, settings: Settings, *, tiling: str, free_bytes: int |
     """
     level_peaks = []
     if settings.gradient_checkpointing == "auto":
-        for level in compute.LEVELS[1:] if settings.blocks_to_swap else compute.LEVELS:
+        for level in compute.possible_levels(settings.attention_backend, settings.blocks_to_swap):
             settings = settings._replace(gradient_checkpointing=level)
             training = rehearse("training", models, settings)
             level_peaks.append((level, training.peak_bytes))
@@ -149,8 +149,10 @@ def _smaller(phase: str, settings: Settings, num_layers: int) -> list[tuple[str,
 def describe(plan: MemoryPlan) -> list[str]:
     """Lines that tell what a run will need, and what was decided for it."""
     free, level, peaks = plan.free_bytes, plan.gradient_checkpointing, dict(plan.level_peaks)
-    numbers = ", ".join(f"{phase.name} {phase.peak_bytes / GIB:.1f}" for phase in plan.phases)
-    lines = [f"memory, predicted: {numbers} GiB" + ("" if free is None else f"; free: {free / GIB:.1f}")]
+    lines = []
+    if plan.phases:
+        numbers = ", ".join(f"{phase.name} {phase.peak_bytes / GIB:.1f}" for phase in plan.phases)
+        lines.append(f"memory, predicted: {numbers} GiB" + ("" if free is None else f"; free: {free / GIB:.1f}"))
     if peaks:
         others = [f"; {other} would need {needed(peak) / GIB:.1f}" for other, peak in peaks.items() if other != level]
         lines.append(f"--gradient_checkpointing auto: {level} {_rule(peaks[level], free)}{''.join(others)}")
@@ -179,7 +181,8 @@ def refusal(plan: MemoryPlan) -> str:
 
 def _rule(peak_bytes: int, free: int | None) -> str:
     of_free = "" if free is None else f" of {free / GIB:.1f}"
-    return f"needs {needed(peak_bytes) / GIB:.1f}{of_free} GiB (predicted {peak_bytes / GIB:.1f}, 10 % and 1 GiB)"
+    margin = f"{100 * SAFETY_SHARE:.0f} % and {SAFETY_BYTES / GIB:.0f} GiB"
+    return f"needs {needed(peak_bytes) / GIB:.1f}{of_free} GiB (predicted {peak_bytes / GIB:.1f}, {margin})"
 
 
 def _way_out(phase: Phase, plan: MemoryPlan) -> str:

@@ -55,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
     """Refuses combinations that cannot work; `refuse` ends the program with a message."""
     level, backend = args.gradient_checkpointing, args.attention_backend
-    if level == "attention" and backend in ("math", "flash3"):
+    if level == "attention" and "attention" not in possible_levels(backend):
         refuse(
             f"--gradient_checkpointing attention: {backend} attention has no output that could be kept; pass "
             "--gradient_checkpointing full, or another --attention_backend"
@@ -69,6 +69,16 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
             f"--blocks_to_swap {args.blocks_to_swap}: without recomputation the backward pass would need all weights "
             "at once; pass --gradient_checkpointing full, attention or auto, too"
         )
+
+
+def possible_levels(backend: str, blocks_to_swap: int = 0) -> list[str]:
+    """Returns the levels of recomputation that go with an attention backend and swapped blocks, the fastest first."""
+    impossible = set()
+    if backend in ("math", "flash3"):  # their output is not that of one of the operators in ATTENTION
+        impossible.add("attention")
+    if blocks_to_swap:  # the backward pass would need all weights at once
+        impossible.add("none")
+    return [level for level in LEVELS if level not in impossible]
 
 
 def describe(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from cogvideox.base_model import BaseModel
 from files import publish
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' default name, with which load_lora_weights(folder) finds it
 TRANSFORMER_FOLDER = "transformer"  # beside it in a run directory where all weights are trained
 PREFIX = "transformer."  # of every name in the file and in its metadata
 

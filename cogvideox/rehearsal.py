@@ -13,7 +13,6 @@ PyTorch's allocator, for which `budget.needed` leaves room; compiled blocks are 
 """
 
 import copy
-import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +21,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import CogVideoXPipeline
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 from transformers import T5EncoderModel
@@ -32,9 +30,9 @@ from cogvideox.base_model import BaseModel, empty_text_encoder, empty_transforme
 from cogvideox.lora import Lora, add_lora, count_trained, trained_parameters
 from cogvideox.meter import Meter, bytes_of, module_bytes
 from cogvideox.objective import rotary_embedding, training_loss
+from cogvideox.sampling import NUM_INFERENCE_STEPS
 
 REHEARSED_LAYERS = 4  # at most; and one fewer, to see what a block adds
-SAMPLER_STEPS = inspect.signature(CogVideoXPipeline.__call__).parameters["num_inference_steps"].default
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
 EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention.default
 META = torch.device("meta")
@@ -397,7 +395,7 @@ def _validation(models: Models, settings: Settings) -> tuple[int, int]:
     with torch.no_grad(), Meter() as decoding:
         vae.decode(torch.empty(1, base.transformer["out_channels"], *shape, dtype=settings.dtype, device=META))
     peak = sampling["resident"] + module_bytes(vae) + max(sampling["peak"], decoding.peak)
-    return peak, SAMPLER_STEPS * sampling["flops"] + decoding.flops
+    return peak, NUM_INFERENCE_STEPS * sampling["flops"] + decoding.flops
 
 
 def _count_sampling(models: Models, settings: Settings, num_layers: int) -> dict[str, int]:

@@ -7,9 +7,20 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from diffusers.utils import export_to_video
 from PIL import Image
 
+NUM_INFERENCE_STEPS = 50  # diffusers' default for CogVideoX
+
 
 def sample_video(
-    transformer, vae, scheduler, prompt_embeds, negative_prompt_embeds, *, image=None, generator, **options
+    transformer,
+    vae,
+    scheduler,
+    prompt_embeds,
+    negative_prompt_embeds,
+    *,
+    image=None,
+    generator,
+    num_inference_steps: int = NUM_INFERENCE_STEPS,
+    **options,
 ) -> list:
     """Returns the frames (PIL images) of one video, sampled by diffusers' pipeline with models that are loaded already.
 
@@ -17,7 +28,7 @@ def sample_video(
         scheduler: the base model's; a copy is used, so that training's stays as it is.
         prompt_embeds, negative_prompt_embeds: [L, D], in the transformer's dtype.
         image: the first frame, uint8 [H, W, C]; None for text-to-video.
-        options: arguments of the pipeline's __call__: height, width, num_frames, guidance_scale, use_dynamic_cfg.
+        options: further arguments of the pipeline's __call__, such as height, width and guidance_scale.
     """
     pipeline_class = CogVideoXPipeline if image is None else CogVideoXImageToVideoPipeline
     pipeline = pipeline_class(
@@ -34,6 +45,7 @@ def sample_video(
         prompt_embeds=prompt_embeds[None],
         negative_prompt_embeds=negative_prompt_embeds[None],
         generator=generator,
+        num_inference_steps=num_inference_steps,
         **options,
     ).frames[0]
 

@@ -12,6 +12,7 @@ from diffusers.training_utils import EMAModel
 from files import at_least
 
 KINDS = ["adamw", "adam", "prodigy"]
+# Checkpoints record them, and are refused by a version that has others: a new name here ends older runs.
 OPTIONS = (
     "optimizer", "use_8bit_adam", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
     "prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup",

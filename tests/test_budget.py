@@ -45,6 +45,11 @@ def test_the_fastest_level_and_as_few_tiles_as_fit(free_gib, level, encoding, de
     assert (plan.gradient_checkpointing, plan.tile_encoding, plan.tile_decoding) == (level, encoding, decoding)
 
 
+@pytest.mark.parametrize("backend", ["math", "flash3"])
+def test_auto_keeps_no_output_of_attention_that_cannot_be_kept(backend):
+    assert decide(77, AUTO._replace(attention_backend=backend)).gradient_checkpointing == "full"
+
+
 def test_swapped_blocks_are_recomputed():
     assert decide(None, AUTO._replace(blocks_to_swap=1)).gradient_checkpointing == "attention"
 
