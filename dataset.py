@@ -146,7 +146,7 @@ def encode_dataset(
 def check_clips(
     root: Path, clips: list[Clip], problems: list[str], view: View, *, ranks: Ranks, everyone: Ranks
 ) -> list[Facts]:
-    """Returns the facts of the clips, and refuses those that `encode_dataset` would; takes the same arguments."""
+    """Returns the facts of the clips; refuses the clips that `encode_dataset` would refuse."""
     with ThreadPoolExecutor() as threads:
         share = list(threads.map(lambda clip: examine(clip, view), ranks.share(clips)))
     examined = ranks.gather_shares(share)

@@ -28,13 +28,7 @@ from clips import frames, listing
 from clips.frames import image_problems
 from clips.order import Ranks, Timeline, count_held_out, make_timeline
 from cogvideox import budget, compute, encoders, lora
-from cogvideox.base_model import (
-    BaseModel,
-    check_training,
-    download_weights,
-    read_base_model,
-    read_text_encoder_config,
-)
+from cogvideox.base_model import BaseModel, check_training, download_weights, read_base_model, read_text_encoder_config
 from cogvideox.budget import MemoryPlan
 from cogvideox.objective import generator_for, training_loss
 from cogvideox.rehearsal import Models, Settings, models_of
@@ -71,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimizers.add_options(parser)
     validation.add_options(parser)
     add_output_options(parser)
-    budget.add_options(parser)
+    dry_run.add_options(parser)
 
     args = parse_options(parser, argv)
     lora.check_options(args, parser.error)  # first: it refuses options of a LoRA that are given where none is trained
@@ -85,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimizers.check_options(args, parser.error)
     compute.check_options(args, parser.error)
     validation.check_options(args, parser.error)
-    budget.check_options(args, parser.error)
+    dry_run.check_options(args, parser.error)
     return args
 
 
@@ -185,7 +179,7 @@ def start(args: argparse.Namespace) -> tuple[Accelerator, Ranks]:
     )
     if accelerator.is_fsdp2:
         check_sharding(args)
-    if args.training_type == "sft":  # each rank writes its part of a checkpoint
+    if args.training_type == "sft" and not args.dry_run:  # each rank writes its part of a checkpoint
         processes.check_shared(ranks, args.output_dir, "--output_dir")
     return accelerator, ranks
 
@@ -239,6 +233,12 @@ def create_hub_repo(args: argparse.Namespace, accelerator: Accelerator) -> str |
     return processes.from_main(accelerator, hub.create_hub_repo, args.hub_model_id, args.hub_token)
 
 
+def end(accelerator: Accelerator) -> None:
+    # Without waiting torch 2.13 can hang at exit: gloo's thread and the destructor of DDP wait for each other.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +247,7 @@ def rehearsed_models(args: argparse.Namespace, base: BaseModel) -> Models:
 
 
 def memory_settings(args: argparse.Namespace, dtype: torch.dtype, device: torch.device, num_processes: int) -> Settings:
-    """Returns what of the options decides about memory, for the card of a dry run if one is given."""
+    """Returns the options that decide memory, for the dry run's GPU if one is given."""
     options = {name: value for name, value in vars(args).items() if name in Settings._fields}
     trained = lora.lora_of(args)._replace(lora_target_modules=tuple(args.lora_target_modules))
     return Settings(
@@ -273,7 +273,7 @@ def plan_memory(args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, d
     """Says what each phase will need and decides, the same on all ranks, what the options leave open ("auto").
 
     Raises:
-        ValueError: a phase does not fit, whatever else takes memory.
+        ValueError: a phase does not fit even if nothing else takes memory.
     """
     plan = budget.decide(
         rehearsed_models(args, base),
@@ -281,7 +281,7 @@ def plan_memory(args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, d
         tiling=args.enable_tiling,
         free_bytes=free_bytes(args, accelerator, ranks),
     )
-    if accelerator.is_fsdp2:  # shares of the weights, of which a rehearsal knows nothing; tiles are on the safe side
+    if accelerator.is_fsdp2:  # the rehearsal does not model shards; tiles are on the safe side
         plan = plan._replace(phases=())
     accelerator.print(*budget.describe(plan), sep="\n")
     if plan.impossible and not args.allow_oversubscription:
@@ -495,16 +495,11 @@ def train(run: Run, fixed: dict) -> None:
     args, timeline = run.args, run.timeline
     smoothed_loss = announce(run)
     progress = progress_bar(
-        run.accelerator,
-        None,
-        "Training",
-        "update",
-        total=timeline.total_steps,
-        initial=timeline.first_step,
+        run.accelerator, None, "Training", "update", total=timeline.total_steps, initial=timeline.first_step
     )
-    micro_batches = run.micro_batches()
     if begins_with_validation(run):
         validate(run, timeline.first_step)
+    micro_batches = run.micro_batches()
 
     # `seconds` of a row are those of updates only: the clock restarts after whatever else a turn does.
     clock_step, clock_start = timeline.first_step, time.perf_counter()
@@ -574,11 +569,7 @@ def begins_with_validation(run: Run) -> bool:
     args, step = run.args, run.timeline.first_step
     is_due = run.timeline.due(step, args.validation_steps, args.validation_epochs) if step else args.validate_first
     return is_due and not processes.from_main(
-        run.accelerator,
-        run_directory.is_validated,
-        args.output_dir,
-        step,
-        with_loss=bool(run.held_out.shapes),
+        run.accelerator, run_directory.is_validated, args.output_dir, step, with_loss=bool(run.held_out.shapes)
     )
 
 
@@ -615,11 +606,7 @@ def held_out_losses(run: Run, step: int) -> dict[str, float]:
 def sample_videos(run: Run, step: int) -> None:
     args = run.args
     vae = encoders.loaded_vae(
-        run.base,
-        run.dtype,
-        run.accelerator.device,
-        tiling=run.memory_plan.tile_decoding,
-        slicing=args.enable_slicing,
+        run.base, run.dtype, run.accelerator.device, tiling=run.memory_plan.tile_decoding, slicing=args.enable_slicing
     )
     validation.sample_videos(
         run.accelerator,
@@ -674,7 +661,7 @@ def describe_data(data: Data, held_out: Data) -> list[str]:
 def describe_training(
     args: argparse.Namespace, dtype: torch.dtype, device: torch.device, level: str, num_trained: int
 ) -> list[str]:
-    """Returns what is trained and how it is computed; `level` is that of recomputation."""
+    """Returns what is trained and how it is computed; `level` is the recomputation level."""
     return [
         f"{args.training_type}, {num_trained / 1e6:.4g} million weights, learning rate {args.learning_rate:g}",
         compute.describe(
@@ -690,7 +677,7 @@ def describe_training(
 
 
 def report_dry_run(
-    args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, memory_plan: MemoryPlan, position: dict
+    args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, *, memory_plan: MemoryPlan, position: dict
 ) -> None:
     """Says what the run will do and take, once the clips and the disk space for it are checked.
 
@@ -747,7 +734,8 @@ def main(args: argparse.Namespace) -> None:
         hub_repo = create_hub_repo(args, accelerator)
         memory_plan = plan_memory(args, accelerator, ranks, base, dtype)
         if args.dry_run:
-            report_dry_run(args, accelerator, ranks, base, memory_plan, position)
+            report_dry_run(args, accelerator, ranks, base, memory_plan=memory_plan, position=position)
+            end(accelerator)
             return
 
         # Data: read, checked and encoded, before the transformer comes in.
@@ -786,9 +774,7 @@ def main(args: argparse.Namespace) -> None:
     weights = checkpoints.result_weights(state)
     if accelerator.is_main_process:
         print(f"Result: {export(weights, args.output_dir)}")
-    # Without it torch 2.13 can hang at exit: gloo's thread and the destructor of DDP wait for each other.
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end(accelerator)
     if hub_repo and accelerator.is_main_process:  # the other ranks do not wait for the upload
         hub.push_to_hub(hub_repo, args.output_dir, base, vars(args), args.hub_token)
 

@@ -4,7 +4,7 @@
     python benchmarks/step.py --model 2b --training_type sft --gradient_checkpointing
     python benchmarks/step.py --model tiny        # on any CPU, in seconds
 
-Needs no checkpoint and no clips: the transformer has the full size and random weights, so has the VAE that encodes
+Needs no base model and no clips: the transformer has the full size and random weights, so has the VAE that encodes
 the images of image-to-video, and the cache holds random latents and embeddings. All else is what
 train_cogvideox_lora.py runs: its accelerator, optimizer, batches, loss and update.
 
@@ -32,12 +32,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate.utils import set_seed
-from diffusers import (
-    AutoencoderKLCogVideoX,
-    CogVideoXDDIMScheduler,
-    CogVideoXDPMScheduler,
-    CogVideoXTransformer3DModel,
-)
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -70,7 +65,7 @@ PEAK_TFLOPS = {
 
 
 class Model(NamedTuple):
-    """What tells a checkpoint apart, from its published configs, and the clips it was made for."""
+    """A base model's published configs, as differences from 2b, and the clips that it was trained on."""
 
     transformer: dict  # what differs from the defaults of CogVideoXTransformer3DModel, which are those of 2b
     vae: dict  # of its config what the loss needs
@@ -110,7 +105,7 @@ MODELS = {
     "tiny": Model(TINY, TWO, DDIM, 3.0, 64, 96, 9),
     "tiny-I2V": Model(TINY_I2V, FIVE, DPM, 1.0, 64, 96, 9),
 }
-# Of the published checkpoints, all of which have the same, and of tiny ones.
+# The VAE of the published base models, and of the tiny ones.
 VAES = {
     "published": {"latent_channels": 16, "layers_per_block": 3, "block_out_channels": (128, 256, 256, 512)},
     "tiny": {"latent_channels": 4, "layers_per_block": 1, "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4},
@@ -173,11 +168,11 @@ def training_args(options: argparse.Namespace) -> argparse.Namespace:
     return train.parse_args(line + ["--compile"] * options.compile)
 
 
-# ---- a checkpoint and a cache that were never on disk ----------------------------------------------------------------
+# ---- a base model and a cache in memory ------------------------------------------------------------------------------
 
 
 def random_base_model(name: str, num_layers: int | None = None) -> BaseModel:
-    """The configs of a model, as `cogvideox.read_checkpoint` gives them."""
+    """Returns a base model's configs, as `read_base_model` does."""
     model = MODELS[name]
     config = model.transformer | ({"num_layers": num_layers} if num_layers else {})
     return BaseModel(
@@ -198,7 +193,7 @@ def vae_config(transformer: dict) -> dict:
 
 
 def write_random_vae(base: BaseModel, folder: Path) -> BaseModel:
-    """The checkpoint with a folder, in which lies a VAE as published, 0.4 GB; of a few channels for a tiny one."""
+    """Writes a random VAE into `folder` (0.4 GB as published), and returns the base model with that folder."""
     vae = AutoencoderKLCogVideoX(**vae_config(base.transformer))
     vae.to(torch.bfloat16).save_pretrained(folder / "vae")
     return base._replace(folder=folder)
@@ -283,7 +278,7 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> train.Ru
 
 
 class Measured(NamedTuple):
-    """Of each update, those of the warm-up first; and what `kernel_times` gives."""
+    """Measurements of all updates, those of the warm-up first, and what `kernel_times` returns."""
 
     seconds: list[float]
     losses: list[float]

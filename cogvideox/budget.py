@@ -1,7 +1,5 @@
-"""What of a run fits into memory, and what is decided for it: recomputation and tiles, where they are "auto"."""
+"""Decides what fits into memory: the recomputation level and VAE tiling, where an option is "auto"."""
 
-import argparse
-from collections.abc import Callable
 from typing import NamedTuple
 
 from cogvideox import compute
@@ -12,21 +10,6 @@ GIB = 2**30
 SAFETY_SHARE, SAFETY_BYTES = 0.10, GIB  # what `needed` adds to a predicted peak
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    option = parser.add_argument_group("before a run").add_argument
-    option("--dry_run", action="store_true", help="check, say what the run will do and need, and end; writes nothing")
-    option("--dry_run_gib", type=float, metavar="N", help="dry run for a GPU with N GiB free; needs no GPU")
-    option("--allow_oversubscription", action="store_true", help="start even if the predicted memory is not there")
-
-
-def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
-    """Refuses options without effect; `refuse` ends the program with a message."""
-    if args.dry_run_gib is not None and not args.dry_run:
-        refuse(f"--dry_run_gib {args.dry_run_gib:g}: does nothing without --dry_run; pass both, or leave it out")
-    if args.dry_run_gib is not None and not args.dry_run_gib > 0:
-        refuse(f"--dry_run_gib {args.dry_run_gib:g}: must be above 0")
-
-
 class Remedy(NamedTuple):
     phase: str
     options: str  # of the command line, with which it would fit
@@ -34,20 +17,20 @@ class Remedy(NamedTuple):
 
 
 class MemoryPlan(NamedTuple):
-    """What a run does where an option is "auto", and otherwise what the options say."""
+    """The settings of a run, with "auto" options decided."""
 
     gradient_checkpointing: str  # of compute.LEVELS
     tile_encoding: bool
     tile_decoding: bool
     phases: tuple[Phase, ...] = ()  # as decided
-    free_bytes: int | None = None  # on the device before anything is loaded; None where nothing is known of it
-    level_peaks: tuple[tuple[str, int], ...] = ()  # levels that "auto" has rehearsed, and their peaks in training
+    free_bytes: int | None = None  # on the device before anything is loaded; None if unknown
+    level_peaks: tuple[tuple[str, int], ...] = ()  # levels that "auto" rehearsed, with their peaks in training
     tiles_where_needed: bool = False  # --enable_tiling auto
     remedies: tuple[Remedy, ...] = ()  # for phases that do not fit, where there is one
 
     @property
     def tight(self) -> tuple[Phase, ...]:
-        """Phases that do not fit with what `needed` adds."""
+        """Phases that do not fit with the margin that `needed` adds."""
         return tuple(phase for phase in self.phases if not fits(phase, self.free_bytes))
 
     @property
@@ -66,7 +49,7 @@ class MemoryPlan(NamedTuple):
 
 
 def needed(peak_bytes: int) -> float:
-    """Free bytes that a predicted peak asks for."""
+    """Returns the free bytes that a predicted peak requires, with a margin for what is not predicted."""
     return peak_bytes * (1 + SAFETY_SHARE) + SAFETY_BYTES
 
 
@@ -75,7 +58,7 @@ def fits(phase: Phase, free_bytes: int | None) -> bool:
 
 
 def decide(models: Models, settings: Settings, *, tiling: str, free_bytes: int | None) -> MemoryPlan:
-    """The fastest way to run that fits into the free memory; the one that needs least, where none does.
+    """Returns the fastest settings that fit into the free memory; where none do, the smallest ones.
 
     Args:
         settings: `gradient_checkpointing` may be "auto".
@@ -110,7 +93,7 @@ def decide(models: Models, settings: Settings, *, tiling: str, free_bytes: int |
 
 
 def _remedy(phase: str, models: Models, settings: Settings, free_bytes: int) -> Remedy | None:
-    """The first options that make the phase fit, one beside the other until it does."""
+    """Returns the first options that together make the phase fit; None if none do."""
     options = []
     for option, change in _smaller(phase, settings, models.base.transformer["num_layers"]):
         changed = settings._replace(**change)
@@ -124,7 +107,7 @@ def _remedy(phase: str, models: Models, settings: Settings, free_bytes: int) -> 
 
 
 def _smaller(phase: str, settings: Settings, num_layers: int) -> list[tuple[str, dict]]:
-    """Options that make a phase smaller, and their settings; what costs least comes first."""
+    """Returns the options that make a phase smaller, with their settings, the cheapest first."""
     if phase == "text":
         return [
             ("--text_encoder_precision int8", {"text_encoder_precision": "int8"}),
@@ -143,11 +126,11 @@ def _smaller(phase: str, settings: Settings, num_layers: int) -> list[tuple[str,
     return options
 
 
-# ---- what is said of it ----------------------------------------------------------------------------------------------
+# ---- messages --------------------------------------------------------------------------------------------------------
 
 
 def describe(plan: MemoryPlan) -> list[str]:
-    """Lines that tell what a run will need, and what was decided for it."""
+    """Returns lines on the predicted memory and on what was decided."""
     free, level, peaks = plan.free_bytes, plan.gradient_checkpointing, dict(plan.level_peaks)
     lines = []
     if plan.phases:
@@ -167,7 +150,7 @@ def describe(plan: MemoryPlan) -> list[str]:
 
 
 def refusal(plan: MemoryPlan) -> str:
-    """Why the run cannot be: which phases are impossible, and what would fit."""
+    """Returns the message for a run that cannot fit: the phases, and what would fit."""
     free_gib = plan.free_bytes / GIB
     return (
         "; ".join(
@@ -186,7 +169,9 @@ def _rule(peak_bytes: int, free: int | None) -> str:
 
 
 def _way_out(phase: Phase, plan: MemoryPlan) -> str:
-    smaller = "take another machine" if phase.name == "text" else "lower --max_num_frames, --height and --width"
+    smaller = (
+        "use a machine with more memory" if phase.name == "text" else "lower --max_num_frames, --height and --width"
+    )
     for remedy in plan.remedies:
         if remedy.phase == phase.name:
             return f"with {remedy.options} it would need {needed(remedy.peak_bytes) / GIB:.1f}; or {smaller}"

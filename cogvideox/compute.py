@@ -20,11 +20,7 @@ from cogvideox import swapping
 from files import at_least
 
 LEVELS = ("none", "attention", "full")  # of recomputation: nothing, all except attention outputs, whole blocks
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
 # The operators that attention becomes once PyTorch has chosen a kernel. Their outputs are a fourteenth of what a block
 # keeps without recomputation, and take most of its time.
 ATTENTION = (
@@ -128,7 +124,7 @@ def check_possible(
 
     Args:
         config: of the transformer.
-        device: None if it is that of another machine, whose kernels cannot be tried here.
+        device: None for a device of another machine, whose kernels cannot be tried here.
 
     Raises:
         ValueError: with what to pass instead.

@@ -1,4 +1,4 @@
-"""Adds up the bytes that tensors hold and the FLOPs of what computes them, on any device; on meta, for nothing."""
+"""Counts the bytes that tensors hold and the FLOPs that compute them, on any device, the meta device included."""
 
 import weakref
 
@@ -23,10 +23,10 @@ FLOP_FORMULAS = flop_registry | {
 
 
 class Meter(TorchDispatchMode):
-    """In a `with` block: `live` and `peak` bytes of the storages that are made there, and `flops`.
+    """Counts, within a `with` block, the `live` and `peak` bytes of new storages, and `flops`.
 
     What a kernel allocates and frees within itself is not seen. PyTorch takes up to milliseconds to find the shape of a
-    meta tensor; blocks and tiles ask for the same ones over and over, so an operator's results are remembered.
+    meta tensor; blocks and tiles repeat the same ones, so an operator's results are remembered.
     """
 
     def __init__(self):
@@ -37,7 +37,7 @@ class Meter(TorchDispatchMode):
         self._known = {}  # results on the meta device and FLOPs, by operator and arguments
 
     def lap(self) -> int:
-        """The peak since the last lap."""
+        """Returns the peak since the last lap."""
         peak, self.peak = self.peak, self.live
         return peak
 
@@ -79,7 +79,7 @@ class Meter(TorchDispatchMode):
 
 
 def bytes_of(values) -> int:
-    """Bytes of all tensors in a nested structure, each storage once."""
+    """Returns the bytes of all tensors in a nested structure, each storage counted once."""
     storages = (value.untyped_storage() for value in tree_iter(values) if isinstance(value, torch.Tensor))
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
@@ -107,14 +107,14 @@ def _tensors(result) -> list[torch.Tensor]:
 
 
 def _like(result):
-    """New meta tensors with the shapes and strides of a result's."""
+    """Returns new meta tensors with the shapes and strides of a result's tensors."""
     if isinstance(result, torch.Tensor):
         return torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
     return type(result)(map(_like, result)) if isinstance(result, (tuple, list)) else result
 
 
 def _signature(value):
-    """What of an argument decides about the shapes of the results."""
+    """Returns the part of an argument that determines the shapes of the results."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, (tuple, list)):

@@ -1,4 +1,4 @@
-"""Rehearses a run on the meta device: peak memory and FLOPs of each phase, from configs alone.
+"""Rehearses a run on the meta device: peak memory and FLOPs of each phase, from configs only.
 
 A meta tensor has a shape, a dtype and no memory. Modules, loss, backward pass and recomputation are those of the run,
 and a `Meter` adds up what they would hold and compute. All blocks of a transformer are alike, so at most four of them
@@ -39,7 +39,7 @@ META = torch.device("meta")
 
 
 class Settings(NamedTuple):
-    """What decides about memory; most fields are the training script's options of these names."""
+    """The settings that decide memory; most fields are the training script's options of these names."""
 
     height: int  # pixels
     width: int
@@ -81,7 +81,7 @@ class OptimizerBytes(NamedTuple):
 
 @dataclass(frozen=True)
 class Models:
-    """What is rehearsed with which optimizer; equal if the configs are."""
+    """The models and the optimizer that are rehearsed; equal if their configs are equal."""
 
     base: BaseModel = field(compare=False)
     text_encoder: dict = field(compare=False)  # from base_model.read_text_encoder_config
@@ -96,7 +96,8 @@ class Phase(NamedTuple):
 
 
 def models_of(base: BaseModel, text_encoder: dict, make_optimizer: Callable) -> Models:
-    """
+    """Returns the models to rehearse.
+
     Args:
         make_optimizer: a list of parameters -> the optimizer of the run.
     """
@@ -106,7 +107,7 @@ def models_of(base: BaseModel, text_encoder: dict, make_optimizer: Callable) -> 
 
 @lru_cache(maxsize=256)
 def rehearse(phase: str, models: Models, settings: Settings) -> Phase:
-    """Peak memory and FLOPs of one of PHASES."""
+    """Returns peak memory and FLOPs of one of PHASES."""
     return Phase(phase, *PHASES[phase](models, settings))
 
 
@@ -187,7 +188,7 @@ class Autocast(TorchFunctionMode):
 
 
 def optimizer_bytes(make_optimizer: Callable, size: int = 2**14) -> OptimizerBytes:
-    """What an optimizer takes, measured on a small weight on the CPU: its kernels know no meta tensors."""
+    """Measures an optimizer on a small weight on the CPU; its kernels do not accept meta tensors."""
     weight = torch.nn.Parameter(torch.ones(size))
     optimizer = make_optimizer([weight])
     if type(optimizer).__module__.startswith("bitsandbytes"):  # mean and square in 8 bits, a float32 scale for each 256
@@ -215,7 +216,7 @@ def swapped_bytes(block: torch.nn.Module, settings: Settings) -> int:
 
 
 def _transformer(base: BaseModel, settings: Settings, num_layers: int):
-    """The transformer as training prepares it, with so many blocks."""
+    """Returns the transformer as training prepares it, with `num_layers` blocks."""
     transformer = empty_transformer(base.transformer | {"num_layers": num_layers})
     if settings.lora:
         for weight in transformer.parameters():  # from_pretrained, too, leaves 2b's position table in float64
@@ -270,7 +271,7 @@ def _padded_latent_shape(base: BaseModel, settings: Settings) -> tuple[int, int,
 
 
 def _resident_bytes(models: Models, settings: Settings, transformer, image_encoder) -> int:
-    """Bytes that are there from the first update to the last, whatever is computed."""
+    """Returns the bytes that are held from the first update to the last."""
     trained = trained_parameters(transformer)
     resident = module_bytes(transformer) + swapped_bytes(transformer.transformer_blocks[0], settings)
     resident += round(models.optimizer.state * count_trained(transformer))
@@ -285,7 +286,7 @@ def _resident_bytes(models: Models, settings: Settings, transformer, image_encod
 
 
 def _with_all_layers(count: Callable[[int], dict[str, int]], num_layers: int) -> dict[str, int]:
-    """What `count` would give for all layers, from what it gives for a few."""
+    """Extrapolates the counts of a few layers to all."""
     if num_layers <= REHEARSED_LAYERS:
         return count(num_layers)
     fewer, more = count(REHEARSED_LAYERS - 1), count(REHEARSED_LAYERS)
@@ -303,7 +304,7 @@ def count_trained_elements(models: Models, settings: Settings) -> int:
 
 
 def _text(models: Models, settings: Settings) -> tuple[int, int]:
-    """T5."""
+    """Returns peak and FLOPs of T5."""
     if settings.text_encoder_device == "cpu" and settings.device_type != "cpu":
         return 0, 0
     length = models.base.transformer["max_text_seq_length"]
@@ -325,7 +326,7 @@ def _text(models: Models, settings: Settings) -> tuple[int, int]:
 
 
 def _clips(models: Models, settings: Settings) -> tuple[int, int]:
-    """The VAE's encoder."""
+    """Returns peak and FLOPs of the VAE's encoder."""
     vae = _vae(models.base, settings, tiling=settings.tile_encoding)
     clip = settings.max_num_frames, settings.height, settings.width, 3
     at_once = 1 if settings.enable_slicing else encoders.clips_at_once(clip)
@@ -335,7 +336,7 @@ def _clips(models: Models, settings: Settings) -> tuple[int, int]:
 
 
 def _training(models: Models, settings: Settings) -> tuple[int, int]:
-    """An update."""
+    """Returns peak and FLOPs of an update."""
     counted = _with_all_layers(partial(_count_update, models, settings), models.base.transformer["num_layers"])
     resident, flops = counted.pop("resident"), counted.pop("flops")
     return resident + max(counted.values()), flops * settings.gradient_accumulation_steps
@@ -344,7 +345,7 @@ def _training(models: Models, settings: Settings) -> tuple[int, int]:
 def _count_update(models: Models, settings: Settings, num_layers: int) -> dict[str, int]:
     """FLOPs of a micro-batch, and the peaks of its parts and of the update that follows.
 
-    They stand apart, because each grows evenly with the number of blocks, and the largest of them need not. Between the
+    They are counted separately: each grows linearly with the number of blocks, and their maximum need not. Between the
     first two blocks and the last one, the backward pass has no peak of its own.
     """
     # A scheduler moves its tables to where the latents are.
@@ -375,7 +376,7 @@ def _count_update(models: Models, settings: Settings, num_layers: int) -> dict[s
 
 
 def _call_after_backward(blocks: torch.nn.ModuleList, call: Callable[[int], None]) -> None:
-    """Calls with a block's number when the backward pass leaves it, provided that it goes on before it."""
+    """Calls `call(index)` when the backward pass has left a block whose input requires a gradient."""
 
     def watch(index: int, block, args: tuple, options: dict) -> None:
         hidden_states = options["hidden_states"] if options else args[0]
@@ -387,7 +388,7 @@ def _call_after_backward(blocks: torch.nn.ModuleList, call: Callable[[int], None
 
 
 def _validation(models: Models, settings: Settings) -> tuple[int, int]:
-    """A video: the sampler's steps, then the VAE's decoder."""
+    """Returns peak and FLOPs of a video: the sampler's steps, then the VAE's decoder."""
     base = models.base
     sampling = _with_all_layers(partial(_count_sampling, models, settings), base.transformer["num_layers"])
     vae = _vae(base, settings, tiling=settings.tile_decoding)

@@ -45,11 +45,7 @@ def main():
     option("--seed", type=int, default=5, help="seed of scenes and noise (default: 5)")
     args = parser.parse_args()
     figures, videos = compare(
-        args.model_path,
-        args.lora_path,
-        samples=args.samples,
-        seed=args.seed,
-        guidance_scale=args.guidance_scale,
+        args.model_path, args.lora_path, samples=args.samples, seed=args.seed, guidance_scale=args.guidance_scale
     )
     print(json.dumps(figures, indent=1))
     if args.results:

@@ -163,14 +163,7 @@ def _read_state(checkpoint: Path) -> dict:
 
 
 def save_checkpoint(
-    accelerator,
-    state: State,
-    export: Export,
-    output_dir: Path,
-    *,
-    position: dict,
-    fixed: dict,
-    total_limit: int | None,
+    accelerator, state: State, export: Export, output_dir: Path, *, position: dict, fixed: dict, total_limit: int | None
 ) -> None:
     """Publishes checkpoint-<step>, then deletes the oldest ones over the limit. Every rank must call it.
 

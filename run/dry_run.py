@@ -1,7 +1,8 @@
-"""What a run will take, in bytes and FLOPs, before anything is loaded or written."""
+"""Dry runs: the bytes and FLOPs that a run needs, before anything is loaded or written."""
 
+import argparse
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,21 @@ WHOSE_FLOPS = {
 }
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument_group("before a run").add_argument
+    option("--dry_run", action="store_true", help="check, say what the run will do and need, and end; writes nothing")
+    option("--dry_run_gib", type=float, metavar="N", help="dry run for a GPU with N GiB free; needs no GPU")
+    option("--allow_oversubscription", action="store_true", help="start even if the predicted memory is not there")
+
+
+def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
+    """Refuses options without effect; `refuse` ends the program with a message."""
+    if args.dry_run_gib is not None and not args.dry_run:
+        refuse(f"--dry_run_gib {args.dry_run_gib:g}: does nothing without --dry_run; pass both, or leave it out")
+    if args.dry_run_gib is not None and not args.dry_run_gib > 0:
+        refuse(f"--dry_run_gib {args.dry_run_gib:g}: must be above 0")
+
+
 class Outlook(NamedTuple):
     """Sizes of what a run will write, in bytes; its videos and logs are left out."""
 
@@ -28,15 +44,9 @@ class Outlook(NamedTuple):
 
 
 def look_ahead(
-    models: Models,
-    settings: Settings,
-    facts: list[Facts],
-    *,
-    captions: set[str],
-    views: int,
-    num_checkpoints: int,
+    models: Models, settings: Settings, facts: list[Facts], *, captions: set[str], views: int, num_checkpoints: int
 ) -> Outlook:
-    """Returns the sizes for clips of which nothing is cached yet.
+    """Returns the sizes for clips that are not in the cache yet.
 
     Args:
         captions: those of the clips and of validation.
@@ -79,7 +89,7 @@ def check_disk(outlook: Outlook, *, cache: Path, output_dir: Path) -> None:
 
 
 def describe(outlook: Outlook, phases: Iterable[Phase]) -> list[str]:
-    """Returns lines for the terminal; that of a phase begins with its name and has its peak memory."""
+    """Returns lines for the terminal: one for each phase, with its name and its peak memory, and one on sizes."""
     lines = [
         f"{name:<12}{peak_bytes / GIB:7.2f} GiB, {flops / 1e12:,.1f} TFLOP {WHOSE_FLOPS[name]}"
         for name, peak_bytes, flops in phases

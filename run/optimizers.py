@@ -127,12 +127,7 @@ def make_lr_scheduler(
             f"--lr_warmup_steps {warmup_steps}: the run has {total_steps} updates; warm up for fewer of them"
         )
     return get_scheduler(
-        name,
-        optimizer,
-        num_warmup_steps=warmup_steps,
-        num_training_steps=total_steps,
-        num_cycles=cycles,
-        power=power,
+        name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps, num_cycles=cycles, power=power
     )
 
 

@@ -170,11 +170,7 @@ def sample_videos(
     own_jobs = _equal_share(ranks, jobs)
     embeds = {text: load_prompt_embeds(path).to(accelerator.device) for text, path in prompt_embeds.items()}
     progress = tqdm(
-        own_jobs,
-        f"Validation, step {step}",
-        unit="video",
-        leave=False,
-        disable=not accelerator.is_main_process,
+        own_jobs, f"Validation, step {step}", unit="video", leave=False, disable=not accelerator.is_main_process
     )
     videos = []
     transformer.eval()  # no dropout

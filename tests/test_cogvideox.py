@@ -404,13 +404,7 @@ def test_the_variant_is_read_from_the_configs(checkpoint_of, variant, text, tmp_
     [
         ("1.5-5B", torch.float16, (9, 64, 96), [], "NaN in float16"),
         ("1.5-5B", torch.bfloat16, (9, 64, 112), [], "--height 64 --width 112: the positions of .* end at 64x96"),
-        (
-            "2b",
-            torch.bfloat16,
-            (9, 64, 96),
-            ["--image_column"],
-            "--image_column: .* text-to-video model .4 input",
-        ),
+        ("2b", torch.bfloat16, (9, 64, 96), ["--image_column"], "--image_column: .* text-to-video model .4 input"),
         ("5b-I2V", torch.bfloat16, (9, 64, 112), [], "learned positions for 9 frames of 64x96 pixels only"),
         ("5b-I2V", torch.bfloat16, (17, 64, 96), [], "--max_num_frames 17 .* learned positions for 9 frames"),
     ],

@@ -10,10 +10,7 @@ from test_step_benchmark import check_same_step, check_steps, check_training_scr
 
 from cogvideox.compute import LEVELS
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 # Blocks of the real width, so that the kernels are those of real training.
 SMALL = ["--num_layers", "2", "--height", "256", "--width", "384", "--num_frames", "17"]

@@ -53,10 +53,7 @@ def test_the_reference_command_means_what_it_meant(monkeypatch):
     args = train_cogvideox_lora.parse_args(shlex.split(REFERENCE))
     assert str(args.instance_data_root) == "/home/someone/disney" and str(args.cache_dir) == "/home/someone/.cache"
     assert args.optimizer == "adamw" and args.lora_alpha == args.rank == 128
-    assert validation.prompts(args) == [
-        "Mickey with the captain and friends",
-        "Mickey and the bear",
-    ]
+    assert validation.prompts(args) == ["Mickey with the captain and friends", "Mickey and the bear"]
 
 
 def test_prodigy_gets_the_learning_rate_that_it_is_made_for():

@@ -1,4 +1,4 @@
-"""The comparison of benchmarks/same_bits.py, on run directories made here; no run is made."""
+"""The comparison of tests/same_bits.py, on run directories made here; no run is made."""
 
 import json
 

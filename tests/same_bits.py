@@ -1,7 +1,7 @@
 """Shows that two commits compute the same: the same tiny runs on a CPU, compared bit for bit.
 
-    python benchmarks/same_bits.py --base main
-    python benchmarks/same_bits.py --base_folder ../before --cases 2b sft
+    python tests/same_bits.py --base main
+    python tests/same_bits.py --base_folder ../before --cases 2b sft
 
 The base is a commit or a folder; the new side is the checkout that this file is in, uncommitted changes included. Both
 are used through their command lines only, so that nothing here depends on how they are written. The base makes clips
