@@ -146,7 +146,7 @@ def encode_dataset(
 def check_clips(
     root: Path, clips: list[Clip], problems: list[str], view: View, *, ranks: Ranks, everyone: Ranks
 ) -> list[Facts]:
-    """Returns the facts of the clips, and refuses those that `encode_dataset` would; takes the same arguments."""
+    """Returns the facts of the clips; refuses what `encode_dataset` refuses, and takes the same arguments."""
     with ThreadPoolExecutor() as threads:
         share = list(threads.map(lambda clip: examine(clip, view), ranks.share(clips)))
     examined = ranks.gather_shares(share)
@@ -155,7 +155,7 @@ def check_clips(
 
 
 def unencoded(clips: list[Clip], facts: list[Facts], view: View, latent_shape: Callable) -> Data:
-    """Returns the dataset as it is before it is encoded: its sizes and facts, and files that are not there.
+    """Returns the dataset without encoding it: its shapes and facts are real, its files do not exist.
 
     Args:
         latent_shape: number of frames, height, width -> (f, h, w).
