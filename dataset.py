@@ -155,7 +155,7 @@ def check_clips(
 
 
 def unencoded(clips: list[Clip], facts: list[Facts], view: View, latent_shape: Callable) -> Data:
-    """Returns the dataset as it is before it is encoded: its sizes and facts, and files that are not there.
+    """Returns the dataset without encoding it: its shapes and facts are real, its files do not exist.
 
     Args:
         latent_shape: number of frames, height, width -> (f, h, w).

@@ -139,14 +139,14 @@ def _repetitions(clips: list[Clip], facts: list[Facts]) -> list[str]:
     for clip, fact in zip(clips, facts):
         lines_of_video.setdefault(fact.content, []).append(clip.line)
         lines_of_caption.setdefault(clip.caption, []).append(clip.line)
-    remarks = []
+    lines = []
     for kind, groups in (("video", lines_of_video), ("caption", lines_of_caption)):
         repeated = sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
         if repeated:
             more = f"; and {len(repeated) - 5} more" if len(repeated) > 5 else ""
             shown = "; ".join(_enumeration(group) for group in repeated[:5])
-            remarks.append(f"the same {kind} more than once: lines {shown}{more}")
-    return remarks
+            lines.append(f"the same {kind} more than once: lines {shown}{more}")
+    return lines
 
 
 def count_clips(count: int) -> str:
@@ -169,7 +169,7 @@ def list_problems(root: Path, problems: list[str], consequence: str) -> str:
     """Returns the error message for the problems of a dataset.
 
     Args:
-        consequence: what does not happen because of them.
+        consequence: what follows from them, such as "nothing is trained".
     """
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return f"{root}: {count} in the dataset, {consequence}:\n  " + "\n  ".join(problems)

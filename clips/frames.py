@@ -25,7 +25,7 @@ FRAMES_READ_AT_ONCE = 8  # bounds the memory: frames of the file may be much lar
 
 
 class View(NamedTuple):
-    """How the model sees a clip. What changes the cached tensors of a clip is here, and in `cache_key`."""
+    """How the model sees a clip: all settings that change the cached tensors."""
 
     height: int
     width: int
@@ -54,9 +54,7 @@ class View(NamedTuple):
 
 def add_options(group: argparse._ArgumentGroup) -> None:
     data, count, positive = group.add_argument, at_least(0), at_least(1)
-    data(
-        "--height", type=positive, default=480, help="pixels, divisible by 16; clips are scaled to cover, then cropped"
-    )
+    data("--height", type=positive, default=480, help="pixels, divisible by 16; clips are scaled to fill, then cropped")
     data("--width", type=positive, default=720, help="pixels, divisible by 16")
     data("--fps", type=positive, default=8, help="frames per second that the model sees; clips are resampled by time")
     data("--max_num_frames", type=positive, default=49, metavar="N", help="frames per clip, 4k + 1, best 8k + 1")
@@ -138,7 +136,7 @@ def choose_frames(timestamps: np.ndarray, view: View) -> list[int]:
             f"has {len(timestamps)} frames, and none is left after --skip_frames_start {view.skip_frames_start} "
             f"and --skip_frames_end {view.skip_frames_end}; skip fewer, or remove the clip from the lists"
         )
-    # Half a step of tolerance: the last frame of a 24 fps file is shown for a while, too.
+    # Half a step of tolerance: the last frame of a file is shown for some time after its timestamp.
     available = int((kept[-1] - kept[0]) * view.fps + 0.5) + 1
     wanted = kept[0] + np.arange(trainable_length(available, view.max_num_frames)) / view.fps
     after = np.searchsorted(kept, wanted).clip(1, max(len(kept) - 1, 1))

@@ -17,13 +17,13 @@ class Ranks(NamedTuple):
     index: int = 0
     count: int = 1
     gather: Callable[[list], list] = list  # takes this rank's list, returns the lists of all ranks as one
-    wait: Callable[[], None] = lambda: None  # until all ranks have come here
+    wait: Callable[[], None] = lambda: None  # returns when all ranks have called it
 
     def share(self, items: list) -> list:
         return items[self.index :: self.count]
 
     def gather_shares(self, items: list) -> list:
-        """Gathers what each rank made of its `share`, in the order of the items that were shared."""
+        """Gathers what each rank made of its `share`, in the order of the shared items."""
         shares = self.gather([items])
         whole = [None] * sum(len(share) for share in shares)
         for index, share in enumerate(shares):
@@ -64,7 +64,7 @@ def epoch_batches(
 def rank_batches(
     shapes: list, *, batch_size: int, seed: int, random_flip: bool, numbers: Iterable[int]
 ) -> Iterator[list[tuple[int, bool]]]:
-    """Yields the micro-batches with the given numbers, in ascending order.
+    """Yields the micro-batches with the given ascending numbers.
 
     The sequence does not depend on the number of ranks; they divide it. N ranks see in one turn what one rank sees in
     N turns, every clip is seen equally often, and a run resumes from a number.
@@ -91,7 +91,7 @@ class Timeline(NamedTuple):
         return self.first_batch + (step - self.first_step) * self.batches_per_step
 
     def position(self, step: int) -> dict:
-        """Returns what a resumed run needs to continue after this update; the arguments of `make_timeline`."""
+        """Returns what a resumed run needs to continue after this update, as arguments of `make_timeline`."""
         return {"step": step, "batches_seen": self.batches_seen(step)}
 
     def epoch(self, step: int) -> float:
@@ -102,13 +102,16 @@ class Timeline(NamedTuple):
         return self.epoch(self.total_steps)
 
     def count_checkpoints(self, every_steps: int, total_limit: int | None) -> int:
-        """Returns how many checkpoints are there at most at the same time: the oldest goes once the newest is there."""
+        """Returns the most checkpoints on disk at once: the oldest is deleted after the newest has been written."""
         count = -(-self.total_steps // every_steps) - self.first_step // every_steps
         return count if total_limit is None else min(count, total_limit + 1)
 
     def summary(self, batch_size: int) -> str:
         if self.first_step >= self.total_steps:
-            return f"{self.first_step} updates are done and {self.total_steps} were requested: nothing is left to train"
+            return (
+                f"nothing is left to train: {self.first_step} updates are done and {self.total_steps} were requested; "
+                "raise --num_train_epochs or --max_train_steps to continue"
+            )
         clips, epochs = self.batches_per_step * batch_size, self.last_epoch
         return f"updates {self.first_step + 1} to {self.total_steps}, clips in each: {clips}, epochs: {epochs:.4g}"
 
@@ -125,9 +128,9 @@ class Timeline(NamedTuple):
 def make_timeline(
     *, batches_per_epoch: int, batches_per_step: int, epochs: int, max_steps: int | None, step: int, batches_seen: int
 ) -> Timeline:
-    """Returns the timeline of a run that starts after update `step`, with `batches_seen` micro-batches behind it.
+    """Returns the timeline of a run that starts after update `step` and `batches_seen` micro-batches.
 
-    The rest of the epochs is counted in updates of `batches_per_step`, whatever the size of earlier updates was.
+    The remaining epochs are counted in updates of `batches_per_step`, whatever the size of earlier updates was.
 
     Args:
         max_steps: number of updates in all, which overrides `epochs`.

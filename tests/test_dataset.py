@@ -1,5 +1,6 @@
 """Lists, frames, cache and batches."""
 
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_paths_may_be_relative_absolute_from_home_and_hold_spaces_and_umlauts(tm
     ]  # fmt: skip
 
 
-def test_the_id_token_stands_before_each_caption_with_one_space(tmp_path):
+def test_the_id_token_is_put_before_each_caption_with_one_space(tmp_path):
     write(tmp_path, "a cat\n", "a.mp4\n")
     clips, _ = read_clips(tmp_path, "prompts.txt", "videos.txt", id_token="DISNEY")
     assert clips[0].caption == "DISNEY a cat"
@@ -248,7 +249,7 @@ def test_a_file_in_the_cache_is_complete_or_absent(tmp_path, monkeypatch):
     assert list((tmp_path / "latents").iterdir()) == []
 
 
-def test_an_interrupted_encoding_pass_goes_on_where_it_was(tmp_path):
+def test_an_interrupted_encoding_pass_continues_where_it_was(tmp_path):
     clips = [Clip(make_video(tmp_path / f"{i}.mp4", num_frames=9 + i), str(i), i + 1) for i in range(4)]
     encoded = []
 
@@ -297,43 +298,36 @@ class _Context:
 # ---- batches
 
 
-def number_of(batch):
+def clips_of(batch):
     return [clip for clip, _ in batch]
 
 
 def test_every_clip_is_seen_once_an_epoch_and_only_with_clips_of_its_shape():
     shapes = [(13,)] * 7 + [(3,)] * 4 + [(1,)]
+    batches_of = partial(epoch_batches, shapes, batch_size=3, random_flip=False)
     for epoch in range(3):
-        batches = epoch_batches(shapes, batch_size=3, seed=42, epoch=epoch, random_flip=False)
-        assert sorted(clip for batch in batches for clip in number_of(batch)) == list(range(12))
-        assert all(len({shapes[clip] for clip in number_of(batch)}) == 1 for batch in batches)
+        batches = batches_of(seed=42, epoch=epoch)
+        assert sorted(clip for batch in batches for clip in clips_of(batch)) == list(range(12))
+        assert all(len({shapes[clip] for clip in clips_of(batch)}) == 1 for batch in batches)
         assert len(batches) == 6
-    assert epoch_batches(shapes, batch_size=3, seed=42, epoch=0, random_flip=False) != epoch_batches(
-        shapes, batch_size=3, seed=42, epoch=1, random_flip=False
-    )
-    assert epoch_batches(shapes, batch_size=3, seed=42, epoch=0, random_flip=False) != epoch_batches(
-        shapes, batch_size=3, seed=43, epoch=0, random_flip=False
-    )
+    assert batches_of(seed=42, epoch=0) != batches_of(seed=42, epoch=1)
+    assert batches_of(seed=42, epoch=0) != batches_of(seed=43, epoch=0)
 
 
 def test_half_of_the_turns_are_mirrored_if_asked():
-    batches = epoch_batches([0] * 400, batch_size=1, seed=42, epoch=0, random_flip=True)
-    assert 150 < sum(mirrored for ((_, mirrored),) in batches) < 250
-    assert not any(
-        mirrored for ((_, mirrored),) in epoch_batches([0] * 400, batch_size=1, seed=42, epoch=0, random_flip=False)
-    )
+    batches_of = partial(epoch_batches, [0] * 400, batch_size=1, seed=42, epoch=0)
+    assert 150 < sum(mirrored for ((_, mirrored),) in batches_of(random_flip=True)) < 250
+    assert not any(mirrored for ((_, mirrored),) in batches_of(random_flip=False))
 
 
 @pytest.mark.parametrize(("world", "clips"), [(1, 5), (2, 5), (3, 5), (8, 3)])
 def test_ranks_share_out_the_sequence_that_one_rank_sees(world, clips):
-    batches_of = lambda numbers: rank_batches(  # noqa: E731
-        [0] * clips, batch_size=1, seed=42, random_flip=False, numbers=numbers
-    )
-    whole = list(islice(batches_of(count()), 24))
+    batches_of = partial(rank_batches, [0] * clips, batch_size=1, seed=42, random_flip=False)
+    whole = list(islice(batches_of(numbers=count()), 24))
     for rank in range(world):
-        share = list(islice(batches_of(count(rank, world)), 24 // world))
+        share = list(islice(batches_of(numbers=count(rank, world)), 24 // world))
         assert share == whole[rank::world]
-    resumed = list(islice(batches_of(count(17)), 7))
+    resumed = list(islice(batches_of(numbers=count(17)), 7))
     assert resumed == whole[17:]
 
 
@@ -342,14 +336,14 @@ def test_ranks_share_out_the_sequence_that_one_rank_sees(world, clips):
     [(70, 1, 10, 700), (70, 8, 10, 88), (25, 4, 10, 63), (3, 8, 10, 4), (5, 2, 1, 3)],
 )
 def test_epochs_become_updates_of_all_ranks(per_epoch, per_step, epochs, expected):
-    plan = make_timeline(
+    timeline = make_timeline(
         batches_per_epoch=per_epoch, batches_per_step=per_step, epochs=epochs, max_steps=None, step=0, batches_seen=0
     )
-    assert plan.total_steps == expected
-    assert plan.last_epoch >= epochs > plan.epoch(expected - 1)
+    assert timeline.total_steps == expected
+    assert timeline.last_epoch >= epochs > timeline.epoch(expected - 1)
 
 
-def test_a_run_that_goes_on_with_other_ranks_still_sees_its_epochs():
+def test_a_run_that_continues_with_other_ranks_still_sees_its_epochs():
     first = make_timeline(batches_per_epoch=10, batches_per_step=1, epochs=6, max_steps=None, step=0, batches_seen=0)
     second = make_timeline(
         batches_per_epoch=10, batches_per_step=4, epochs=6, max_steps=None, step=30, batches_seen=first.batches_seen(30)
@@ -358,8 +352,8 @@ def test_a_run_that_goes_on_with_other_ranks_still_sees_its_epochs():
 
 
 def test_epochs_end_once_however_they_fall_on_updates():
-    plan = make_timeline(batches_per_epoch=7, batches_per_step=3, epochs=6, max_steps=None, step=0, batches_seen=0)
-    ends = [step for step in range(1, plan.total_steps + 1) if plan.ends_epochs(step, 2)]
+    timeline = make_timeline(batches_per_epoch=7, batches_per_step=3, epochs=6, max_steps=None, step=0, batches_seen=0)
+    ends = [step for step in range(1, timeline.total_steps + 1) if timeline.ends_epochs(step, 2)]
     assert ends == [5, 10, 14]  # 14, 28, 42 micro-batches
 
 

@@ -89,8 +89,8 @@ def test_what_is_cached_does_not_depend_on_what_is_encoded_with_it(tiny_checkpoi
     load = partial(encoders.video_encoder, checkpoint, torch.float32, "cpu", tiling=False, slicing=False)
     for share in shares:
         assert dataset.cache_latents(share, VIEW, Encoder("v", load, clips_at_once), lambda items, *_: items) == []
-    for found, expected in zip(probed, alone):
-        assert torch.equal(load_file(found.paths[0])["parameters"], expected)
+    for probe, expected in zip(probed, alone):
+        assert torch.equal(load_file(probe.paths[0])["parameters"], expected)
 
     first, *_, last = sorted((tmp_path / "alone" / "latents").iterdir())
     first.unlink(), last.unlink()
