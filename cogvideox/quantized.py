@@ -160,7 +160,7 @@ def _quantize_nf4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _empty_nf4(count: int) -> dict[str, torch.Tensor]:
-    """What `_quantize_nf4` keeps of `count` weights, on the meta device, of which bitsandbytes knows nothing."""
+    """What `_quantize_nf4` keeps of `count` weights on the meta device, which bitsandbytes does not support."""
     blocks = -(-count // NF4_BLOCK)
     with torch.device("meta"):
         return {

@@ -48,7 +48,7 @@ def test_all_problems_of_a_dataset_are_told_together_before_a_model_loads(
         "line 3: ", "empty.mp4: the file is empty",
         "line 4: ", "truncated.mp4: cannot be read as a video",
         "line 5: ", "random.mp4: cannot be read as a video",
-        "line 7: ", "short.mp4: has 3 frames and nothing is left after --skip_frames_start 5",
+        "line 7: ", "short.mp4: has 3 frames, and none is left after --skip_frames_start 5",
         "line 8: ", "small.mp4: is 48x48 pixels",
         "line 9: ", "videos: no such file",
     ]  # fmt: skip
@@ -62,7 +62,7 @@ def test_all_problems_of_a_dataset_are_told_together_before_a_model_loads(
     [
         ({"instance_data_root": "/no/where"}, ["/no/where: no such folder", "--instance_data_root"]),
         ({"caption_column": "captions.txt"}, ["captions.txt: no such file", "--caption_column"]),
-        ({"skip_frames_end": 32}, ["6 problems", "has 32 frames and nothing is left"]),
+        ({"skip_frames_end": 32}, ["6 problems", "has 32 frames, and none is left"]),
         (
             {"resume_from_checkpoint": "latest"},
             ["--resume_from_checkpoint latest", "no checkpoint", "leave the option"],
@@ -186,7 +186,7 @@ def test_what_is_wrong_with_images_is_told_with_the_rest(checkpoint_of, tmp_path
         "--validation_images none.png: no such image",
         "line 2: ", "missing.png: no such file",
         "line 3: ", "noimage.png: cannot be read as an image",
-        "line 4: ", "short.mp4: gives 5 frames at --fps 8, and this checkpoint takes 9, no fewer",
+        "line 4: ", "short.mp4: gives 5 frames at --fps 8, and this base model needs 9",
     ]  # fmt: skip
     assert_refused(capsys, call, parts)
 
@@ -228,7 +228,7 @@ def test_a_full_or_unwritable_cache_folder_ends_in_a_message(tiny_checkpoint, tm
 def test_an_output_directory_that_cannot_be_written_is_told_before_encoding(tiny_checkpoint, tmp_path, train, capsys):
     (tmp_path / "file").write_text("")
     call = lambda: train(tiny_checkpoint, tmp_path / "file" / "run")  # noqa: E731
-    assert_refused(capsys, call, [f"--output_dir {tmp_path}/file/run: {tmp_path}/file is no folder"])
+    assert_refused(capsys, call, [f"--output_dir {tmp_path}/file/run: {tmp_path}/file is not a writable folder"])
 
 
 def test_a_file_that_stops_decoding_midway_is_named_after_the_others_are_encoded(
@@ -237,10 +237,10 @@ def test_a_file_that_stops_decoding_midway_is_named_after_the_others_are_encoded
     folder = make_clips(tmp_path / "clips", count=3)
     read = read_frames
 
-    def stop(video, *args):
+    def stop(video, *args, **options):
         if video.name.startswith("01"):
             raise RuntimeError("decoder says no")
-        return read(video, *args)
+        return read(video, *args, **options)
 
     monkeypatch.setattr("clips.frames.read_frames", stop)
     call = lambda: train(tiny_checkpoint, tmp_path / "run", instance_data_root=folder)  # noqa: E731
