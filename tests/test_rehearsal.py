@@ -58,7 +58,7 @@ def real_step(base, settings):
         add_lora(transformer, lora, settings.dtype)
     compute.prepare(transformer.train(), settings.gradient_checkpointing)
     trained = trained_parameters(transformer)
-    if settings.gradients_stay:
+    if settings.gradients_in_forward:
         for weight in trained:
             weight.grad = torch.zeros_like(weight)
     batch = {name: torch.zeros_like(tensor, device="cpu") for name, tensor in rehearsal._batch(base, settings).items()}
