@@ -67,7 +67,7 @@ class Settings(NamedTuple):
         return (self.lora is None or self.lora.use_dora) and self.dtype != torch.float32
 
     @property
-    def gradients_stay(self) -> bool:
+    def gradients_in_forward(self) -> bool:
         """Whether gradients are there in the forward pass: of earlier micro-batches, or in the buckets of DDP."""
         return self.gradient_accumulation_steps > 1 or self.num_processes > 1
 
@@ -278,7 +278,7 @@ def _resident_bytes(models: Models, settings: Settings, transformer, image_encod
     resident += bytes_of(rotary_embedding(models.base, *_padded_latent_shape(models.base, settings), META))
     if settings.ema:
         resident += bytes_of(trained)
-    if settings.gradients_stay:
+    if settings.num_processes > 1:  # the buckets of DDP
         resident += bytes_of(trained)
     if image_encoder:
         resident += module_bytes(image_encoder)
@@ -353,9 +353,10 @@ def _count_update(models: Models, settings: Settings, num_layers: int) -> dict[s
     transformer, vae = _transformer(base, settings, num_layers), _image_encoder(base, settings)
     resident = _resident_bytes(models, settings, transformer, vae)
     trained = trained_parameters(transformer)
-    if settings.gradients_stay:
+    if settings.gradients_in_forward:
         for weight in trained:
             weight.grad = torch.empty_like(weight)
+        resident += bytes_of(trained) if settings.num_processes == 1 else 0
     peaks = {}
     with Meter() as meter:
 
