@@ -440,7 +440,7 @@ OPTIONS = {
     ),
     "not an mp4": (["--output_path", "video.gif"], "--output_path video.gif: must name an .mp4 file"),
     "no frames": (["--num_frames", "0"], "0: must be a whole number of at least 1"),
-    "abbreviated": (["--num_steps", "2"], "unrecognized arguments"),
+    "abbreviated": (["--num_steps", "2"], "--num_steps: unknown option"),
 }
 
 
