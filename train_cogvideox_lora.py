@@ -200,7 +200,14 @@ def read_base(args: argparse.Namespace, dtype: torch.dtype, device: torch.device
     """Returns the base model, from its configs only, and refuses options that it cannot be trained with."""
     base = read_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
     image_options = [f"--{name}" for name in ("image_column", "validation_images") if getattr(args, name)]
-    check_training(base, dtype, args.max_num_frames, args.height, args.width, image_options)
+    check_training(
+        base,
+        dtype,
+        num_frames=args.max_num_frames,
+        height=args.height,
+        width=args.width,
+        image_options=image_options,
+    )
     compute.check_possible(
         base.transformer,
         dtype=dtype,
@@ -614,7 +621,13 @@ def sample_videos(run: Run, step: int) -> None:
         run.base,
         run.state.transformer,
         vae=vae,
-        cases=validation.cases(run.data, validation.prompts(args), validation.images(args), args.height, args.width),
+        cases=validation.cases(
+            run.data,
+            validation.prompts(args),
+            validation.images(args),
+            height=args.height,
+            width=args.width,
+        ),
         prompt_embeds=run.data.prompts,
         output_dir=args.output_dir,
         step=step,
@@ -739,11 +752,13 @@ def main(args: argparse.Namespace) -> None:
             return
 
         # Data: read, checked and encoded, before the transformer comes in.
-        base, data, held_out = prepare_data(args, accelerator, ranks, base, dtype, memory_plan)
+        base, data, held_out = prepare_data(args, accelerator, ranks, base=base, dtype=dtype, memory_plan=memory_plan)
         timeline = plan_updates(args, data, ranks, position)
 
         # What is trained is in float32, what is frozen in the compute dtype.
-        transformer, export = prepare_transformer(args, base, dtype, accelerator.device, memory_plan)
+        transformer, export = prepare_transformer(
+            args, base, dtype=dtype, device=accelerator.device, memory_plan=memory_plan
+        )
         # No variable may hold the weights: FSDP2 would keep them whole on every GPU, beside its shards.
         optimizer = make_optimizer(args, lora.trained_parameters(transformer), timeline.batches_per_step)
         lr_scheduler = make_lr_scheduler(args, optimizer, timeline.total_steps)
@@ -776,7 +791,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"Result: {export(weights, args.output_dir)}")
     end(accelerator)
     if hub_repo and accelerator.is_main_process:  # the other ranks do not wait for the upload
-        hub.push_to_hub(hub_repo, args.output_dir, base, vars(args), args.hub_token)
+        hub.push_to_hub(hub_repo, args.output_dir, base, options=vars(args), token=args.hub_token)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,16 @@ def prepare(options: argparse.Namespace, folder: Path) -> Work:
         height=3 * options.height // 2,
         width=3 * options.width // 2,
     )
-    view = View(options.height, options.width, 8, options.num_frames, 0, 0, "center", 0)
+    view = View(
+        height=options.height,
+        width=options.width,
+        fps=8,
+        max_num_frames=options.num_frames,
+        skip_frames_start=0,
+        skip_frames_end=0,
+        crop="center",
+        seed=0,
+    )
     return Work(clips, view, random_models(options, device, folder / "tokenizer"))
 
 
@@ -172,7 +181,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> Work:
 
 def preprocess(work: Work, cache: Path, encode_videos: Callable, encode_captions: Callable) -> None:
     """Fills a cache as train_cogvideox_lora.py does, with models that are loaded already."""
-    clips, problems = read_clips(work.folder, "prompts.txt", "videos.txt", None, None)
+    clips, problems = read_clips(work.folder, "prompts.txt", "videos.txt")
     captions_at_once = TOKENS_AT_ONCE // MAX_LENGTH
     dataset.encode_dataset(
         work.folder,
