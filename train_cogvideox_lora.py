@@ -201,12 +201,7 @@ def read_base(args: argparse.Namespace, dtype: torch.dtype, device: torch.device
     base = read_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
     image_options = [f"--{name}" for name in ("image_column", "validation_images") if getattr(args, name)]
     check_training(
-        base,
-        dtype,
-        num_frames=args.max_num_frames,
-        height=args.height,
-        width=args.width,
-        image_options=image_options,
+        base, dtype, num_frames=args.max_num_frames, height=args.height, width=args.width, image_options=image_options
     )
     compute.check_possible(
         base.transformer,
@@ -622,11 +617,7 @@ def sample_videos(run: Run, step: int) -> None:
         run.state.transformer,
         vae=vae,
         cases=validation.cases(
-            run.data,
-            validation.prompts(args),
-            validation.images(args),
-            height=args.height,
-            width=args.width,
+            run.data, validation.prompts(args), validation.images(args), height=args.height, width=args.width
         ),
         prompt_embeds=run.data.prompts,
         output_dir=args.output_dir,
