@@ -22,6 +22,7 @@ from cogvideox.base_model import (
     read_base_model,
     read_text_encoder_config,
 )
+from cogvideox.budget import MemoryPlan
 from cogvideox.encoders import (
     _fingerprint,
     caption_encoder,
@@ -171,6 +172,8 @@ def test_what_the_training_script_feeds_a_transformer_is_what_the_pipeline_feeds
         calls.append({name: value for name, value in inputs.items() if value is not None})
         return forward(transformer, **inputs)
 
+    no_rehearsal = MemoryPlan("none", tile_encoding=False, tile_decoding=False)  # it would be recorded, too
+    monkeypatch.setattr("train_cogvideox_lora.plan_memory", lambda *_: no_rehearsal)
     monkeypatch.setattr(CogVideoXTransformer3DModel, "forward", watch)
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda distribution, generator: distribution.mode())
     monkeypatch.setattr("cogvideox.objective.noisy_images", lambda images, generator: images)
