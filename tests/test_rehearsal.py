@@ -84,6 +84,15 @@ def real_step(base, settings):
     return run, module_bytes(transformer) + bytes_of([batch, gradients]) + state + (module_bytes(vae) if vae else 0)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """With several threads, PyTorch's bfloat16 products on a CPU hold more than their operands and results."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def tiny(**options):
     base = step.random_base_model("tiny")
     return base._replace(transformer=dict(empty_transformer(base.transformer | options).config))
