@@ -13,9 +13,10 @@ python examples/make_example.py --output_dir "$world"
 python dataset.py preview "$world/film" --height 64 --width 96 --max_num_frames 17 --output "$world/preview.png" \
   --pretrained_model_name_or_path examples/small-cogvideox
 
+# In float32: processors without AVX-512 compute bfloat16 convolutions about a hundred times as slowly.
 echo "3/5 training, with finetune_single_gpu.sh"
 MODEL_PATH=examples/small-cogvideox DATASET_PATH="$world/film" OUTPUT_PATH="$world/lora" bash finetune_single_gpu.sh \
-  --height 64 --width 96 --max_num_frames 17 --rank 16 --learning_rate 1e-3 --train_batch_size 4 \
+  --mixed_precision no --height 64 --width 96 --max_num_frames 17 --rank 16 --learning_rate 1e-3 --train_batch_size 4 \
   --max_train_steps 400 --checkpointing_steps 200 --validation_split 5 --validation_steps 100 --guidance_scale 1.5 \
   --validation_prompt "FILM a red circle moves left over a dark ground:::a red circle moves left over a dark ground"
 
