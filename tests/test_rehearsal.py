@@ -99,8 +99,8 @@ def tiny(**options):
 
 
 def wide(**options):
-    """Two blocks of the width of 2b, for few tokens."""
-    base = step.random_base_model("2b", num_layers=2)
+    """A block of the width of 2b, for few tokens."""
+    base = step.random_base_model("2b", num_layers=1)
     small = {"max_text_seq_length": 12, "sample_height": 8, "sample_width": 12, "sample_frames": 9}
     return base._replace(transformer=dict(empty_transformer(base.transformer | small | options).config))
 
@@ -158,12 +158,13 @@ def test_flops_are_those_of_the_real_step(checkpoint_of, variant, lora, level):
     assert rehearse("training", models_with(base), settings).flops == 3 * counted.get_total_flops()
 
 
-@pytest.mark.parametrize("lora, options", [
-    (LORA, {}), (LORA, {"gradient_checkpointing": "attention"}), (None, {"gradient_checkpointing": "full"}),
-    (LORA._replace(rank=512), {"gradient_checkpointing": "full"}),  # most of whose memory is gradients
-    (DORA, {"gradient_checkpointing": "full", "blocks_to_swap": 5}),
+@pytest.mark.parametrize("phase, lora, options", [
+    ("training", LORA, {"gradient_checkpointing": "attention"}),
+    ("training", LORA._replace(rank=512), {"gradient_checkpointing": "full"}),  # most of whose memory is gradients
+    ("training", None, {"gradient_checkpointing": "full"}),
+    ("training", LORA, {"gradient_checkpointing": "full", "blocks_to_swap": 5}),
+    ("validation", DORA, {}),
 ], ids=described)  # fmt: skip
-@pytest.mark.parametrize("phase", ["training", "validation"])
 def test_a_few_blocks_tell_what_all_take(phase, lora, options, monkeypatch):
     models, settings = models_with(tiny(num_layers=6)), Settings(64, 96, 9, lora, **options)
     from_few = PHASES[phase](models, settings)
@@ -171,33 +172,31 @@ def test_a_few_blocks_tell_what_all_take(phase, lora, options, monkeypatch):
     assert from_few == PHASES[phase](models, settings)
 
 
-@pytest.mark.parametrize("model, gib, tera", [
-    ("2b", (30.29, 9.24, 7.34), (355, 404, 477)), ("5b", (69.85, 22.61, 18.31), (922, 1096, 1259)),
-])  # fmt: skip
-def test_published_models_take_what_a_rehearsal_of_all_blocks_took(model, gib, tera):
-    """Peaks of all blocks, rehearsed once; FLOPs calculated by hand, from which benchmarks/GPU_TODO.md has seconds."""
-    lora = LORA._replace(rank=128, lora_alpha=128)
-    settings = Settings(480, 720, 49, lora)
-    for level, peak, flops in zip(compute.LEVELS, gib, tera):
-        phase = rehearse(
-            "training",
-            models_with(step.random_base_model(model), "published"),
-            settings._replace(gradient_checkpointing=level),
+@pytest.mark.parametrize("model, levels", {
+    "2b": {"none": (30.29, 355), "attention": (9.24, 404), "full": (7.34, 477)}, "5b": {"full": (18.31, 1259)},
+}.items())  # fmt: skip
+def test_published_models_take_what_a_rehearsal_of_all_their_blocks_took(model, levels):
+    """GiB as once rehearsed with all blocks; TFLOP as calculated by hand for benchmarks/GPU_TODO.md."""
+    models = models_with(step.random_base_model(model), "published")
+    for level, (gib, tera) in levels.items():
+        settings = Settings(480, 720, 49, LORA._replace(rank=128), gradient_checkpointing=level)
+        phase = rehearse("training", models, settings)
+        assert (phase.peak_bytes / GIB, phase.flops / 1e12) == (
+            pytest.approx(gib, rel=5e-3),
+            pytest.approx(tera, rel=5e-3),
         )
-        assert phase.peak_bytes / GIB == pytest.approx(peak, rel=0.005)
-        assert phase.flops / 1e12 == pytest.approx(flops, rel=0.005)
 
 
 def test_what_there_is_more_of_takes_more_and_other_phases_stay():
     models, base = models_with(tiny()), Settings(64, 96, 9, LORA)
     before = {phase: rehearse(phase, models, base).peak_bytes for phase in PHASES}
     changes = {
-        "train_batch_size": (2, {"training"}), "ema": (True, {"training", "validation"}),
-        "num_processes": (2, {"training", "validation"}), "max_num_frames": (17, {"clips", "training", "validation"}),
+        "train_batch_size": (2, {"training"}), "num_processes": (2, {"training", "validation"}),
+        "max_num_frames": (17, {"clips", "training", "validation"}),
     }  # fmt: skip
     for name, (value, grown) in changes.items():
         changed = base._replace(**{name: value})
-        for phase in PHASES.keys() - ({"text"} if name != "max_num_frames" else set()):
+        for phase in PHASES.keys() - {"text"}:
             after = rehearse(phase, models, changed).peak_bytes
             assert after > before[phase] if phase in grown else after == before[phase], (name, phase)
 
@@ -205,7 +204,7 @@ def test_what_there_is_more_of_takes_more_and_other_phases_stay():
 # ---- encoders and decoder --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size, tiled", [((9, 64, 96), False), ((25, 64, 64), False), ((1, 256, 384), True)])
+@pytest.mark.parametrize("size, tiled", [((25, 64, 64), False), ((1, 256, 384), True)])
 def test_the_vae_takes_what_pytorch_really_holds(size, tiled):
     frames, height, width = size
     base = step.random_base_model("tiny")
