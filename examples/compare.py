@@ -61,7 +61,7 @@ def device():
 
 def compare(model_path, lora_path, *, samples, seed, guidance_scale=1.5):
     """Returns the figures of the LoRA, and the videos by (model, kind of prompt)."""
-    pipe = CogVideoXPipeline.from_pretrained(model_path, dtype=torch.bfloat16).to(device())
+    pipe = CogVideoXPipeline.from_pretrained(model_path, dtype=torch.float32).to(device())
     pipe.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(seed)
     scenes = [shapes.random_scene(rng) for _ in range(samples)]
