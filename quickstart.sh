@@ -13,7 +13,7 @@ python examples/make_example.py --output_dir "$world"
 python dataset.py preview "$world/film" --height 64 --width 96 --max_num_frames 17 --output "$world/preview.png" \
   --pretrained_model_name_or_path examples/small-cogvideox
 
-# In float32: processors without AVX-512 compute bfloat16 convolutions about a hundred times as slowly.
+# In float32: without AVX-512, a processor takes seconds per clip for bfloat16 convolutions.
 echo "3/5 training, with finetune_single_gpu.sh"
 MODEL_PATH=examples/small-cogvideox DATASET_PATH="$world/film" OUTPUT_PATH="$world/lora" bash finetune_single_gpu.sh \
   --mixed_precision no --height 64 --width 96 --max_num_frames 17 --rank 16 --learning_rate 1e-3 --train_batch_size 4 \
