@@ -40,15 +40,9 @@ from run import checkpoints, dry_run, hub, optimizers, processes, run_directory,
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Options that a resumed run must share with its checkpoint: they shape the restored state or the order of the clips.
 FIXED = (
-    "training_type",
-    *lora.OPTIONS,
-    *optimizers.OPTIONS,
-    "scale_lr",
-    "seed",
-    "train_batch_size",
-    "validation_split",
+    "training_type", *lora.OPTIONS, *optimizers.OPTIONS, "scale_lr", "seed", "train_batch_size", "validation_split",
     "ema_decay",
-)
+)  # fmt: skip
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -105,9 +99,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     listing.add_options(group)
     frames.add_options(group)
     source = group.add_mutually_exclusive_group(required=True).add_argument
-    source(
-        "--instance_data_root", type=expanded_path, metavar="FOLDER", help="folder with the clips and their captions"
-    )
+    root = "folder with the clips and their captions"
+    source("--instance_data_root", type=expanded_path, metavar="FOLDER", help=root)
     source("--dataset_name", metavar="NAME", help="dataset repository on the hub, downloaded and read like a folder")
     data = group.add_argument
     cache = "folder for encoded clips and captions (default: .cogvideox_cache in the data's folder)"
@@ -127,19 +120,15 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     train, positive = parser.add_argument_group("training").add_argument, at_least(1)
     precision = "compute precision; no: float32 (default: the one in accelerate's config file)"
-    average = "save and validate a moving average of the LoRA with this decay, such as 0.99 (default: no average)"
-    train(
-        "--training_type", choices=["lora", "sft"], default="lora", help="train a LoRA, or the whole transformer (sft)"
-    )
+    kind = "train a LoRA, or the whole transformer (sft)"
+    micro_batches = "micro-batches per update and GPU"
+    train("--training_type", choices=["lora", "sft"], default="lora", help=kind)
     train("--seed", type=at_least(0), default=42, help="seed of clip order, noise, initial LoRA weights and validation")
     train("--mixed_precision", choices=list(DTYPES), help=precision)
     train("--train_batch_size", type=positive, default=1, metavar="N", help="clips per micro-batch and GPU")
-    train(
-        "--gradient_accumulation_steps", type=positive, default=1, metavar="N", help="micro-batches per update and GPU"
-    )
+    train("--gradient_accumulation_steps", type=positive, default=1, metavar="N", help=micro_batches)
     train("--num_train_epochs", type=positive, default=1, metavar="N", help="passes over the clips")
     train("--max_train_steps", type=positive, metavar="N", help="updates; overrides --num_train_epochs")
-    train("--ema_decay", type=float, metavar="D", help=average)
     train("--ddp_timeout", type=positive, default=1800, metavar="SECONDS", help="longest wait for another process")
     train("--allow_tf32", action="store_true", help="use TF32 for float32 products: faster on Ampere GPUs and later")
 
@@ -208,31 +197,20 @@ def read_base(args: argparse.Namespace, dtype: torch.dtype, device: torch.device
         dtype=dtype,
         device=None if args.dry_run_gib else device,
         base_precision=args.base_precision,
-        blocks_to_swap=args.blocks_to_swap,
-        compiled=args.compile,
-        backend=args.attention_backend,
+        **compute_options(args),
     )
     if args.training_type == "lora":
-        lora.check_lora(base, lora.lora_of(args), start_of(args))
+        lora.check_lora(base, lora.lora_of(args), lora_to_start_from(args))
     return base
 
 
-def start_of(args: argparse.Namespace) -> Path | None:
-    """Returns the LoRA to start from; None in a resumed run, whose checkpoint holds a later one."""
-    return None if args.resume_from_checkpoint else args.lora_path
+def compute_options(args: argparse.Namespace) -> dict:
+    """Returns the arguments that the functions of `compute` share."""
+    return {"blocks_to_swap": args.blocks_to_swap, "compiled": args.compile, "backend": args.attention_backend}
 
 
-def fixed_options(args: argparse.Namespace, mixed_precision: str, base: BaseModel) -> dict:
-    """Returns the options that checkpoints record and a resumed run must share."""
-    fixed = {name: getattr(args, name) for name in FIXED}
-    return fixed | {"mixed_precision": mixed_precision, "transformer": base.identity}
-
-
-def create_hub_repo(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
-    """Creates the hub repository for the result and returns its name; None without --push_to_hub."""
-    if not args.push_to_hub or args.dry_run:
-        return None
-    return processes.from_main(accelerator, hub.create_hub_repo, args.hub_model_id, args.hub_token)
+def lora_to_start_from(args: argparse.Namespace) -> Path | None:
+    return None if args.resume_from_checkpoint else args.lora_path  # a checkpoint holds a later one
 
 
 def end(accelerator: Accelerator) -> None:
@@ -251,10 +229,9 @@ def rehearsed_models(args: argparse.Namespace, base: BaseModel) -> Models:
 def memory_settings(args: argparse.Namespace, dtype: torch.dtype, device: torch.device, num_processes: int) -> Settings:
     """Returns the options that decide memory, for the dry run's GPU if one is given."""
     options = {name: value for name, value in vars(args).items() if name in Settings._fields}
-    trained = lora.lora_of(args)._replace(lora_target_modules=tuple(args.lora_target_modules))
     return Settings(
         **options,
-        lora=trained if args.training_type == "lora" else None,
+        lora=lora.lora_of(args) if args.training_type == "lora" else None,
         dtype=dtype,
         ema=args.ema_decay is not None,
         samples=bool(args.validation_prompt),
@@ -306,7 +283,9 @@ class Listed(NamedTuple):
 
 def read_listed(args: argparse.Namespace, base: BaseModel) -> Listed:
     root = args.instance_data_root or listing.download_dataset(args.dataset_name, args.cache_dir)
-    clips, problems = listing.read_clips(root, args.caption_column, args.video_column, args.image_column, args.id_token)
+    clips, problems = listing.read_clips(
+        root, args.caption_column, args.video_column, image_file=args.image_column, id_token=args.id_token
+    )
     count_held_out(args.validation_split, len(clips))  # before hours of encoding
     problems += image_problems([image for image in validation.images(args) if image], "--validation_images")
     view = frames.view_of(args, with_image=base.takes_image, whole=base.fixed_size is not None)
@@ -363,8 +342,7 @@ def plan_updates(args, data: Data, ranks: Ranks, position: dict) -> Timeline:
         batches_per_step=ranks.count * args.gradient_accumulation_steps,
         epochs=args.num_train_epochs,
         max_steps=args.max_train_steps,
-        step=position["step"],
-        batches_seen=position["batches_seen"],
+        **position,
     )
 
 
@@ -381,17 +359,11 @@ def prepare_transformer(
     """Returns the transformer, in which only the trained weights require gradients, and the export of the result."""
     set_seed(args.seed)
     if args.training_type == "lora":
-        transformer, export = lora.with_lora(base, dtype, lora.lora_of(args), start=start_of(args), device=device)
+        start_from = lora_to_start_from(args)
+        transformer, export = lora.with_lora(base, dtype, lora.lora_of(args), start=start_from, device=device)
     else:
         transformer, export = lora.whole(base, dtype)
-    compute.prepare(
-        transformer,
-        memory_plan.gradient_checkpointing,
-        compiled=args.compile,
-        backend=args.attention_backend,
-        blocks_to_swap=args.blocks_to_swap,
-        device=device,
-    )
+    compute.prepare(transformer, memory_plan.gradient_checkpointing, device=device, **compute_options(args))
     return transformer.train(), export
 
 
@@ -570,9 +542,8 @@ def begins_with_validation(run: Run) -> bool:
     """Whether to validate before the first update: in a fresh run, or to make up for what an interrupted run missed."""
     args, step = run.args, run.timeline.first_step
     is_due = run.timeline.due(step, args.validation_steps, args.validation_epochs) if step else args.validate_first
-    return is_due and not processes.from_main(
-        run.accelerator, run_directory.is_validated, args.output_dir, step, with_loss=bool(run.held_out.shapes)
-    )
+    is_complete = partial(run_directory.is_validated, args.output_dir, step, with_loss=bool(run.held_out.shapes))
+    return is_due and not processes.from_main(run.accelerator, is_complete)
 
 
 def validate(run: Run, step: int) -> None:
@@ -606,55 +577,41 @@ def held_out_losses(run: Run, step: int) -> dict[str, float]:
 
 
 def sample_videos(run: Run, step: int) -> None:
-    args = run.args
-    vae = encoders.loaded_vae(
-        run.base, run.dtype, run.accelerator.device, tiling=run.memory_plan.tile_decoding, slicing=args.enable_slicing
-    )
+    args, device, tiling = run.args, run.accelerator.device, run.memory_plan.tile_decoding
+    size = {"height": args.height, "width": args.width}
+    guidance = {"guidance_scale": args.guidance_scale, "use_dynamic_cfg": args.use_dynamic_cfg}
     validation.sample_videos(
         run.accelerator,
         run.ranks,
         run.base,
         run.state.transformer,
-        vae=vae,
-        cases=validation.cases(
-            run.data, validation.prompts(args), validation.images(args), height=args.height, width=args.width
-        ),
+        vae=encoders.loaded_vae(run.base, run.dtype, device, tiling=tiling, slicing=args.enable_slicing),
+        cases=validation.cases(run.data, validation.prompts(args), validation.images(args), **size),
         prompt_embeds=run.data.prompts,
         output_dir=args.output_dir,
         step=step,
         seeds=range(args.seed, args.seed + args.num_validation_videos),
         fps=args.fps,
-        num_frames=args.max_num_frames,
-        height=args.height,
-        width=args.width,
-        guidance_scale=args.guidance_scale,
-        use_dynamic_cfg=args.use_dynamic_cfg,
+        video_options=size | guidance | {"num_frames": args.max_num_frames},
     )
 
 
 def announce(run: Run) -> float | None:
     """Describes the run in the terminal, args.json and the trackers; returns the smoothed loss of a resumed run."""
-    args, timeline, base = run.args, run.timeline, run.base
+    args, accelerator, base, timeline = run.args, run.accelerator, run.base, run.timeline
     level, num_trained = run.memory_plan.gradient_checkpointing, lora.count_trained(run.state.transformer)
     data = describe_data(run.data, run.held_out)
-    lines = [base.describe(), *data, *describe_training(args, run.dtype, run.accelerator.device, level, num_trained)]
-    lines += [timeline.summary(args.train_batch_size), *base.remarks(args.max_num_frames, args.fps)]
-    run.accelerator.print(*lines, sep="\n")
-    about = {
+    lines = describe_run(args, accelerator, base, data=data, timeline=timeline, level=level, num_trained=num_trained)
+    accelerator.print(*lines, sep="\n")
+    record = {
         "checkpoint": base.describe(),
         "clips": len(run.data.shapes),
         "processes": run.ranks.count,
         "data": data,
         "memory_plan": run.memory_plan.as_json(),
+        "options": vars(args),
     }
-    run_directory.start_records(
-        run.accelerator,
-        args.output_dir,
-        tracker_name=args.tracker_name,
-        about=about,
-        options=vars(args),
-        first_step=timeline.first_step,
-    )
+    run_directory.start_records(accelerator, args.output_dir, args.tracker_name, record, first_step=timeline.first_step)
     return run_directory.smoothed_loss(args.output_dir)
 
 
@@ -662,21 +619,35 @@ def describe_data(data: Data, held_out: Data) -> list[str]:
     return [data.summary()] + ([f"held out: {held_out.summary()}"] if held_out.shapes else [])
 
 
-def describe_training(
-    args: argparse.Namespace, dtype: torch.dtype, device: torch.device, level: str, num_trained: int
+def describe_run(
+    args,
+    accelerator: Accelerator,
+    base: BaseModel,
+    *,
+    data: list[str],
+    timeline: Timeline,
+    level: str,
+    num_trained: int,
 ) -> list[str]:
-    """Returns what is trained and how it is computed; `level` is the recomputation level."""
+    """Returns lines for the terminal: base model, data, what is trained, how it is computed, and the updates.
+
+    Args:
+        data: from `describe_data`.
+        level: of recomputation.
+    """
     return [
+        base.describe(),
+        *data,
         f"{args.training_type}, {num_trained / 1e6:.4g} million weights, learning rate {args.learning_rate:g}",
         compute.describe(
             level,
-            dtype=dtype,
-            device=device,
+            dtype=DTYPES[accelerator.mixed_precision],
+            device=torch.device("cuda") if args.dry_run_gib else accelerator.device,
             base_precision=args.base_precision,
-            blocks_to_swap=args.blocks_to_swap,
-            compiled=args.compile,
-            backend=args.attention_backend,
+            **compute_options(args),
         ),
+        timeline.summary(args.train_batch_size),
+        *base.remarks(args.max_num_frames, args.fps),
     ]
 
 
@@ -688,31 +659,24 @@ def report_dry_run(
     Args:
         position: where the run starts, from `checkpoints.starting_point`.
     """
-    dtype = DTYPES[accelerator.mixed_precision]
-    device = torch.device("cuda") if args.dry_run_gib else accelerator.device
     root, clips, problems, view, cache = read_listed(args, base)
     facts = dataset.check_clips(root, clips, problems, view, ranks=ranks, everyone=ranks)
     data, held_out = dataset.unencoded(clips, facts, view, base.latent_shape).split(args.validation_split, args.seed)
     timeline = plan_updates(args, data, ranks, position)
     level = memory_plan.gradient_checkpointing
+    settings = memory_settings(args, DTYPES[accelerator.mixed_precision], accelerator.device, ranks.count)
     outlook = dry_run.look_ahead(
         rehearsed_models(args, base),
-        memory_settings(args, dtype, device, ranks.count)._replace(gradient_checkpointing=level),
+        settings._replace(gradient_checkpointing=level),
         facts,
         captions={clip.caption for clip in clips} | {*validation.prompts(args), ""},
         views=2 if args.random_flip else 1,
         num_checkpoints=timeline.count_checkpoints(args.checkpointing_steps, args.checkpoints_total_limit),
     )
     dry_run.check_disk(outlook, cache=cache, output_dir=args.output_dir)
-    accelerator.print(
-        base.describe(),
-        *describe_data(data, held_out),
-        *describe_training(args, dtype, device, level, outlook.num_trained),
-        timeline.summary(args.train_batch_size),
-        *base.remarks(args.max_num_frames, args.fps),
-        *dry_run.describe(outlook, memory_plan.phases),
-        sep="\n",
-    )
+    data, num_trained = describe_data(data, held_out), outlook.num_trained
+    lines = describe_run(args, accelerator, base, data=data, timeline=timeline, level=level, num_trained=num_trained)
+    accelerator.print(*lines, *dry_run.describe(outlook, memory_plan.phases), sep="\n")
 
 
 # ---- the story -------------------------------------------------------------------------------------------------------
@@ -725,17 +689,16 @@ def main(args: argparse.Namespace) -> None:
         accelerator, ranks = start(args)
         dtype = DTYPES[accelerator.mixed_precision]
         base = read_base(args, dtype, accelerator.device)
-        fixed = fixed_options(args, accelerator.mixed_precision, base)
+        fixed = {name: getattr(args, name) for name in FIXED}
+        fixed |= {"mixed_precision": accelerator.mixed_precision, "transformer": base.identity}
         resume_from, position = processes.from_main(
             accelerator,
-            checkpoints.starting_point,
-            args.output_dir,
-            args.resume_from_checkpoint,
-            fixed=fixed,
-            derived=derived_options,
+            lambda: checkpoints.starting_point(args.output_dir, args.resume_from_checkpoint, fixed, derived_options),
         )
         make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], batches_per_step=1)  # refuses missing packages
-        hub_repo = create_hub_repo(args, accelerator)
+        uploads = args.push_to_hub and not args.dry_run
+        if uploads:
+            hub_repo = processes.from_main(accelerator, partial(hub.create_hub_repo, args.hub_model_id, args.hub_token))
         memory_plan = plan_memory(args, accelerator, ranks, base, dtype)
         if args.dry_run:
             report_dry_run(args, accelerator, ranks, base, memory_plan=memory_plan, position=position)
@@ -781,7 +744,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         print(f"Result: {export(weights, args.output_dir)}")
     end(accelerator)
-    if hub_repo and accelerator.is_main_process:  # the other ranks do not wait for the upload
+    if uploads and accelerator.is_main_process:  # the other ranks do not wait for the upload
         hub.push_to_hub(hub_repo, args.output_dir, base, options=vars(args), token=args.hub_token)
 
 

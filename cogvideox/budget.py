@@ -115,7 +115,7 @@ def _smaller(phase: str, settings: Settings, num_layers: int) -> list[tuple[str,
         ]
     if phase == "clips":
         return [("--enable_tiling", {"tile_encoding": True})]
-    lora = settings.lora or Lora(DEFAULT_RANK, DEFAULT_RANK, tuple(DEFAULT_TARGETS))
+    lora = settings.lora or Lora(DEFAULT_RANK, DEFAULT_RANK, DEFAULT_TARGETS)
     options = [("--enable_tiling", {"tile_decoding": True})] if phase == "validation" else []
     options.append(("--gradient_checkpointing full", {"gradient_checkpointing": "full"}))
     options.append(("--training_type lora", {"lora": lora}))

@@ -22,7 +22,7 @@ from files import at_least, expanded_path, publish_folder
 
 OPTIONS = ("rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora", "init_lora_weights", "base_precision")
 DEFAULT_RANK = 128
-DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 # Writes the result from the trained weights into a folder, and returns its path.
 Export = Callable[[dict[str, torch.Tensor], Path], Path]
@@ -33,7 +33,7 @@ class Lora(NamedTuple):
 
     rank: int
     lora_alpha: float
-    lora_target_modules: list[str]
+    lora_target_modules: tuple[str, ...]
     use_dora: bool = False
     use_rslora: bool = False
     lora_dropout: float = 0.0
@@ -49,7 +49,7 @@ class Lora(NamedTuple):
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.lora_alpha,
-            target_modules=self.lora_target_modules,
+            target_modules=list(self.lora_target_modules),  # of which PEFT makes a set; a tuple would stay one
             use_dora=self.use_dora,
             use_rslora=self.use_rslora,
             lora_dropout=self.lora_dropout,
@@ -76,10 +76,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     lora, file = parser.add_argument_group("LoRA").add_argument, expanded_path
     inits = ["default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16"]
     bits = {"choices": quantized.PRECISIONS, "default": quantized.PRECISIONS[0]}
-    targets = "linear layers that get a LoRA (default: attention's to_q to_k to_v to_out.0)"
+    targets = f"linear layers that get a LoRA (default: attention's {' '.join(DEFAULT_TARGETS)})"
     init = "how the first values are chosen; pissa_niter_N is a fast approximation of pissa"
     frozen = "weights of the frozen blocks; bf16: unquantised, in the compute dtype; others take less memory"
-    lora("--rank", type=at_least(1), help="rank of the LoRA matrices (default: 128)")
+    lora("--rank", type=at_least(1), help=f"rank of the LoRA matrices (default: {DEFAULT_RANK})")
     lora("--lora_alpha", type=float, help="the LoRA's strength is lora_alpha / rank (default: rank, so strength 1)")
     lora("--lora_target_modules", nargs="+", metavar="NAME", help=targets)
     lora("--lora_path", type=file, metavar="PATH", help="LoRA to start from: its file, or the folder that holds it")
@@ -107,12 +107,11 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
         refuse(f"--lora_alpha {args.lora_alpha}: must be above 0")
     if not 0 <= args.lora_dropout < 1:
         refuse(f"--lora_dropout {args.lora_dropout}: must be from 0 to below 1")
-    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
-        refuse(f"--ema_decay {args.ema_decay}: must be above 0 and below 1")
 
 
 def lora_of(args: argparse.Namespace) -> Lora:
-    return Lora(**{name: getattr(args, name) for name in Lora._fields})
+    options = {name: getattr(args, name) for name in Lora._fields}
+    return Lora(**options | {"lora_target_modules": tuple(args.lora_target_modules)})
 
 
 def trained_parameters(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -28,6 +28,7 @@ from cogvideox.lora import Export
 from cogvideox.lora_files import LORA_FILE, TRANSFORMER_FOLDER
 from files import publish_folder, write_json
 from run.optimizers import WeightAverage
+from run.processes import from_main
 from run.run_directory import (
     BEST_FILE,
     BEST_FOLDER,
@@ -41,9 +42,8 @@ from run.run_directory import (
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _SHARDED = StateDictOptions(ignore_frozen_params=True)
-warnings.filterwarnings(
-    "ignore", "torch.distributed is disabled, unavailable or uninitialized"
-)  # one process needs none
+# One process needs none.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 class State(NamedTuple):
@@ -207,7 +207,7 @@ def save_checkpoint(
 
 def load_checkpoint(accelerator, state: State, checkpoint: Path) -> None:
     """Restores weights, optimizer and schedule, on any number of ranks. Every rank must call it."""
-    saved = broadcast_object_list([_read_state(checkpoint) if accelerator.is_main_process else None])[0]
+    saved = from_main(accelerator, partial(_read_state, checkpoint))
     if saved["fixed"]["training_type"] == "sft":
         tensors, options = _tensors(state, _SHARDED), _SHARDED
         dcp.load(tensors, checkpoint_id=checkpoint / STATE_FOLDER, no_dist=not is_initialized())
@@ -249,12 +249,10 @@ def save_best(accelerator, state: State, export: Export, output_dir: Path, *, st
     Args:
         losses: of held-out clips; "validation_loss" decides.
     """
-    best, is_lowest = output_dir / BEST_FOLDER, None
-    if accelerator.is_main_process:
-        is_lowest = losses["validation_loss"] < read_best(output_dir).get("validation_loss", math.inf)
-    if not broadcast_object_list([is_lowest])[0]:
+    lowest = from_main(accelerator, lambda: read_best(output_dir).get("validation_loss", math.inf))
+    if not losses["validation_loss"] < lowest:  # nor is NaN
         return
-    weights = result_weights(state)
+    weights, best = result_weights(state), output_dir / BEST_FOLDER
     if accelerator.is_main_process:
         temporary = output_dir / f".{best.name}.incomplete"
         shutil.rmtree(temporary, ignore_errors=True)

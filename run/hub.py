@@ -37,12 +37,12 @@ GALLERY = """
 
 {links}
 """
-LOAD_LORA = """pipe = {pipeline}.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")
+LOAD_LORA = """pipe = {pipeline}.from_pretrained("{base_name}", torch_dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights("{repo}")  # at the strength it was trained at"""
 LOAD_TRANSFORMER = """transformer = CogVideoXTransformer3DModel.from_pretrained(
     "{repo}", subfolder="transformer", torch_dtype=torch.bfloat16
 )
-pipe = {pipeline}.from_pretrained("{base}", transformer=transformer, torch_dtype=torch.bfloat16).to("cuda")"""
+pipe = {pipeline}.from_pretrained("{base_name}", transformer=transformer, torch_dtype=torch.bfloat16).to("cuda")"""
 
 
 def create_hub_repo(name: str, token: str | None) -> str:
@@ -60,18 +60,18 @@ def create_hub_repo(name: str, token: str | None) -> str:
         ) from error
 
 
-def _is_local(base_model: BaseModel) -> bool:
-    return Path(base_model.name).is_dir()
+def _is_local(base: BaseModel) -> bool:
+    return Path(base.name).is_dir()
 
 
-def licence(base_model: BaseModel) -> dict:
+def licence(base: BaseModel) -> dict:
     """Returns the entries on the licence in a card's header: none unless the base model is a published one."""
-    published = None if _is_local(base_model) else published_as(base_model.name)
+    published = None if _is_local(base) else published_as(base.name)
     if not published:
         return {}
     if published.licence == "apache-2.0":
         return {"license": published.licence}
-    link = f"https://huggingface.co/{base_model.name}/blob/main/LICENSE"
+    link = f"https://huggingface.co/{base.name}/blob/main/LICENSE"
     return {"license": "other", "license_name": published.licence, "license_link": link}
 
 
@@ -85,17 +85,17 @@ def last_validation(output_dir: Path) -> dict[str, str]:
     return {f"{folder}/{name}": " ".join(prompt.split()) for name, prompt in sorted(validations[-1].prompts.items())}
 
 
-def _header(base_model: BaseModel, options: dict, videos: dict[str, str]) -> str:
+def _header(base: BaseModel, options: dict, videos: dict[str, str]) -> str:
     is_lora = options["training_type"] == "lora"
     data = {
         "library_name": "diffusers",
-        "pipeline_tag": base_model.published.task,
+        "pipeline_tag": base.published.task,
         "tags": ["cogvideox", "lora"] if is_lora else ["cogvideox"],
     }
     # The hub refuses a card whose base_model is not one of its own names.
-    if not _is_local(base_model):
-        data |= {"base_model": base_model.name, "base_model_relation": "adapter" if is_lora else "finetune"}
-    data |= licence(base_model)
+    if not _is_local(base):
+        data |= {"base_model": base.name, "base_model_relation": "adapter" if is_lora else "finetune"}
+    data |= licence(base)
     if options["id_token"]:
         data["instance_prompt"] = options["id_token"]
     if videos:
@@ -103,8 +103,8 @@ def _header(base_model: BaseModel, options: dict, videos: dict[str, str]) -> str
     return ModelCardData(**data).to_yaml()
 
 
-def _licence_text(base_model: BaseModel) -> str:
-    known = licence(base_model)
+def _licence_text(base: BaseModel) -> str:
+    known = licence(base)
     if not known:
         return "The licence of the base model applies; the training script does not know it."
     name = "Apache-2.0" if known["license"] == "apache-2.0" else f"the [CogVideoX License]({known['license_link']})"
@@ -116,39 +116,39 @@ def _example_prompt(options: dict) -> str:
     return prompt.split(options["validation_prompt_separator"])[0].strip().replace('"', "'")
 
 
-def model_card(repo: str, base_model: BaseModel, options: dict, videos: dict[str, str]) -> str:
+def model_card(repo: str, base: BaseModel, options: dict, videos: dict[str, str]) -> str:
     """Returns the text of the repository's page.
 
     Args:
         options: of the training script.
         videos: prompt of each video, by its path in the repository.
     """
-    is_lora, takes_image = options["training_type"] == "lora", base_model.takes_image
-    base = Path(base_model.name).name if _is_local(base_model) else base_model.name
+    is_lora, takes_image = options["training_type"] == "lora", base.takes_image
+    base_name = Path(base.name).name if _is_local(base) else base.name
     pipeline = "CogVideoXImageToVideoPipeline" if takes_image else "CogVideoXPipeline"
-    about = f"All weights of {base}."
+    about = f"All weights of {base_name}."
     if is_lora:
         saved = Lora(**{name: options[name] for name in Lora._fields}).saved()
-        about = f"A LoRA for {base}, rank {saved['r']}, alpha {saved['lora_alpha']:g}."
+        about = f"A LoRA for {base_name}, rank {saved['r']}, alpha {saved['lora_alpha']:g}."
     links = "\n".join(f"- [{Path(path).name}]({path}): {prompt}" for path, prompt in videos.items())
     return CARD.format(
-        header=_header(base_model, options, videos),
+        header=_header(base, options, videos),
         what="a LoRA" if is_lora else "fine-tuned",
         about=about,
         imports=pipeline if is_lora else f"{pipeline}, CogVideoXTransformer3DModel",
         image_import=", load_image" if takes_image else "",
-        load=(LOAD_LORA if is_lora else LOAD_TRANSFORMER).format(pipeline=pipeline, base=base, repo=repo),
+        load=(LOAD_LORA if is_lora else LOAD_TRANSFORMER).format(pipeline=pipeline, base_name=base_name, repo=repo),
         image='image=load_image("image.png"), ' if takes_image else "",
         prompt=_example_prompt(options),
         fps=options["fps"],
         gallery=GALLERY.format(links=links) if videos else "",
-        licence=_licence_text(base_model),
+        licence=_licence_text(base),
     )
 
 
-def push_to_hub(repo: str, output_dir: Path, base_model: BaseModel, options: dict, token: str | None) -> None:
+def push_to_hub(repo: str, output_dir: Path, base: BaseModel, options: dict, token: str | None) -> None:
     """Uploads the result, its card, the validation videos and the report; not the checkpoints."""
-    card = model_card(repo, base_model, options, last_validation(output_dir))
+    card = model_card(repo, base, options, last_validation(output_dir))
     publish(output_dir / "README.md", card.encode())
     result = [LORA_FILE, f"{TRANSFORMER_FOLDER}/**"]
     about = ["README.md", f"{VALIDATION_FOLDER}/**", ARGS_FILE, METRICS_FILE, REPORT_FILE]

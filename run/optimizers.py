@@ -38,9 +38,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     optim("--prodigy_decouple", action="store_true", help="decouple Prodigy's weight decay, as AdamW does")
     optim("--prodigy_use_bias_correction", action="store_true", help="apply Adam's bias correction in Prodigy")
     optim("--prodigy_safeguard_warmup", action="store_true", help="leave the warm-up out of Prodigy's estimate")
-    optim(
-        "--max_grad_norm", type=float, default=1.0, help="largest norm of the gradient; larger ones are clipped to it"
-    )
+    norm = "largest norm of the gradient; larger ones are clipped to it"
+    optim("--max_grad_norm", type=float, default=1.0, help=norm)
+    average = "save and validate a moving average of the LoRA with this decay, such as 0.99 (default: no average)"
+    optim("--ema_decay", type=float, metavar="D", help=average)
 
 
 def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
@@ -60,6 +61,8 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
         refuse(
             "--lr_warmup_steps: does nothing with --lr_scheduler constant; pass constant_with_warmup, or leave it out"
         )
+    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
+        refuse(f"--ema_decay {args.ema_decay}: must be above 0 and below 1")
 
 
 def default_learning_rate(optimizer: str, training_type: str) -> float:
@@ -76,31 +79,21 @@ def make_optimizer(
     adam_beta2: float,
     adam_weight_decay: float,
     adam_epsilon: float,
-    prodigy_beta3: float | None,
-    prodigy_decouple: bool,
-    prodigy_use_bias_correction: bool,
-    prodigy_safeguard_warmup: bool,
+    **prodigy_options,
 ) -> torch.optim.Optimizer:
     """Returns Adam, AdamW or Prodigy; the arguments are the training script's options of the same names.
+
+    Args:
+        prodigy_options: the options whose names begin with "prodigy_".
 
     Raises:
         ValueError: a package is missing, or a value is out of range.
     """
-    shared = {
-        "lr": learning_rate,
-        "betas": (adam_beta1, adam_beta2),
-        "eps": adam_epsilon,
-        "weight_decay": adam_weight_decay,
-    }
+    betas = (adam_beta1, adam_beta2)
+    shared = {"lr": learning_rate, "betas": betas, "eps": adam_epsilon, "weight_decay": adam_weight_decay}
     if optimizer == "prodigy":
-        return _import_optional("prodigyopt", "--optimizer prodigy").Prodigy(
-            parameters,
-            **shared,
-            beta3=prodigy_beta3,
-            decouple=prodigy_decouple,
-            use_bias_correction=prodigy_use_bias_correction,
-            safeguard_warmup=prodigy_safeguard_warmup,
-        )
+        own = {name.removeprefix("prodigy_"): value for name, value in prodigy_options.items()}
+        return _import_optional("prodigyopt", "--optimizer prodigy").Prodigy(parameters, **shared, **own)
     if use_8bit_adam:
         package = _import_optional("bitsandbytes", "--use_8bit_adam").optim
         return {"adam": package.Adam8bit, "adamw": package.AdamW8bit}[optimizer](parameters, **shared)

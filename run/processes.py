@@ -67,13 +67,8 @@ def start(
         raise ValueError(f"{error} (--mixed_precision {mixed_precision}, --report_to {report_to})") from error
     if report_to != "none" and not accelerator.log_with:
         raise ValueError(f"--report_to {report_to}: not installed; pip install {report_to}, or leave it out")
-    ranks = Ranks(
-        index=accelerator.process_index,
-        count=accelerator.num_processes,
-        gather=gather_object,
-        wait=accelerator.wait_for_everyone,
-    )
-    return accelerator, ranks
+    wait = accelerator.wait_for_everyone
+    return accelerator, Ranks(accelerator.process_index, accelerator.num_processes, gather=gather_object, wait=wait)
 
 
 def _sharding(mixed_precision: str | None) -> FullyShardedDataParallelPlugin | None:
@@ -126,12 +121,12 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def from_main(accelerator: Accelerator, function: Callable, *args, **options):
+def from_main(accelerator: Accelerator, function: Callable):
     """Calls `function` on the main rank, whose disk holds the run directory; returns or raises the outcome on all."""
     outcome = None
     if accelerator.is_main_process:
         try:
-            outcome = function(*args, **options)
+            outcome = function()
         except (ValueError, FileNotFoundError) as error:
             outcome = error
     (outcome,) = broadcast_object_list([outcome])
@@ -200,13 +195,8 @@ def explained():
 
 # Words in the errors of gloo (plain RuntimeErrors) and NCCL when another process has ended.
 LOST = (
-    "closed by peer",
-    "reset by peer",
-    "Timed out waiting",
-    "Broken pipe",
-    "remote process exited",
-    "ncclRemoteError",
-)
+    "closed by peer", "reset by peer", "Timed out waiting", "Broken pipe", "remote process exited", "ncclRemoteError"
+)  # fmt: skip
 
 
 @contextlib.contextmanager

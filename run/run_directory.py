@@ -45,9 +45,6 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return [by_step[step] for step in sorted(filter(str.isdecimal, by_step), key=int)]
 
 
-# ---- validation videos -----------------------------------------------------------------------------------------------
-
-
 class ValidationVideos(NamedTuple):
     """The validation videos of one step."""
 
@@ -80,7 +77,7 @@ def _validation_folder(output_dir: Path, step: int) -> Path:
     return output_dir / VALIDATION_FOLDER / f"step-{step:06d}"
 
 
-def is_validated(output_dir: Path, step: int, with_loss: bool) -> bool:
+def is_validated(output_dir: Path, step: int, *, with_loss: bool) -> bool:
     """Whether the validation after update `step` is complete.
 
     Args:
@@ -89,9 +86,6 @@ def is_validated(output_dir: Path, step: int, with_loss: bool) -> bool:
     if with_loss:
         return any(row["step"] == step and "validation_loss" in row for row in read_metrics(output_dir))
     return (_validation_folder(output_dir, step) / PROMPTS_FILE).exists()
-
-
-# ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
 def log_row(accelerator, output_dir: Path, row: dict, group: str = "train") -> None:
@@ -132,35 +126,24 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-# ---- the record of a run ---------------------------------------------------------------------------------------------
-
-
-def start_records(
-    accelerator, output_dir: Path, *, tracker_name: str, about: dict, options: dict, first_step: int
-) -> None:
+def start_records(accelerator, output_dir: Path, tracker_name: str, record: dict, first_step: int) -> None:
     """Opens the trackers, writes args.json, and removes the rows of metrics.jsonl that a resumed run writes again.
 
     Args:
-        about: what args.json holds beside the options and the versions of packages.
-        options: of the training script.
+        record: what args.json holds beside the versions of packages; "options" are those of the training script.
         first_step: updates done before this start.
     """
-    options = {name: value for name, value in options.items() if name != "hub_token"}
+    options = {name: value for name, value in record["options"].items() if name != "hub_token"}
     # Trackers sort and compare by numbers; tensorboard refuses whatever is neither a number nor text.
     config = {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in options.items()}
     # accelerate gives trackers of files their folder, except this one.
     wandb = {"dir": os.environ.get("WANDB_DIR", accelerator.logging_dir)}
     accelerator.init_trackers(tracker_name, config, {"wandb": wandb})
     if accelerator.is_main_process:
-        write_run(output_dir, about | {"options": options}, first_step)
-
-
-def write_run(output_dir: Path, record: dict, first_step: int) -> None:
-    """Writes args.json, and removes the rows after `first_step` from metrics.jsonl."""
-    packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
-    write_json(output_dir / ARGS_FILE, record | {"versions": {package: version(package) for package in packages}})
-    rows = [row for row in read_metrics(output_dir) if row["step"] <= first_step]
-    publish(output_dir / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "peft")}
+        write_json(output_dir / ARGS_FILE, record | {"options": options, "versions": versions})
+        rows = [row for row in read_metrics(output_dir) if row["step"] <= first_step]
+        publish(output_dir / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def read_args(output_dir: Path) -> dict:

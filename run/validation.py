@@ -5,6 +5,7 @@ import io
 import itertools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -153,7 +154,7 @@ def sample_videos(
     step: int,
     seeds: Iterable[int],
     fps: int,
-    **options,
+    video_options: dict,
 ) -> None:
     """Samples every case with every seed, each rank its share; the main rank writes and logs the videos.
 
@@ -164,18 +165,15 @@ def sample_videos(
         vae: context manager that loads the VAE for the length of a `with` block.
         cases: (prompt, first image, uint8 [H, W, C], or None).
         prompt_embeds: files with the embeddings of the prompts and of "", the unconditional prompt of guidance.
-        options: of `sample_video`.
+        video_options: of `sample_video`.
     """
     jobs = [(i, prompt, image, seed) for i, (prompt, image) in enumerate(cases) for seed in seeds]
-    own_jobs = _equal_share(ranks, jobs)
     embeds = {text: load_prompt_embeds(path).to(accelerator.device) for text, path in prompt_embeds.items()}
-    progress = tqdm(
-        own_jobs, f"Validation, step {step}", unit="video", leave=False, disable=not accelerator.is_main_process
-    )
+    progress = partial(tqdm, unit="video", leave=False, disable=not accelerator.is_main_process)
     videos = []
     transformer.eval()  # no dropout
     with vae as loaded_vae:
-        for i, prompt, image, seed in progress:
+        for i, prompt, image, seed in progress(_equal_share(ranks, jobs), f"Validation, step {step}"):
             frames = sample_video(
                 accelerator.unwrap_model(transformer),
                 loaded_vae,
@@ -184,7 +182,7 @@ def sample_videos(
                 embeds[""],
                 image=image,
                 generator=generator_for(accelerator.device, seed, i),
-                **options,
+                **video_options,
             )
             videos.append(Video(f"prompt-{i:02d}_seed-{seed}.mp4", prompt, encode_mp4(frames, fps)))
     transformer.train()

@@ -54,8 +54,7 @@ def real_step(base, settings):
     for weight in transformer.parameters():
         weight.data = torch.zeros_like(weight, dtype=settings.dtype if settings.lora else torch.float32)
     if settings.lora:
-        lora = settings.lora._replace(lora_target_modules=list(settings.lora.lora_target_modules))
-        add_lora(transformer, lora, settings.dtype)
+        add_lora(transformer, settings.lora, settings.dtype)
     compute.prepare(transformer.train(), settings.gradient_checkpointing)
     trained = trained_parameters(transformer)
     if settings.gradients_in_forward:
