@@ -251,8 +251,7 @@ def free_bytes(args: argparse.Namespace, accelerator: Accelerator, ranks: Ranks)
 def plan_memory(args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, dtype: torch.dtype) -> MemoryPlan:
     """Says what each phase will need and decides, the same on all ranks, what the options leave open ("auto").
 
-    Raises:
-        ValueError: a phase does not fit even if nothing else takes memory.
+    Refuses a run in which a phase does not fit even if nothing else takes memory.
     """
     plan = budget.decide(
         rehearsed_models(args, base),
@@ -271,17 +270,10 @@ def plan_memory(args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, d
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-class Listed(NamedTuple):
-    """The dataset as its files list it, and how the model is to see it."""
-
-    root: Path
-    clips: list[listing.Clip]
-    problems: list[str]
-    view: frames.View
-    cache: Path
-
-
-def read_listed(args: argparse.Namespace, base: BaseModel) -> Listed:
+def read_listed(
+    args: argparse.Namespace, base: BaseModel
+) -> tuple[Path, list[listing.Clip], list[str], frames.View, Path]:
+    """Returns the dataset's folder, its clips and problems as listed, the model's view of them, and the cache."""
     root = args.instance_data_root or listing.download_dataset(args.dataset_name, args.cache_dir)
     clips, problems = listing.read_clips(
         root, args.caption_column, args.video_column, image_file=args.image_column, id_token=args.id_token
@@ -289,7 +281,7 @@ def read_listed(args: argparse.Namespace, base: BaseModel) -> Listed:
     count_held_out(args.validation_split, len(clips))  # before hours of encoding
     problems += image_problems([image for image in validation.images(args) if image], "--validation_images")
     view = frames.view_of(args, with_image=base.takes_image, whole=base.fixed_size is not None)
-    return Listed(root, clips, problems, view, cache=args.latents_cache_dir or root / ".cogvideox_cache")
+    return root, clips, problems, view, args.latents_cache_dir or root / ".cogvideox_cache"
 
 
 def prepare_data(
@@ -354,7 +346,7 @@ def progress_bar(accelerator: Accelerator, items: Iterable | None, description: 
 
 
 def prepare_transformer(
-    args, base: BaseModel, dtype: torch.dtype, device: torch.device, memory_plan: MemoryPlan
+    args, base: BaseModel, memory_plan: MemoryPlan, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.nn.Module, lora.Export]:
     """Returns the transformer, in which only the trained weights require gradients, and the export of the result."""
     set_seed(args.seed)
@@ -404,13 +396,8 @@ class Run(NamedTuple):
     export: lora.Export
 
     def image_encoder(self) -> AbstractContextManager[Callable | None]:
-        return encoders.image_encoder(
-            self.base,
-            self.dtype,
-            self.accelerator.device,
-            tiling=self.memory_plan.tile_encoding,
-            slicing=self.args.enable_slicing,
-        )
+        tiling, slicing = self.memory_plan.tile_encoding, self.args.enable_slicing
+        return encoders.image_encoder(self.base, self.dtype, self.accelerator.device, tiling=tiling, slicing=slicing)
 
     def micro_batches(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         return dataset.micro_batches(
@@ -461,11 +448,7 @@ def update(run: Run, micro_batches: Iterator[tuple[int, dict]], encode_images: C
 
 
 def train(run: Run, fixed: dict) -> None:
-    """Trains up to the last update; logs, saves and validates on the way.
-
-    Args:
-        fixed: options that checkpoints record.
-    """
+    """Trains up to the last update; logs, saves (checkpoints record the `fixed` options) and validates on the way."""
     args, timeline = run.args, run.timeline
     smoothed_loss = announce(run)
     progress = progress_bar(
@@ -506,12 +489,7 @@ def smoothed(loss: float, previous: float | None, weight: float) -> float:
 
 
 def log(run: Run, step: int, measured: Update, *, loss: float, smoothed_loss: float, seconds: float) -> None:
-    """Writes one row of metrics.
-
-    Args:
-        loss: mean over all ranks.
-        seconds: of one update.
-    """
+    """Writes one row of metrics; `loss` is the mean over all ranks, `seconds` is the time of one update."""
     row = {
         "step": step,
         "epoch": round(run.timeline.epoch(step), 4),
@@ -629,12 +607,7 @@ def describe_run(
     level: str,
     num_trained: int,
 ) -> list[str]:
-    """Returns lines for the terminal: base model, data, what is trained, how it is computed, and the updates.
-
-    Args:
-        data: from `describe_data`.
-        level: of recomputation.
-    """
+    """Returns lines on the base model, the data, what is trained, how (`level` of recomputation), and the updates."""
     return [
         base.describe(),
         *data,
@@ -654,11 +627,7 @@ def describe_run(
 def report_dry_run(
     args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, *, memory_plan: MemoryPlan, position: dict
 ) -> None:
-    """Says what the run will do and take, once the clips and the disk space for it are checked.
-
-    Args:
-        position: where the run starts, from `checkpoints.starting_point`.
-    """
+    """Says what the run will do and take from `position` on, once the clips and the disk space for it are checked."""
     root, clips, problems, view, cache = read_listed(args, base)
     facts = dataset.check_clips(root, clips, problems, view, ranks=ranks, everyone=ranks)
     data, held_out = dataset.unencoded(clips, facts, view, base.latent_shape).split(args.validation_split, args.seed)
@@ -710,9 +679,7 @@ def main(args: argparse.Namespace) -> None:
         timeline = plan_updates(args, data, ranks, position)
 
         # What is trained is in float32, what is frozen in the compute dtype.
-        transformer, export = prepare_transformer(
-            args, base, dtype=dtype, device=accelerator.device, memory_plan=memory_plan
-        )
+        transformer, export = prepare_transformer(args, base, memory_plan, dtype=dtype, device=accelerator.device)
         # No variable may hold the weights: FSDP2 would keep them whole on every GPU, beside its shards.
         optimizer = make_optimizer(args, lora.trained_parameters(transformer), timeline.batches_per_step)
         lr_scheduler = make_lr_scheduler(args, optimizer, timeline.total_steps)

@@ -171,7 +171,6 @@ def save_checkpoint(
     a disk. The state of a whole transformer is written by all ranks, each its shard.
 
     Args:
-        export: writes the trained weights as a result.
         position: "step" and "batches_seen", for `read_position` to return.
         fixed: options that a resumed run must share.
     """
@@ -250,7 +249,7 @@ def save_best(accelerator, state: State, export: Export, output_dir: Path, *, st
         losses: of held-out clips; "validation_loss" decides.
     """
     lowest = from_main(accelerator, lambda: read_best(output_dir).get("validation_loss", math.inf))
-    if not losses["validation_loss"] < lowest:  # nor is NaN
+    if not losses["validation_loss"] < lowest:  # NaN is not lower
         return
     weights, best = result_weights(state), output_dir / BEST_FOLDER
     if accelerator.is_main_process:

@@ -68,11 +68,7 @@ def look_ahead(
 
 
 def check_disk(outlook: Outlook, *, cache: Path, output_dir: Path) -> None:
-    """Refuses a run whose files have no room; what is in the cache already counts as room.
-
-    Raises:
-        ValueError: names the folder that is too small.
-    """
+    """Refuses a run whose files have no room; what is in the cache already counts as room."""
     cached = sum(file.stat().st_size for file in cache.rglob("*.safetensors")) if cache.exists() else 0
     written = outlook.num_checkpoints * outlook.checkpoint + outlook.result
     for option, folder, needed, remedy in (

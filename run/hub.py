@@ -46,11 +46,7 @@ pipe = {pipeline}.from_pretrained("{base_name}", transformer=transformer, torch_
 
 
 def create_hub_repo(name: str, token: str | None) -> str:
-    """Creates the repository, before training so that a wrong token is found then, and returns its full name.
-
-    Raises:
-        ValueError: it cannot be created.
-    """
+    """Creates the repository, before training so that a wrong token is found then, and returns its full name."""
     try:
         return create_repo(name, token=token, exist_ok=True).repo_id
     except Exception as error:  # the HTTP library's errors pass through, and which one it is depends on the version

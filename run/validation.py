@@ -5,7 +5,6 @@ import io
 import itertools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -77,15 +76,7 @@ def quantiles(num_train_timesteps: int, count: int = 4) -> list[int]:
 
 @torch.no_grad()
 def held_out_losses(
-    accelerator,
-    ranks: Ranks,
-    base: BaseModel,
-    transformer,
-    *,
-    data: Data,
-    encode_images: Callable | None,
-    seed: int,
-    dtype: torch.dtype,
+    accelerator, ranks: Ranks, base: BaseModel, transformer, *, data: Data, encode_images, seed: int, dtype: torch.dtype
 ) -> dict[str, float]:
     """Returns the mean loss over clips and timesteps, "validation_loss", and at each one, "validation_loss_t125" etc.
 
@@ -93,7 +84,7 @@ def held_out_losses(
     any number of ranks. Every rank must call it.
 
     Args:
-        encode_images: from `encoders.image_encoder`.
+        encode_images: what `encoders.image_encoder` yields.
     """
     timesteps = quantiles(base.scheduler.config.num_train_timesteps)
     jobs = [(clip, timestep) for clip in range(len(data.shapes)) for timestep in timesteps]
@@ -102,14 +93,9 @@ def held_out_losses(
     for clip, timestep in _equal_share(ranks, jobs):
         batch = {name: tensor[None] for name, tensor in data.clips[clip, False].items()}
         generator = generator_for(device, seed, "held out", clip, timestep)
+        at_timestep = torch.tensor([timestep], device=device)
         loss = training_loss(
-            base,
-            transformer,
-            batch,
-            generator,
-            dtype=dtype,
-            encode=encode_images,
-            timesteps=torch.tensor([timestep], device=device),
+            base, transformer, batch, generator, dtype=dtype, encode=encode_images, timesteps=at_timestep
         )
         losses.append(((clip, timestep), loss.item()))
     transformer.train()
@@ -169,11 +155,12 @@ def sample_videos(
     """
     jobs = [(i, prompt, image, seed) for i, (prompt, image) in enumerate(cases) for seed in seeds]
     embeds = {text: load_prompt_embeds(path).to(accelerator.device) for text, path in prompt_embeds.items()}
-    progress = partial(tqdm, unit="video", leave=False, disable=not accelerator.is_main_process)
+    own_jobs, is_quiet = _equal_share(ranks, jobs), not accelerator.is_main_process
+    progress = tqdm(own_jobs, f"Validation, step {step}", unit="video", leave=False, disable=is_quiet)
     videos = []
     transformer.eval()  # no dropout
     with vae as loaded_vae:
-        for i, prompt, image, seed in progress(_equal_share(ranks, jobs), f"Validation, step {step}"):
+        for i, prompt, image, seed in progress:
             frames = sample_video(
                 accelerator.unwrap_model(transformer),
                 loaded_vae,
