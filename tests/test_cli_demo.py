@@ -457,12 +457,12 @@ MISTAKES = {  # name: (options, parts of the message); {2b} is that tiny checkpo
     "no model": ("", "--model_path: not given, and there is no LoRA or transformer to tell it"),
     "no model in the transformer": ("--transformer_path {2b}", "--model_path: not given, and {2b} does not say what"),
     "no model in the lora": ("--lora_path {tmp}/foreign", "--model_path: not given", "does not say what it was"),
-    "model is nowhere": ("--model_path {tmp}/nowhere", "{tmp}/nowhere: no complete base model", "the form owner/name"),
-    "model is on no hub": ("--model_path no/such-model", "no/such-model: no complete base model", "cannot be reached"),
+    "model is nowhere": ("--model_path {tmp}/nowhere", "{tmp}/nowhere: found no model_index.json", "form owner/name"),
+    "model is on no hub": ("--model_path no/such-model", "no/such-model: found no model_index", "cannot be reached"),
     "model is a lora": ("--model_path {tmp}/foreign", "no model_index.json", "give it as --lora_path"),
     "model is a transformer": ("--model_path {tmp}/sft", "no model_index.json", "give it as --transformer_path"),
     "model is a part": ("--model_path {2b}/transformer", "no model_index.json", "give its top folder"),
-    "another family": ("--model_path {tmp}/flux", "is a FluxPipeline", "such as THUDM/CogVideoX-2b"),
+    "another family": ("--model_path {tmp}/flux", "holds a FluxPipeline", "such as THUDM/CogVideoX-2b"),
     "half a download": ("--model_path {tmp}/half", "no weights in text_encoder/", "download it again"),
     "lora is nowhere": ("--lora_path {tmp}/no/lora/here", "--lora_path {tmp}/no/lora/here: no such file"),
     "lora a floor below": ("--lora_path {tmp}", "no pytorch_lora_weights.safetensors", "the newest below it is {tmp}/"),
@@ -504,7 +504,7 @@ MISTAKES = {  # name: (options, parts of the message); {2b} is that tiny checkpo
         "--transformer_path {tmp}/half-of-one", "proj_out.bias is missing, by its config.json (16,)", "as a whole"
     ),
     "transformer's base is nowhere": (
-        "--transformer_path {tmp}/moved", "--model_path {tmp}/away: no complete base model"
+        "--transformer_path {tmp}/moved", "--model_path {tmp}/away: found no model_index.json"
     ),
     "i2v of a tuned text model": (
         "--transformer_path {tmp}/sft --generate_type i2v --image_or_video_path {image}",
