@@ -373,13 +373,30 @@ def test_sizes_and_frames_are_those_of_the_tuned_transformer(checkpoint_of, tmp_
     assert request.inputs == {"height": 80, "width": 96, "num_frames": 17}
 
 
-@pytest.mark.parametrize("below", ["transformer", "."])
-def test_a_tuned_transformer_may_be_on_the_hub(below, tiny_checkpoint, tuned, tmp_path, monkeypatch):
-    snapshot = tmp_path / "hub" / "models--someone--tuned" / "snapshots" / ("0" * 40)
-    shutil.copytree(tuned / "transformer", snapshot / below)
+def put_in_the_hubs_cache(folder, name, tmp_path, monkeypatch, below="."):
+    snapshot = tmp_path / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / ("0" * 40)
+    shutil.copytree(folder, snapshot / below)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_a_base_model_in_the_hubs_cache_is_loaded_from_there_where_the_hub_cannot_be_reached(
+    tiny_checkpoint, tmp_path, monkeypatch
+):
+    put_in_the_hubs_cache(tiny_checkpoint, "someone/tiny", tmp_path, monkeypatch)
+    monkeypatch.setattr("cogvideox.base_model.reaches_hub", lambda: False)
+    from_pretrained, asked = CogVideoXPipeline.from_pretrained, []
+    monkeypatch.setattr(
+        CogVideoXPipeline, "from_pretrained", lambda *name, **how: asked.append(how) or from_pretrained(*name, **how)
+    )
+    load("--model_path", "someone/tiny", "--output_path", tmp_path / "out.mp4")
+    assert [how["local_files_only"] for how in asked] == [True]
+
+
+@pytest.mark.parametrize("below", ["transformer", "."])
+def test_a_tuned_transformer_may_be_on_the_hub(below, tiny_checkpoint, tuned, tmp_path, monkeypatch):
+    put_in_the_hubs_cache(tuned / "transformer", "someone/tuned", tmp_path, monkeypatch, below)
     pipe = load("--transformer_path", "someone/tuned", "--output_path", tmp_path / "out.mp4")
     weights = load_file(tuned / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(weights[name], weight) for name, weight in pipe.transformer.named_parameters())
