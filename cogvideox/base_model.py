@@ -20,7 +20,7 @@ from huggingface_hub.utils import httpx
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 OPTION = "--pretrained_model_name_or_path"  # where training takes its base model
-PIPELINES = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline")
+PIPELINE_NAMES = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline")
 SCHEDULERS = {"CogVideoXDDIMScheduler": CogVideoXDDIMScheduler, "CogVideoXDPMScheduler": CogVideoXDPMScheduler}
 HUB_ERRORS = {
     HFValidationError: "a hub name has the form owner/name",
@@ -170,7 +170,7 @@ def read_base_model(
         index = DiffusionPipeline.load_config(name, **hub)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: found no model_index.json there ({_why_no_index(error, local)}); {rule}") from error
-    if index.get("_class_name") not in PIPELINES:
+    if index.get("_class_name") not in PIPELINE_NAMES:
         raise ValueError(f"{name}: holds a {index.get('_class_name')}, not a CogVideoX pipeline; {rule}")
     try:
         transformer = CogVideoXTransformer3DModel.load_config(name, subfolder="transformer", **hub)
