@@ -17,7 +17,6 @@ from typing import NamedTuple
 import imageio
 import torch
 from diffusers import (
-    AutoencoderKLCogVideoX,
     CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
@@ -29,7 +28,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
 
-from cogvideox.base_model import IDENTITY, empty_transformer, published_like, reaches_hub, why_not_loaded
+from cogvideox.base_model import IDENTITY, BaseModel, empty_transformer, reaches_hub, read_base_model, why_not_loaded
 from cogvideox.encoders import set_tiling
 from cogvideox.lora_files import LORA_FILE, LoraHeader, read_header
 from cogvideox.sampling import encode_mp4
@@ -43,29 +42,21 @@ class TunedTransformer(NamedTuple):
     """A fully fine-tuned transformer, to replace the base model's; the weights stay on disk."""
 
     path: str  # a folder, or a hub name
-    subfolder: str | None  # of the hub's repository
-    empty: CogVideoXTransformer3DModel  # without weights, on the meta device
-    base_model: str | None
-
-
-class Lora(NamedTuple):
-    header: LoraHeader
-    config: LoraConfig | None  # as trained; None where it is not recorded
+    place: dict  # arguments that find it there: subfolder and local_files_only
+    config: dict
+    base_model: str | None  # that it was fine-tuned from; None where it is not recorded
 
 
 class VideoRequest(NamedTuple):
     """What to make and with what, checked before any weights are loaded."""
 
-    model_path: str
+    base: BaseModel  # with the config of the transformer that replaces its own
     transformer: TunedTransformer | None  # None: the base model's
-    lora: Lora | None
+    lora: LoraHeader | None
     generate_type: str
     dtype: torch.dtype
     fps: int
     inputs: dict  # arguments of the pipeline: height, width, and num_frames, image or video
-
-
-# ---- options ---------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -126,9 +117,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if args.lora_scale != 1 and not args.lora_path:
         parser.error(f"--lora_scale {args.lora_scale:g}: there is no LoRA to scale; add --lora_path")
     if args.cpu_offload != "none" and not torch.cuda.is_available():
-        parser.error(
-            f"--cpu_offload {args.cpu_offload}: there is no GPU, everything is on the CPU already; leave it out"
-        )
+        reason = "there is no GPU, everything is on the CPU already"
+        parser.error(f"--cpu_offload {args.cpu_offload}: {reason}; leave it out")
 
 
 # ---- fine-tuned transformers and LoRAs -------------------------------------------------------------------------------
@@ -162,17 +152,17 @@ def find_transformer(path: Path) -> Path:
     raise FileNotFoundError(f"--transformer_path {path}: no transformer/ in this folder; {way_out}")
 
 
-def load_transformer_config(path: str) -> tuple[str, str | None, dict]:
-    """Returns folder or hub name of the transformer, the subfolder there, and its config."""
+def load_transformer_config(path: str) -> tuple[str, dict, dict]:
+    """Returns folder or hub name of the transformer, the arguments that find it there, and its config."""
     folder = Path(path)
     if folder.exists():
-        candidates, offline = [(str(find_transformer(folder)), None)], True
+        candidates = [(str(find_transformer(folder)), {"local_files_only": True})]
     else:
-        candidates, offline = [(path, "transformer"), (path, None)], not reaches_hub()
-    for source, subfolder in candidates:
+        hub = {"local_files_only": not reaches_hub()}
+        candidates = [(path, {"subfolder": "transformer", **hub}), (path, hub)]
+    for source, place in candidates:
         try:
-            config = CogVideoXTransformer3DModel.load_config(source, subfolder=subfolder, local_files_only=offline)
-            return source, subfolder, config
+            return source, place, CogVideoXTransformer3DModel.load_config(source, **place)
         except (OSError, ValueError) as error:
             last_error = error
     message = f"no such folder, nor a transformer on the hub; check it ({why_not_loaded(last_error)})"
@@ -181,55 +171,55 @@ def load_transformer_config(path: str) -> tuple[str, str | None, dict]:
 
 def read_transformer(path: str) -> TunedTransformer:
     """Reads a transformer's config and, in a folder, checks the headers of its weights."""
-    source, subfolder, config = load_transformer_config(path)
+    source, place, config = load_transformer_config(path)
     kind, wanted = config.get("_class_name", "no model of diffusers"), CogVideoXTransformer3DModel.__name__
     if kind != wanted:
         raise ValueError(f"--transformer_path {source}: its config.json is of {kind}; give the folder of a {wanted}")
-    tuned = TunedTransformer(source, subfolder, empty_transformer(config), config.get("_name_or_path"))
+    empty = empty_transformer(config)
     if Path(source).is_dir():
-        check_weights(tuned)
-    return tuned
+        check_weights(Path(source), empty)
+    return TunedTransformer(source, place, dict(empty.config), config.get("_name_or_path"))
 
 
-def check_weights(tuned: TunedTransformer) -> None:
+def check_weights(folder: Path, empty: CogVideoXTransformer3DModel) -> None:
     """Refuses a folder whose weights, in one file or in several with an index, do not fit its config."""
-    folder, files = Path(tuned.path), [WEIGHTS_FILE]
-    if (folder / f"{WEIGHTS_FILE}.index.json").is_file():
-        index = json.loads((folder / f"{WEIGHTS_FILE}.index.json").read_text(encoding="utf-8"))
-        files = sorted(set(index["weight_map"].values()))
+    files, index = [WEIGHTS_FILE], folder / f"{WEIGHTS_FILE}.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise FileNotFoundError(f"--transformer_path {folder}: no {', '.join(missing)} in it; copy it again")
     shapes = {}
     for file in files:
         shapes |= read_header(folder / file, "--transformer_path").shapes
-    expected = {name: tuple(weight.shape) for name, weight in tuned.empty.state_dict().items()}
+    expected = {name: tuple(weight.shape) for name, weight in empty.state_dict().items()}
     if wrong := sorted(shapes.items() ^ expected.items()):  # diffusers 0.42.1 would only warn of that
         name = wrong[0][0]
         found = f"{name} is {shapes.get(name, 'missing')}, by its config.json {expected.get(name, 'not there')}"
         raise ValueError(f"--transformer_path {folder}: {found}; give what save_pretrained wrote, as a whole")
 
 
-def check_transformer(tuned: TunedTransformer, config: dict, model_path: str) -> None:
-    """Refuses a transformer of another kind than the base model's, whose config is `config`."""
-    own = tuned.empty.config
-    others = [name for name in (*IDENTITY, "ofs_embed_dim") if own[name] != config[name]]
+def check_transformer(tuned: TunedTransformer, base: BaseModel) -> None:
+    """Refuses a transformer of another kind than the base model's."""
+    own, there = tuned.config, base.transformer
+    others = [name for name in (*IDENTITY, "ofs_embed_dim") if own[name] != there[name]]
     if others:
-        base = f" ({tuned.base_model})" if tuned.base_model else ""
-        wrong = "; ".join(f"{name} {own[name]}, there {config[name]}" for name in others)
+        made_from = f" ({tuned.base_model})" if tuned.base_model else ""
+        wrong = "; ".join(f"{name} {own[name]}, there {there[name]}" for name in others)
         raise ValueError(
-            f"--transformer_path {tuned.path}: of another kind than --model_path {model_path}: {wrong}. "
-            f"Give the base model that it was fine-tuned from{base}"
+            f"--transformer_path {tuned.path}: of another kind than --model_path {base.name}: {wrong}. "
+            f"Give the base model that it was fine-tuned from{made_from}"
         )
 
 
 def find_lora(path: Path) -> Path:
     """Returns the LoRA's file: `path` itself, the file in it, or a download from the hub."""
-    if path.is_dir() and not (path / LORA_FILE).is_file():
+    file = path / LORA_FILE if path.is_dir() else path
+    if file.exists():
+        return file
+    if path.is_dir():
         way_out = newest_below(path, LORA_FILE) or other_option(path) or "give the folder or file that has it"
         raise FileNotFoundError(f"--lora_path {path}: no {LORA_FILE} in this folder; {way_out}")
-    if path.exists():
-        return path / LORA_FILE if path.is_dir() else path
     try:
         return Path(hf_hub_download(str(path), LORA_FILE, local_files_only=not reaches_hub()))
     except (OSError, ValueError) as error:
@@ -237,8 +227,7 @@ def find_lora(path: Path) -> Path:
         raise FileNotFoundError(f"--lora_path {path}: {message}") from error
 
 
-def read_lora(path: Path) -> Lora:
-    """Reads a LoRA from the header of its file."""
+def read_lora(path: Path) -> LoraHeader:
     file = find_lora(path)
     header = read_header(file)
     foreign = next((name for name in header.shapes if not name.startswith("transformer.") or ".lora" not in name), None)
@@ -250,10 +239,10 @@ def read_lora(path: Path) -> Lora:
         rule = f"init_lora_weights {start} changed the base model's own weights, which are not in it"
         raise ValueError(f"--lora_path {file}: {rule}; convert it: peft's path_initial_model_for_weight_conversion")
     try:
-        config = LoraConfig(**header.settings)
+        LoraConfig(**header.settings)
     except TypeError as error:
         raise ValueError(f"--lora_path {file}: this peft does not know its settings; update peft ({error})") from error
-    return Lora(header, config if header.settings else None)
+    return header
 
 
 def fits(part: str, shape: tuple[int, ...], layer_shape: tuple[int, ...]) -> bool:
@@ -264,29 +253,28 @@ def fits(part: str, shape: tuple[int, ...], layer_shape: tuple[int, ...]) -> boo
     return shape[1:] == layer_shape[1:] if takes_input else shape[:1] == layer_shape[:1]
 
 
-def check_lora(lora: Lora, transformer: CogVideoXTransformer3DModel, base: str) -> None:
-    """Refuses a LoRA that was not trained on a base model such as `transformer`, which messages call `base`."""
-    header, config = lora.header, transformer.config
-    wrong = [
-        f"{name} {value}, here {config.get(name)}"
-        for name, value in (header.trained_on or {}).items()
-        if value != config.get(name)
-    ]
-    layers = {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in transformer.named_parameters()}
-    for name, shape in header.shapes.items():
+def check_lora_fits(lora: LoraHeader, base: BaseModel, network: str) -> None:
+    """Refuses a LoRA that was not trained on a base model such as `base`, which messages call `network`."""
+    here = base.transformer
+    trained_on = (lora.trained_on or {}).items()
+    wrong = [f"{name} {value}, here {here.get(name)}" for name, value in trained_on if value != here.get(name)]
+    weights = empty_transformer(here).named_parameters()
+    layers = {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in weights}
+    for name, shape in lora.shapes.items():
         layer, _, part = name.removeprefix("transformer.").partition(".lora")
         if layer not in layers:
             wrong.append(f"{name} {list(shape)}, here no such layer")
         elif not fits(part, shape, layers[layer]):
             wrong.append(f"{name} {list(shape)}, here {list(layers[layer])}")
-    if lora.config and not lora.config.rank_pattern:
-        ranks = {shape[0] for name, shape in header.shapes.items() if name.endswith("lora_A.weight")}
-        wrong += [f"recorded as rank {lora.config.r}, its weights have {rank}" for rank in ranks - {lora.config.r}]
+    if lora.settings and not lora.settings.get("rank_pattern"):
+        recorded = LoraConfig(**lora.settings).r
+        ranks = {shape[0] for name, shape in lora.shapes.items() if name.endswith("lora_A.weight")}
+        wrong += [f"recorded as rank {recorded}, its weights have {rank}" for rank in ranks - {recorded}]
     if wrong:
-        trained_on = f" ({header.base_model})" if header.base_model else ""
+        made_for = f" ({lora.base_model})" if lora.base_model else ""
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
-            f"--lora_path {header.file}: trained on another base model{trained_on} than {base}: "
+            f"--lora_path {lora.file}: trained on another base model{made_for} than {network}: "
             f"{'; '.join(wrong[:3])}{more}. Give the one that it was trained on"
         )
 
@@ -294,85 +282,69 @@ def check_lora(lora: Lora, transformer: CogVideoXTransformer3DModel, base: str) 
 # ---- the base model, and what it is asked for ------------------------------------------------------------------------
 
 
-def read_base(
-    path: str, parts: tuple[str, ...] = ("transformer", "vae", "text_encoder")
-) -> tuple[CogVideoXTransformer3DModel, int]:
-    """Returns the empty transformer, and how many pixels a latent spans on each side.
-
-    Args:
-        parts: which must have their weights, in a folder.
-    """
-    folder, known = Path(path), [pipeline.__name__ for pipeline in PIPELINES.values()]
+def read_base(path: str, parts: tuple[str, ...]) -> BaseModel:
+    """Reads the base model's configs; in a folder, the weights of `parts` must be there."""
+    folder = Path(path)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
-        way_out = other_option(folder) or "give its top folder"
-        raise FileNotFoundError(
-            f"--model_path {path}: no model_index.json, so not a base model of diffusers; {way_out}"
-        )
-    offline = folder.is_dir() or not reaches_hub()
+        reason, way_out = "no model_index.json, so not a base model of diffusers", other_option(folder)
+        raise FileNotFoundError(f"--model_path {path}: {reason}; {way_out or 'give its top folder'}")
     try:
-        pipeline_name = CogVideoXPipeline.load_config(path, local_files_only=offline)["_class_name"]
-        if pipeline_name in known:
-            config = CogVideoXTransformer3DModel.load_config(path, subfolder="transformer", local_files_only=offline)
-            vae_config = AutoencoderKLCogVideoX.load_config(path, subfolder="vae", local_files_only=offline)
-    except (OSError, ValueError) as error:
-        message = f"no complete base model, as a folder or on the hub; check it ({why_not_loaded(error)})"
-        raise FileNotFoundError(f"--model_path {path}: {message}") from error
-    if pipeline_name not in known:
-        raise ValueError(f"--model_path {path}: is a {pipeline_name}; give a CogVideoX, such as THUDM/CogVideoX-2b")
+        base = read_base_model(path, option="--model_path")
+    except ValueError as error:
+        raise ValueError(f"--model_path {error}") from error
     for part in parts:
         if folder.is_dir() and not any(file.suffix in (".safetensors", ".bin") for file in (folder / part).glob("*")):
             raise FileNotFoundError(f"--model_path {path}: no weights in {part}/; download it again")
-    return empty_transformer(config), 2 ** (len(vae_config["block_out_channels"]) - 1)
+    return base._replace(name=path)  # for messages, as it was given
 
 
-def choose_generate_type(args: argparse.Namespace, config: dict, base: str) -> str:
-    """Returns t2v, i2v or v2v; unless asked for, what the base model takes, which messages call `base`."""
-    kind, source, takes_image = args.generate_type, args.image_or_video_path, config.in_channels != config.out_channels
+def choose_generate_type(args: argparse.Namespace, base: BaseModel, network: str) -> str:
+    """Returns t2v, i2v or v2v; unless asked for, what the base model takes, which messages call `network`."""
+    kind, source, takes_image = args.generate_type, args.image_or_video_path, base.takes_image
     if kind and takes_image != (kind == "i2v"):
         made_for, way_out = ("an image", "i2v") if takes_image else ("text only", "t2v or v2v")
-        raise ValueError(
-            f"--generate_type {kind}: {base} is made to start from {made_for} (channels in "
-            f"{config.in_channels}, out {config.out_channels}); use {way_out}, or another base model"
-        )
+        channels = f"in {base.transformer['in_channels']}, out {base.transformer['out_channels']}"
+        reason = f"{network} is made to start from {made_for} (channels {channels})"
+        raise ValueError(f"--generate_type {kind}: {reason}; use {way_out}, or another base model")
     if takes_image and not source:
-        raise ValueError(f"--image_or_video_path: not given, and {base} starts from an image; add it")
+        raise ValueError(f"--image_or_video_path: not given, and {network} starts from an image; add it")
     if not (kind or takes_image) and source:
         way_out = "add --generate_type v2v to change a video, or leave it out"
-        raise ValueError(f"--image_or_video_path {source}: {base} starts from text only; {way_out}")
+        raise ValueError(f"--image_or_video_path {source}: {network} starts from text only; {way_out}")
     return kind or ("i2v" if takes_image else "t2v")
 
 
-def choose_size(args: argparse.Namespace, config: dict, vae_factor: int) -> tuple[int, int]:
+def choose_size(args: argparse.Namespace, base: BaseModel) -> tuple[int, int]:
     """Returns height and width in pixels; unless asked for, the base model's."""
-    most = vae_factor * config.sample_height, vae_factor * config.sample_width
-    published = published_like(config)
+    published, most = base.published, base.sample_size
     # The config published with 1.5 has 300 x 300 latents, where its positions end, not the size it was trained at.
     positions_only = published.version == "1.5" and most == (2400, 2400)
     own = (published.height, published.width) if positions_only else most
     size = args.height or own[0], args.width or own[1]
-    multiple = vae_factor * config.patch_size
+    multiple = base.spatial_factor * base.transformer["patch_size"]
     for axis, flag in enumerate(("--height", "--width")):
         if size[axis] % multiple:
             nearest = multiple * max(1, round(size[axis] / multiple))
             raise ValueError(f"{flag} {size[axis]}: must be a multiple of {multiple}; nearest is {nearest}")
-        if config.use_learned_positional_embeddings and size[axis] != own[axis]:
+        if base.fixed_size and size[axis] != own[axis]:
             raise ValueError(f"{flag} {size[axis]}: this base model makes only {own[axis]}; leave it out")
         if published.version == "1.5" and size[axis] > most[axis]:
             raise ValueError(f"{flag} {size[axis]}: this base model's positions end at {most[axis]}; give at most that")
     return size
 
 
-def choose_frames(args: argparse.Namespace, kind: str, config: dict) -> int:
+def choose_frames(args: argparse.Namespace, kind: str, base: BaseModel) -> int:
     """Returns the number of frames; unless asked for, the base model's."""
-    ratio, own = config.temporal_compression_ratio, config.sample_frames
+    config = base.transformer
+    ratio, own, patch = config["temporal_compression_ratio"], config["sample_frames"], config["patch_size_t"]
     # diffusers 0.42.1 pads the latent frames of 1.5 to its patches in time for text and image, not for video.
-    step = ratio * config.patch_size_t if config.patch_size_t and kind == "v2v" else ratio
+    step = ratio * patch if patch and kind == "v2v" else ratio
     first = step - ratio + 1
     frames = args.num_frames or own - (own - first) % step
     if (frames - first) % step:
         nearest = first + step * max(0, round((frames - first) / step))
         raise ValueError(f"--num_frames {frames}: must be {step}k + {first}; nearest is {nearest}")
-    if config.use_learned_positional_embeddings and frames != own:
+    if base.fixed_size and frames != own:
         raise ValueError(f"--num_frames {frames}: this base model makes only {own}; leave it out")
     latent_frames = (frames - 1) // ratio + 1
     if latent_frames % 2 == 0:
@@ -405,24 +377,20 @@ def read_source(path: str | None, kind: str, *, num_frames: int, fps: int, width
             return {"num_frames": num_frames, "image": ImageOps.fit(load_image(path), width_height)}
         return {"video": [ImageOps.fit(frame, width_height) for frame in read_video(path, num_frames, fps)]}
     except (OSError, RuntimeError) as error:
-        wanted = "an image for i2v" if kind == "i2v" else "a video for v2v"
-        raise ValueError(
-            f"--image_or_video_path {path}: not readable; give {wanted} ({why_not_loaded(error)})"
-        ) from error
+        wanted, reason = "an image for i2v" if kind == "i2v" else "a video for v2v", why_not_loaded(error)
+        raise ValueError(f"--image_or_video_path {path}: not readable; give {wanted} ({reason})") from error
 
 
-def choose_model_path(args: argparse.Namespace, tuned: TunedTransformer | None, lora: Lora | None) -> str:
+def choose_model_path(args: argparse.Namespace, tuned: TunedTransformer | None, lora: LoraHeader | None) -> str:
     """Returns the base model; unless given, what the transformer, or else the LoRA, was trained on."""
     if args.model_path:
         return args.model_path
-    trained = {
-        "the transformer was fine-tuned from": tuned and tuned.base_model,
-        "the LoRA was trained on": lora and lora.header.base_model,
-    }
-    for how, base_model in trained.items():
-        if base_model:
-            print(f"--model_path: not given; {base_model}, which {how}")
-            return os.path.expanduser(base_model)
+    if tuned and tuned.base_model:
+        print(f"--model_path: not given; {tuned.base_model}, which the transformer was fine-tuned from")
+        return os.path.expanduser(tuned.base_model)
+    if lora and lora.base_model:
+        print(f"--model_path: not given; {lora.base_model}, which the LoRA was trained on")
+        return os.path.expanduser(lora.base_model)
     silent = " and ".join(option for option in (args.transformer_path, args.lora_path) if option)
     reason = f"{silent} does not say what it was trained on" if silent else "there is no LoRA or transformer to tell it"
     raise ValueError(f"--model_path: not given, and {reason}; give a base model, such as THUDM/CogVideoX-2b")
@@ -432,38 +400,30 @@ def make_request(args: argparse.Namespace) -> VideoRequest:
     """Reads and checks everything but weights."""
     tuned = read_transformer(args.transformer_path) if args.transformer_path else None
     lora = read_lora(Path(args.lora_path)) if args.lora_path else None
-    model_path = choose_model_path(args, tuned, lora)
-    base = f"--model_path {model_path}"
+    parts = ("vae", "text_encoder") if tuned else ("transformer", "vae", "text_encoder")
+    base = read_base(choose_model_path(args, tuned, lora), parts)
+    network = f"--model_path {base.name}"
     if tuned:
-        replaced, vae_factor = read_base(model_path, parts=("vae", "text_encoder"))
-        check_transformer(tuned, replaced.config, model_path)
-        transformer, base = tuned.empty, f"--transformer_path {tuned.path}"
-    else:
-        transformer, vae_factor = read_base(model_path)
+        check_transformer(tuned, base)
+        base, network = base._replace(transformer=tuned.config), f"--transformer_path {tuned.path}"
     if lora:
-        check_lora(lora, transformer, base)
-    if lora and lora.header.is_dora and args.cpu_offload == "sequential":
+        check_lora_fits(lora, base, network)
+    if lora and lora.is_dora and args.cpu_offload == "sequential":
         # peft 0.21.2 reads a layer's own weight from outside of it, where accelerate has none on the GPU.
         raise ValueError("--cpu_offload sequential: takes layers apart that a DoRA needs whole; give it as model")
-    config = transformer.config
-    kind = choose_generate_type(args, config, base)
+    kind = choose_generate_type(args, base, network)
     dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-    if dtype == "float16" and published_like(config).version == "1.5":
+    if dtype == "float16" and base.published.version == "1.5":
         raise ValueError("--dtype float16: gives NaN with CogVideoX 1.5; use bfloat16 or float32")
-    (height, width), num_frames = choose_size(args, config, vae_factor), choose_frames(args, kind, config)
-    fps = args.fps or published_like(config).fps
+    (height, width), num_frames = choose_size(args, base), choose_frames(args, kind, base)
+    fps = args.fps or base.published.fps
     source = read_source(args.image_or_video_path, kind, num_frames=num_frames, fps=fps, width_height=(width, height))
     make_output_folder(Path(args.output_path))
-    names = f"{model_path} with {tuned.path}" if tuned else model_path
+    names = f"{base.name} with {tuned.path}" if tuned else base.name
     print(f"{names}: {num_frames} frames of {width}x{height} at {fps} fps in {dtype}")
+    inputs = {"height": height, "width": width, **source}
     return VideoRequest(
-        model_path=model_path,
-        transformer=tuned,
-        lora=lora,
-        generate_type=kind,
-        dtype=getattr(torch, dtype),
-        fps=fps,
-        inputs={"height": height, "width": width, **source},
+        base=base, transformer=tuned, lora=lora, generate_type=kind, dtype=getattr(torch, dtype), fps=fps, inputs=inputs
     )
 
 
@@ -479,12 +439,10 @@ def make_output_folder(output: Path) -> None:
 
 def load_pipeline(request: VideoRequest, args: argparse.Namespace):
     """Loads the pipeline with its transformer and LoRA onto its device."""
-    replaced = {}
-    if request.transformer:  # the base model's is then neither loaded nor downloaded
-        path, subfolder, *_ = request.transformer
-        tuned = CogVideoXTransformer3DModel.from_pretrained(path, subfolder=subfolder, dtype=request.dtype)
-        replaced["transformer"] = tuned
-    pipe = PIPELINES[request.generate_type].from_pretrained(request.model_path, dtype=request.dtype, **replaced)
+    dtype, tuned, options = request.dtype, request.transformer, dict(request.base.hub)
+    if tuned:  # the base model's is then neither loaded nor downloaded
+        options["transformer"] = CogVideoXTransformer3DModel.from_pretrained(tuned.path, dtype=dtype, **tuned.place)
+    pipe = PIPELINES[request.generate_type].from_pretrained(request.base.name, dtype=dtype, **options)
     # With zero terminal SNR only trailing steps start from pure noise. The published configs say the same.
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="trailing")
     if request.lora:
@@ -499,23 +457,22 @@ def load_pipeline(request: VideoRequest, args: argparse.Namespace):
     return pipe
 
 
-def apply_lora(pipe, lora: Lora, lora_scale: float) -> None:
+def apply_lora(pipe, lora: LoraHeader, lora_scale: float) -> None:
     """Loads the LoRA at `lora_scale` times its trained strength, and prints the strength that its layers apply."""
-    file = lora.header.file
-    pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="lora")
+    pipe.load_lora_weights(str(lora.file.parent), weight_name=lora.file.name, adapter_name="lora")
     pipe.set_adapters("lora", lora_scale)  # on top of alpha/rank, which diffusers reads from the file
     pipe.transformer.eval()  # diffusers 0.42.1 leaves the LoRA's layers in training mode, in which lora_dropout drops
     trained = "no strength recorded: taken as 1"
-    if lora.config:
-        rank, alpha = lora.config.r, lora.config.lora_alpha
-        divisor, name = (math.sqrt(rank), "sqrt(rank)") if lora.config.use_rslora else (rank, "rank")
-        trained = f"trained strength alpha/{name} = {alpha / divisor:g}"
+    if lora.settings:
+        config = LoraConfig(**lora.settings)
+        divisor, name = (math.sqrt(config.r), "sqrt(rank)") if config.use_rslora else (config.r, "rank")
+        trained = f"trained strength alpha/{name} = {config.lora_alpha / divisor:g}"
     layers = [module for module in pipe.transformer.modules() if isinstance(module, BaseTunerLayer)]
     ranks = "/".join(f"{rank:g}" for rank in sorted({layer.r["lora"] for layer in layers}))
     applied = "/".join(f"{scale:g}" for scale in sorted({layer.scaling["lora"] for layer in layers}))
     # peft 0.21.2 scales only the directions of a DoRA.
-    kept = "; the magnitudes of its DoRA as trained" if lora.header.is_dora else ""
-    print(f"LoRA {file}: rank {ranks}, {trained}, --lora_scale {lora_scale:g} -> applied at {applied}{kept}")
+    kept = "; the magnitudes of its DoRA as trained" if lora.is_dora else ""
+    print(f"LoRA {lora.file}: rank {ranks}, {trained}, --lora_scale {lora_scale:g} -> applied at {applied}{kept}")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -53,9 +53,6 @@ def hash_of(content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:40]
 
 
-# ---- for argparse ----------------------------------------------------------------------------------------------------
-
-
 def parse_options(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parses a command line; names the nearest options for one that is unknown.
 

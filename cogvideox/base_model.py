@@ -19,6 +19,8 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, O
 from huggingface_hub.utils import httpx
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
+OPTION = "--pretrained_model_name_or_path"  # where training takes its base model
+PIPELINE_NAMES = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline")
 SCHEDULERS = {"CogVideoXDDIMScheduler": CogVideoXDDIMScheduler, "CogVideoXDPMScheduler": CogVideoXDPMScheduler}
 HUB_ERRORS = {
     HFValidationError: "a hub name has the form owner/name",
@@ -149,21 +151,26 @@ def published_like(transformer: dict) -> Published:
 # ---- configs ---------------------------------------------------------------------------------------------------------
 
 
-def read_base_model(name: str, revision: str | None = None, variant: str | None = None, cache_dir=None) -> BaseModel:
+def read_base_model(
+    name: str, revision: str | None = None, variant: str | None = None, cache_dir=None, option: str = OPTION
+) -> BaseModel:
     """Reads the configs from a folder or a hub repository.
+
+    Args:
+        option: that named the base model, for the message.
 
     Raises:
         ValueError: it cannot be found, or is no complete CogVideoX base model.
     """
     local = Path(name).expanduser()
     name = str(local.resolve()) if local.is_dir() else name
-    rule = "--pretrained_model_name_or_path takes a folder, or a hub name such as THUDM/CogVideoX-2b"
+    rule = f"{option} takes a folder, or a hub name such as THUDM/CogVideoX-2b"
     hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local.is_dir() or not reaches_hub()}
     try:
         index = DiffusionPipeline.load_config(name, **hub)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: found no model_index.json there ({_why_no_index(error, local)}); {rule}") from error
-    if not index.get("_class_name", "").startswith("CogVideoX"):
+    if index.get("_class_name") not in PIPELINE_NAMES:
         raise ValueError(f"{name}: holds a {index.get('_class_name')}, not a CogVideoX pipeline; {rule}")
     try:
         transformer = CogVideoXTransformer3DModel.load_config(name, subfolder="transformer", **hub)

@@ -36,44 +36,18 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 TOKEN = "FILM"  # begins the captions of the new look
 
 # What distinguishes the base models, as in their published configs; everything else is only smaller.
-VARIANTS = {
-    "2b": {
-        "transformer": {},
-        "vae": {"scaling_factor": 1.15258426},
-        "scheduler": (CogVideoXDDIMScheduler, {"snr_shift_scale": 3.0}),
-    },
-    "5b": {
-        "transformer": {"use_rotary_positional_embeddings": True},
-        "vae": {"scaling_factor": 0.7},
-        "scheduler": (CogVideoXDPMScheduler, {"snr_shift_scale": 1.0}),
-    },
-    "5b-I2V": {
-        "transformer": {
-            "in_channels": 8,
-            "use_rotary_positional_embeddings": True,
-            "use_learned_positional_embeddings": True,
-        },
-        "vae": {"scaling_factor": 0.7},
-        "scheduler": (CogVideoXDPMScheduler, {"snr_shift_scale": 1.0}),
-    },
-    "1.5-5B": {
-        "transformer": {"use_rotary_positional_embeddings": True, "patch_size_t": 2, "patch_bias": False},
-        "vae": {"scaling_factor": 0.7},
-        "scheduler": (CogVideoXDPMScheduler, {"snr_shift_scale": 1.0}),
-    },
-    "1.5-5B-I2V": {
-        "transformer": {
-            "in_channels": 8,
-            "use_rotary_positional_embeddings": True,
-            "patch_size_t": 2,
-            "patch_bias": False,
-            "ofs_embed_dim": 32,
-        },
-        "vae": {"scaling_factor": 0.7, "invert_scale_latents": True},
-        "scheduler": (CogVideoXDPMScheduler, {"snr_shift_scale": 1.0}),
-    },
-}
-
+ROTARY = {"use_rotary_positional_embeddings": True}
+ROTARY_1_5 = ROTARY | {"patch_size_t": 2, "patch_bias": False}
+IMAGE_5B = {"in_channels": 8, "use_learned_positional_embeddings": True} | ROTARY
+IMAGE_1_5 = {"in_channels": 8, "ofs_embed_dim": 32} | ROTARY_1_5
+DDIM, DPM = CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+VARIANTS = {  # name: configs of the transformer and the VAE, scheduler with its SNR shift
+    "2b":         ({},         {"scaling_factor": 1.15258426},                        DDIM, 3.0),
+    "5b":         (ROTARY,     {"scaling_factor": 0.7},                               DPM,  1.0),
+    "5b-I2V":     (IMAGE_5B,   {"scaling_factor": 0.7},                               DPM,  1.0),
+    "1.5-5B":     (ROTARY_1_5, {"scaling_factor": 0.7},                               DPM,  1.0),
+    "1.5-5B-I2V": (IMAGE_1_5,  {"scaling_factor": 0.7, "invert_scale_latents": True}, DPM,  1.0),
+}  # fmt: skip
 
 WORDS = ("a", "moves", "over", "ground", *COLOURS, *shapes.SHAPES, *MOTIONS, *shapes.GROUNDS)
 
@@ -83,37 +57,21 @@ def make_tokenizer(folder, max_length=226):
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"()-"
     sentences = [" ".join(WORDS), *WORDS, *letters] * 20
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
-        model_writer=model,
-        vocab_size=200,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    options = {"vocab_size": 200, "hard_vocab_limit": False, "minloglevel": 2} | ids
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sentences), model_writer=model, **options)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(model.getvalue())
     config = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(config | {"extra_ids": 100, "model_max_length": max_length})
-    )
+    config |= {"extra_ids": 100, "model_max_length": max_length}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return AutoTokenizer.from_pretrained(folder)
 
 
 def make_vae(**options):
     """Returns a tiny VAE whose latents barely vary from draw to draw, like those of a trained one."""
-    vae = AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_height=64,
-        sample_width=96,
-        **options,
-    )
+    sizes = {"block_out_channels": (8, 8, 8, 8), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4}
+    vae = AutoencoderKLCogVideoX(sample_height=64, sample_width=96, **sizes, **options)
     with torch.no_grad():
         vae.encoder.conv_out.conv.bias[4:] -= 8  # the log-variance
     return vae
@@ -124,26 +82,17 @@ def make_checkpoint(folder, variant="2b", seed=0):
 
     `DiffusionPipeline.from_pretrained(folder)` loads it.
     """
-    folder, differences = Path(folder), VARIANTS[variant]
+    transformer_options, vae_options, scheduler_class, snr_shift = VARIANTS[variant]
+    folder = Path(folder)
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(folder / "tokenizer")
     text_encoder = T5EncoderModel(tiny_t5_config(len(tokenizer)))
-    vae = make_vae(**differences["vae"])
-    transformer_config = {
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 32,
-        "time_embed_dim": 32,
-        "text_embed_dim": 32,
-        "in_channels": 4,
-        "out_channels": 4,
-        "sample_height": 8,
-        "sample_width": 12,
-        "sample_frames": 9,
-    }
-    transformer = CogVideoXTransformer3DModel(**transformer_config | differences["transformer"])
-    scheduler_class, scheduler_config = differences["scheduler"]
-    scheduler = make_scheduler(scheduler_class, **scheduler_config)
+    vae = make_vae(**vae_options)
+    layers = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32}
+    widths = {"time_embed_dim": 32, "text_embed_dim": 32, "in_channels": 4, "out_channels": 4}
+    latents = {"sample_frames": 9, "sample_height": 8, "sample_width": 12}
+    transformer = CogVideoXTransformer3DModel(**layers | widths | latents | transformer_options)
+    scheduler = make_scheduler(scheduler_class, snr_shift_scale=snr_shift)
     pipeline_class = CogVideoXImageToVideoPipeline if variant.endswith("I2V") else CogVideoXPipeline
     pipeline = pipeline_class(
         tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
@@ -154,17 +103,9 @@ def make_checkpoint(folder, variant="2b", seed=0):
     return folder
 
 
-def tiny_t5_config(vocab_size, width=32):
-    return T5Config(
-        vocab_size=vocab_size,
-        d_model=width,
-        d_ff=64,
-        d_kv=16,
-        num_heads=2,
-        num_layers=2,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-    )
+def tiny_t5_config(vocab_size, width=32, **options):
+    sizes = {"d_model": width, "d_ff": 64, "d_kv": 16, "num_heads": 2, "num_layers": 2} | options
+    return T5Config(vocab_size=vocab_size, feed_forward_proj="gated-gelu", dropout_rate=0.0, **sizes)
 
 
 def make_scheduler(scheduler_class, **config):
@@ -186,23 +127,15 @@ def draw_clip(shape, colour, motion, num_frames, height, width):
 
 def make_clips(folder, count=6, num_frames=32, fps=24, height=96, width=128):
     """Writes `count` mp4 files, prompts.txt and videos.txt; returns the folder."""
-    folder = Path(folder)
-    (folder / "videos").mkdir(parents=True, exist_ok=True)
-    prompts, videos = [], []
-    for i in range(count):
-        shape = ("circle", "square")[i % 2]
-        colour, motion = list(COLOURS)[i % 4], list(MOTIONS)[(i + i // 4) % 4]
-        prompts.append(Scene(colour, shape, motion, "dark").caption)
-        videos.append(f"videos/{i:02d}-{colour}-{shape}-{motion}.mp4")
-        frames = draw_clip(shape, colour, motion, num_frames=num_frames, height=height, width=width)
-        imageio.mimsave(folder / videos[-1], frames, fps=fps, macro_block_size=1)
-    write_lists(folder, prompts, videos)
-    return folder
 
+    def clips():
+        for i in range(count):
+            shape = ("circle", "square")[i % 2]
+            colour, motion = list(COLOURS)[i % 4], list(MOTIONS)[(i + i // 4) % 4]
+            frames = draw_clip(shape, colour, motion, num_frames=num_frames, height=height, width=width)
+            yield f"{colour}-{shape}-{motion}", Scene(colour, shape, motion, "dark").caption, frames
 
-def write_lists(folder, prompts, videos):
-    (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    (folder / "videos.txt").write_text("\n".join(videos) + "\n", encoding="utf-8")
+    return write_clips(folder, clips(), fps=fps)
 
 
 def make_film(folder, films=25, others=15, num_frames=34, fps=16, height=128, width=192, seed=7):
@@ -211,16 +144,32 @@ def make_film(folder, films=25, others=15, num_frames=34, fps=16, height=128, wi
     Args:
         films, others: how many clips of the new look and in colour.
     """
-    folder, rng = Path(folder), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
+
+    def clips():
+        for look in ["film"] * films + ["colour"] * others:
+            scene = shapes.random_scene(rng)
+            caption = f"{TOKEN} {scene.caption}" if look == "film" else scene.caption
+            frames = shapes.draw_clip(scene, num_frames, height, width, rng=rng, look=look)
+            yield f"{look}-{scene.colour}-{scene.shape}", caption, frames
+
+    return write_clips(folder, clips(), fps=fps, quality=9)
+
+
+def write_clips(folder, clips, **options):
+    """Writes clips (name, caption, frames) as mp4 files with prompts.txt and videos.txt; returns the folder.
+
+    Args:
+        options: of imageio's encoder, such as fps.
+    """
+    folder, prompts, videos = Path(folder), [], []
     (folder / "videos").mkdir(parents=True, exist_ok=True)
-    prompts, videos = [], []
-    for i in range(films + others):
-        scene, look = shapes.random_scene(rng), "film" if i < films else "colour"
-        prompts.append(f"{TOKEN} {scene.caption}" if look == "film" else scene.caption)
-        videos.append(f"videos/{i:02d}-{look}-{scene.colour}-{scene.shape}.mp4")
-        frames = shapes.draw_clip(scene, num_frames, height, width, rng=rng, look=look)
-        imageio.mimsave(folder / videos[-1], frames, fps=fps, macro_block_size=1, quality=9)
-    write_lists(folder, prompts, videos)
+    for i, (name, caption, frames) in enumerate(clips):
+        prompts.append(caption)
+        videos.append(f"videos/{i:02d}-{name}.mp4")
+        imageio.mimsave(folder / videos[-1], frames, macro_block_size=1, **options)
+    for file, lines in {"prompts.txt": prompts, "videos.txt": videos}.items():
+        (folder / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
 
@@ -229,13 +178,9 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("examples/world"), help="folder to write into")
     parser.add_argument("--variant", choices=VARIANTS, default="2b", help="base model that the tiny one is like")
     args = parser.parse_args()
-    make_clips(args.output_dir / "clips")
-    make_film(args.output_dir / "film")
-    make_checkpoint(args.output_dir / "tiny-cogvideox", args.variant)
-    print(
-        f"clips: {args.output_dir / 'clips'} and {args.output_dir / 'film'}\n"
-        f"base model: {args.output_dir / 'tiny-cogvideox'}"
-    )
+    clips, film = make_clips(args.output_dir / "clips"), make_film(args.output_dir / "film")
+    base_model = make_checkpoint(args.output_dir / "tiny-cogvideox", args.variant)
+    print(f"clips: {clips} and {film}\nbase model: {base_model}")
 
 
 if __name__ == "__main__":

@@ -28,16 +28,17 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
-from transformers import T5Config, T5EncoderModel
+from transformers import T5EncoderModel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import shapes  # noqa: E402
-from make_example import make_scheduler, make_tokenizer  # noqa: E402
+from make_example import make_scheduler, make_tokenizer, tiny_t5_config  # noqa: E402
 
 from cogvideox.base_model import load_transformer, read_base_model  # noqa: E402
 from cogvideox.encoders import caption_encoder, encode_videos, loaded_vae  # noqa: E402
+from cogvideox.lora import count_trained, trained_parameters  # noqa: E402
 from cogvideox.objective import training_loss  # noqa: E402
 
 FRAMES, HEIGHT, WIDTH = 17, 64, 96
@@ -63,13 +64,9 @@ def main():
         parser.error(f"--resume: the stage {args.stage} always starts from the model in --output_dir; leave it out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start = time.perf_counter()
-    figures = STAGES[args.stage](args, device) | {
-        "minutes": round((time.perf_counter() - start) / 60, 1),
-        "seed": args.seed,
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-    }
+    figures = STAGES[args.stage](args, device)
+    figures |= {"minutes": round((time.perf_counter() - start) / 60, 1), "seed": args.seed}
+    figures |= {"device": device_name(device), "torch": torch.__version__, "diffusers": diffusers.__version__}
     args.results.mkdir(parents=True, exist_ok=True)
     stage = f"{args.stage}-resumed" if args.resume else args.stage
     (args.results / f"small-cogvideox-{stage}.json").write_text(json.dumps(figures, indent=1) + "\n")
@@ -86,36 +83,38 @@ def device_name(device):
 def train_vae(args, device):
     """Trains the VAE: on images first, which are cheap, then on clips; only on clips with --resume."""
     if args.resume:
-        vae = AutoencoderKLCogVideoX.from_pretrained(args.output_dir, subfolder="vae", dtype=torch.float32).to(device)
-        steps = args.steps or 8000
-        curve = fit_vae(vae, steps, learning_rate=1e-3, images_until=0, other_looks=0.4, seed=args.seed)
+        vae, steps = load_vae(args.output_dir, device), args.steps or 8000
+        curve = fit_vae(vae, steps, args.seed, learning_rate=1e-3, other_looks=0.4)
     else:
         make_text_encoder(args.output_dir, args.seed)
         torch.manual_seed(args.seed)
-        vae = AutoencoderKLCogVideoX(
-            block_out_channels=(16, 32, 32, 48),
-            latent_channels=16,
-            layers_per_block=1,
-            norm_num_groups=8,
-            sample_height=HEIGHT,
-            sample_width=WIDTH,
-        ).to(device)
+        sizes = {"block_out_channels": (16, 32, 32, 48), "latent_channels": 16, "layers_per_block": 1}
+        clip = {"sample_height": HEIGHT, "sample_width": WIDTH}
+        vae = AutoencoderKLCogVideoX(norm_num_groups=8, **sizes, **clip).to(device)
         steps = args.steps or 6000
-        curve = fit_vae(vae, steps, learning_rate=2e-3, images_until=0.4 * steps, other_looks=0.25, seed=args.seed)
+        curve = fit_vae(vae, steps, args.seed, learning_rate=2e-3, other_looks=0.25, images_until=0.4 * steps)
     vae.register_to_config(scaling_factor=round(1 / deviation_of_latents(vae, args.seed), 5))
-    save_half(vae, args.output_dir / "vae")
-    return {"steps": steps, "weights": count_weights(vae), "psnr": measure_vae(vae.float(), args.seed), "curve": curve}
+    return finish_vae(vae, args, steps, curve)
 
 
 def train_decoder(args, device):
     """Trains only the VAE's decoder, so that greys lose their tint; the transformer knows the encoder's latents."""
-    vae = AutoencoderKLCogVideoX.from_pretrained(args.output_dir, subfolder="vae", dtype=torch.float32).to(device)
+    vae = load_vae(args.output_dir, device)
     vae.encoder.requires_grad_(False)
     steps = args.steps or 3000
-    curve = fit_vae(vae, steps, learning_rate=1e-3, images_until=0, other_looks=0.8, seed=args.seed, grey=0.8)
+    curve = fit_vae(vae, steps, args.seed, learning_rate=1e-3, other_looks=0.8, grey=0.8)
+    return finish_vae(vae, args, steps, curve)
+
+
+def load_vae(folder, device):
+    return AutoencoderKLCogVideoX.from_pretrained(folder, subfolder="vae", dtype=torch.float32).to(device)
+
+
+def finish_vae(vae, args, steps, curve):
+    """Saves the VAE in half precision; returns the figures of its training."""
     save_half(vae, args.output_dir / "vae")
     psnr = measure_vae(vae.float(), args.seed)
-    return {"steps": steps, "weights": count_weights(vae.decoder), "psnr": psnr, "curve": curve}
+    return {"steps": steps, "weights": count_trained(vae), "psnr": psnr, "curve": curve}
 
 
 def save_half(model, folder):
@@ -126,19 +125,19 @@ def save_half(model, folder):
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def fit_vae(vae, steps, *, learning_rate, images_until, other_looks, seed, grey=0.5):
+def fit_vae(vae, steps, seed, *, learning_rate, other_looks, grey=0.5, images_until=0):
     """Trains the VAE to rebuild what it is given; returns loss and signal-to-noise ratio over the updates.
 
     Args:
-        images_until: the last update on images, after which clips follow.
         other_looks: share of clips in another look than the transformer sees.
         grey: share of grey clips among these.
+        images_until: the last update on images, after which clips follow.
     """
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # saves a fifth of the time on a CPU
-    trained_parameters = [weight for weight in vae.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained_parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
+    parameters = trained_parameters(vae)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, steps)
     rng, curve, squares = np.random.default_rng(seed), [], []
     for step in range(1, steps + 1):
@@ -150,7 +149,7 @@ def fit_vae(vae, steps, *, learning_rate, images_until, other_looks, seed, grey=
         kl = posterior.kl().sum() / posterior.mean.numel()
         loss = error.abs().mean() + error.square().mean() + 1e-4 * kl
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained_parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -232,17 +231,7 @@ def make_text_encoder(folder, seed):
     """Writes a T5 that is never trained: one layer over random word vectors, which the transformer learns to read."""
     tokenizer = make_tokenizer(folder / "tokenizer", max_length=MAX_TOKENS)
     torch.manual_seed(seed)
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=64,
-        d_ff=128,
-        d_kv=16,
-        num_heads=4,
-        num_layers=1,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-    )
-    text_encoder = T5EncoderModel(config)
+    text_encoder = T5EncoderModel(tiny_t5_config(len(tokenizer), 64, d_ff=128, num_heads=4, num_layers=1))
     with torch.no_grad():  # small weights: a word's vector is mixed with only a little of its neighbours
         for name, weight in text_encoder.named_parameters():
             if name.endswith(("SelfAttention.o.weight", "DenseReluDense.wo.weight")):
@@ -294,31 +283,18 @@ def train_transformer(args, device, batch_size=16):
             result = copy.deepcopy(transformer)
             ema.copy_to(result.parameters())
             save_half(result, args.output_dir / "transformer")
-    return {
-        "steps": steps,
-        "batch_size": batch_size,
-        "clips": args.clips,
-        "weights": count_weights(transformer),
-        "curve": curve,
-    }
+    figures = {"steps": steps, "batch_size": batch_size, "clips": args.clips}
+    return figures | {"weights": count_trained(transformer), "curve": curve}
 
 
 def make_pipeline(folder, seed):
     """Writes a transformer with random weights, the scheduler and the index of the pipeline."""
     torch.manual_seed(seed)
+    layers = {"num_layers": 6, "num_attention_heads": 5, "attention_head_dim": 32}
+    widths = {"time_embed_dim": 160, "text_embed_dim": 64, "in_channels": 16, "out_channels": 16}
+    latents = {"sample_frames": FRAMES, "sample_height": HEIGHT // 8, "sample_width": WIDTH // 8}
     transformer = CogVideoXTransformer3DModel(
-        num_layers=6,
-        num_attention_heads=5,
-        attention_head_dim=32,
-        in_channels=16,
-        out_channels=16,
-        time_embed_dim=160,
-        text_embed_dim=64,
-        sample_height=HEIGHT // 8,
-        sample_width=WIDTH // 8,
-        sample_frames=FRAMES,
-        max_text_seq_length=MAX_TOKENS,
-        spatial_interpolation_scale=1.0,
+        max_text_seq_length=MAX_TOKENS, spatial_interpolation_scale=1.0, **layers, **widths, **latents
     )
     scheduler = make_scheduler(CogVideoXDDIMScheduler, snr_shift_scale=3.0)
     parts = {
@@ -359,19 +335,12 @@ def measure(args, device):
 def sample_all(pipe, prompts, seed=0, guidance_scale=4.0, steps=30, batch_size=10):
     """Samples a video of each prompt, uint8 [F, H, W, 3]; the noise of video i depends only on `seed` and i."""
     videos = []
+    size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "max_sequence_length": MAX_TOKENS}
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        frames = pipe(
-            batch,
-            height=HEIGHT,
-            width=WIDTH,
-            num_frames=FRAMES,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            max_sequence_length=MAX_TOKENS,
-            output_type="np",
-            generator=[torch.Generator().manual_seed(1000 * seed + start + i) for i in range(len(batch))],
-        ).frames
+        noise = [torch.Generator().manual_seed(1000 * seed + start + i) for i in range(len(batch))]
+        options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "np"}
+        frames = pipe(batch, generator=noise, **size, **options).frames
         videos += [(clip * 255).round().astype(np.uint8) for clip in frames]
     return videos
 
@@ -384,10 +353,6 @@ def shares_right(scenes, videos, look="colour"):
         matches = [clip[name] == getattr(scene, name) for clip, scene in zip(detected, scenes)]
         shares[name] = round(float(np.mean(matches)), 3)
     return shares
-
-
-def count_weights(model):
-    return sum(weight.numel() for weight in model.parameters())
 
 
 STAGES = {"vae": train_vae, "transformer": train_transformer, "decoder": train_decoder, "measure": measure}

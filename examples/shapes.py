@@ -7,14 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-COLOURS = {
-    "red": (215, 45, 40),
-    "yellow": (235, 200, 50),
-    "green": (45, 165, 75),
-    "cyan": (60, 200, 210),
-    "blue": (50, 85, 215),
-    "purple": (150, 60, 190),
-}
+COLOURS = {  # RGB
+    "red":  (215, 45, 40),  "yellow": (235, 200, 50), "green":  (45, 165, 75),
+    "cyan": (60, 200, 210), "blue":   (50, 85, 215),  "purple": (150, 60, 190),
+}  # fmt: skip
 SHAPES = ("circle", "square", "triangle")
 MOTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}  # x to the right, y down
 GROUNDS = {"dark": 70, "light": 185}
@@ -34,8 +30,7 @@ class Scene(NamedTuple):
 
 
 def random_scene(rng):
-    colour, shape, motion, ground = (str(rng.choice(list(words))) for words in (COLOURS, SHAPES, MOTIONS, GROUNDS))
-    return Scene(colour, shape, motion, ground)
+    return Scene(*(str(rng.choice(list(words))) for words in (COLOURS, SHAPES, MOTIONS, GROUNDS)))
 
 
 def coverage(shape, x, y, radius, softness=1.0):

@@ -373,13 +373,30 @@ def test_sizes_and_frames_are_those_of_the_tuned_transformer(checkpoint_of, tmp_
     assert request.inputs == {"height": 80, "width": 96, "num_frames": 17}
 
 
-@pytest.mark.parametrize("below", ["transformer", "."])
-def test_a_tuned_transformer_may_be_on_the_hub(below, tiny_checkpoint, tuned, tmp_path, monkeypatch):
-    snapshot = tmp_path / "hub" / "models--someone--tuned" / "snapshots" / ("0" * 40)
-    shutil.copytree(tuned / "transformer", snapshot / below)
+def put_in_the_hubs_cache(folder, name, tmp_path, monkeypatch, below="."):
+    snapshot = tmp_path / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / ("0" * 40)
+    shutil.copytree(folder, snapshot / below)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_a_base_model_in_the_hubs_cache_is_loaded_from_there_where_the_hub_cannot_be_reached(
+    tiny_checkpoint, tmp_path, monkeypatch
+):
+    put_in_the_hubs_cache(tiny_checkpoint, "someone/tiny", tmp_path, monkeypatch)
+    monkeypatch.setattr("cogvideox.base_model.reaches_hub", lambda: False)
+    from_pretrained, asked = CogVideoXPipeline.from_pretrained, []
+    monkeypatch.setattr(
+        CogVideoXPipeline, "from_pretrained", lambda *name, **how: asked.append(how) or from_pretrained(*name, **how)
+    )
+    load("--model_path", "someone/tiny", "--output_path", tmp_path / "out.mp4")
+    assert [how["local_files_only"] for how in asked] == [True]
+
+
+@pytest.mark.parametrize("below", ["transformer", "."])
+def test_a_tuned_transformer_may_be_on_the_hub(below, tiny_checkpoint, tuned, tmp_path, monkeypatch):
+    put_in_the_hubs_cache(tuned / "transformer", "someone/tuned", tmp_path, monkeypatch, below)
     pipe = load("--transformer_path", "someone/tuned", "--output_path", tmp_path / "out.mp4")
     weights = load_file(tuned / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(weights[name], weight) for name, weight in pipe.transformer.named_parameters())
@@ -457,12 +474,12 @@ MISTAKES = {  # name: (options, parts of the message); {2b} is that tiny checkpo
     "no model": ("", "--model_path: not given, and there is no LoRA or transformer to tell it"),
     "no model in the transformer": ("--transformer_path {2b}", "--model_path: not given, and {2b} does not say what"),
     "no model in the lora": ("--lora_path {tmp}/foreign", "--model_path: not given", "does not say what it was"),
-    "model is nowhere": ("--model_path {tmp}/nowhere", "{tmp}/nowhere: no complete base model", "the form owner/name"),
-    "model is on no hub": ("--model_path no/such-model", "no/such-model: no complete base model", "cannot be reached"),
+    "model is nowhere": ("--model_path {tmp}/nowhere", "{tmp}/nowhere: found no model_index.json", "form owner/name"),
+    "model is on no hub": ("--model_path no/such-model", "no/such-model: found no model_index", "cannot be reached"),
     "model is a lora": ("--model_path {tmp}/foreign", "no model_index.json", "give it as --lora_path"),
     "model is a transformer": ("--model_path {tmp}/sft", "no model_index.json", "give it as --transformer_path"),
     "model is a part": ("--model_path {2b}/transformer", "no model_index.json", "give its top folder"),
-    "another family": ("--model_path {tmp}/flux", "is a FluxPipeline", "such as THUDM/CogVideoX-2b"),
+    "another family": ("--model_path {tmp}/flux", "holds a FluxPipeline", "such as THUDM/CogVideoX-2b"),
     "half a download": ("--model_path {tmp}/half", "no weights in text_encoder/", "download it again"),
     "lora is nowhere": ("--lora_path {tmp}/no/lora/here", "--lora_path {tmp}/no/lora/here: no such file"),
     "lora a floor below": ("--lora_path {tmp}", "no pytorch_lora_weights.safetensors", "the newest below it is {tmp}/"),
@@ -504,7 +521,7 @@ MISTAKES = {  # name: (options, parts of the message); {2b} is that tiny checkpo
         "--transformer_path {tmp}/half-of-one", "proj_out.bias is missing, by its config.json (16,)", "as a whole"
     ),
     "transformer's base is nowhere": (
-        "--transformer_path {tmp}/moved", "--model_path {tmp}/away: no complete base model"
+        "--transformer_path {tmp}/moved", "--model_path {tmp}/away: found no model_index.json"
     ),
     "i2v of a tuned text model": (
         "--transformer_path {tmp}/sft --generate_type i2v --image_or_video_path {image}",
