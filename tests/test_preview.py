@@ -19,7 +19,7 @@ from cogvideox.base_model import load_tokenizer, read_base_model
 from cogvideox.encoders import cut_caption
 from pages import preview
 
-VIEW = View(64, 96, 8, 9, 0, 0, "center", 0)
+VIEW = View(height=64, width=96, fps=8, max_num_frames=9, skip_frames_start=0, skip_frames_end=0, crop="center", seed=0)
 SMALL = ["--height", "64", "--width", "96", "--max_num_frames", "9"]
 
 
