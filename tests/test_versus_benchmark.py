@@ -39,25 +39,19 @@ def parse(*words):
 
 
 @pytest.mark.parametrize(
-    "argv, message",
+    "words, message",
     [
         (["--reference", "nowhere.py"], "--reference nowhere.py: no such file"),
-        (["--reference", __file__, "--steps", "1"], "--steps 1: must be at least 2"),
-        (["--reference", __file__, "--warmup", "0"], "--warmup 0: must be at least 1"),
-        (["--reference", __file__, "--rounds", "0"], "--rounds 0: must be at least 1"),
-        (
-            ["--reference", __file__, "--ours_options", "--rank=4"],
-            "--ours_options --rank: is the same for both scripts",
-        ),
-        (
-            ["--reference", __file__, "--ours_options", "--compiled"],
-            "--compiled: unknown option; did you mean --compile?",
-        ),
+        (["--steps", "1"], "--steps: 1: must be a whole number of at least 2"),
+        (["--warmup", "0"], "--warmup: 0: must be a whole number of at least 1"),
+        (["--rounds", "0"], "--rounds: 0: must be a whole number of at least 1"),
+        (["--ours_options", "--rank=4"], "--ours_options --rank: is the same for both scripts"),
+        (["--ours_options", "--compiled"], "--compiled: unknown option; did you mean --compile?"),
     ],
 )
-def test_refuses_what_cannot_work(argv, message, capsys):
+def test_refuses_what_cannot_work(words, message, capsys):
     with pytest.raises(SystemExit) as end:
-        versus.main(argv)
+        versus.main(["--reference", __file__, *words])
     assert end.value.code == 2
     assert message in capsys.readouterr().err
 
