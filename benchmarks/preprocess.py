@@ -1,7 +1,7 @@
 """Measures preprocessing: clips per minute and the seconds of its stages, as JSON.
 
     python benchmarks/preprocess.py --model 2b --mixed_precision bf16 --output benchmarks/results/preprocess-2b.json
-    python benchmarks/preprocess.py --model tiny --clips 8 --num_frames 49 --height 480 --width 720
+    python benchmarks/preprocess.py --model tiny --clips 8 --max_num_frames 49 --height 480 --width 720
     python benchmarks/preprocess.py --model tiny --reference path/to/diffusers/examples/cogvideo/train_cogvideox_lora.py
 
 Needs no base model and no clips: VAE and T5 have random weights, and clips are drawn, with three times the frames that
@@ -28,10 +28,11 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import decord
 import torch
@@ -44,11 +45,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import make_example
 import reference
-from step import T5S, VAES
+from step import MODELS, T5S, VAES
 
 import dataset
 from clips import frames
-from clips.frames import View, check_size
+from clips.frames import View
 from clips.listing import read_clips
 from clips.order import Ranks
 from cogvideox import encoders
@@ -57,7 +58,6 @@ from files import at_least, expanded_path, write_json
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 MAX_LENGTH = 226  # tokens of a caption
-SIZES = {"2b": (49, 480, 720), "tiny": (9, 64, 96)}  # frames, height, width
 # Functions that are timed separately: module, name, and name in the result.
 STAGES = (
     (dataset, "probe_clips", "probe"),
@@ -67,20 +67,14 @@ STAGES = (
 )
 
 
-class Models(NamedTuple):
-    """VAE and T5 with random weights, in memory."""
-
-    vae: AutoencoderKLCogVideoX
-    tokenizer: object
-    text_encoder: T5EncoderModel
-
-
 class Work(NamedTuple):
-    """Clips and models, the same for both scripts."""
+    """Clips and models, the same for both scripts; VAE and T5 have random weights."""
 
     folder: Path
     view: View
-    models: Models
+    vae: AutoencoderKLCogVideoX
+    tokenizer: object
+    text_encoder: T5EncoderModel
 
     @property
     def num_clips(self) -> int:
@@ -91,57 +85,64 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     positive, path = at_least(1), expanded_path
     add = parser.add_argument
-    add("--model", choices=list(SIZES), default="2b", help="sizes of VAE and T5; 2b: as published; tiny: for a CPU")
+    add("--model", choices=["2b", "tiny"], default="2b", help="sizes of VAE and T5; 2b: as published; tiny: for a CPU")
     add("--t5_layers", type=positive, metavar="N", help="layers of T5 (default: the model's, in bf16 9.5 GB for 2b)")
     add("--data", type=path, metavar="FOLDER", help="folder with prompts.txt and videos.txt (default: clips are drawn)")
     add("--clips", type=positive, default=8, metavar="N", help="clips to draw")
     add("--height", type=positive, help="height of the encoded clips in pixels (default: the model's)")
     add("--width", type=positive, help="width of the encoded clips in pixels (default: the model's)")
-    add("--num_frames", type=positive, help="frames per clip, 4k + 1 (default: the model's)")
+    frames_help = "frames per clip, 4k + 1 (default: the model's)"
+    add("--max_num_frames", "--num_frames", type=positive, metavar="N", help=frames_help)
     add("--mixed_precision", choices=list(DTYPES), default="bf16", help="precision of VAE and T5; no: float32")
     add("--channels_last", action="store_true", help="store the VAE's weights with channels last, too")
     add("--repeats", type=positive, default=1, metavar="N", help="runs to measure; with --reference, rounds of A B B A")
     add("--reference", type=path, metavar="FILE", help="diffusers' train_cogvideox_lora.py, to compare with")
     add("--output", type=path, metavar="FILE", help="file to write the JSON to, beside printing it")
-    options = parser.parse_args(argv)
-    names = "num_frames", "height", "width"
-    for name, default in zip(names, SIZES[options.model]):
-        setattr(options, name, getattr(options, name) or default)
-    check_size(
-        options.height,
-        options.width,
-        options.num_frames,
-        refuse=lambda problem: parser.error(problem.replace("--max_num_frames", "--num_frames")),
+    # Options of the training script that are not varied here.
+    parser.set_defaults(fps=8, skip_frames_start=0, skip_frames_end=0, video_reshape_mode="center", seed=0)
+    args = parser.parse_args(argv)
+    for name in ("max_num_frames", "height", "width"):
+        setattr(args, name, getattr(args, name) or getattr(MODELS[args.model], name))
+    frames.check_options(args, parser.error)
+    if args.reference and not args.reference.is_file():
+        parser.error(f"--reference {args.reference}: no such file; pass the path of diffusers' train_cogvideox_lora.py")
+    return args
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> Work:
+    """Draws clips into `folder`, unless some are given, and creates the models."""
+    clips = args.data or make_example.make_clips(
+        folder / "clips",
+        count=args.clips,
+        num_frames=3 * args.max_num_frames,
+        fps=24,
+        height=3 * args.height // 2,
+        width=3 * args.width // 2,
     )
-    if options.reference and not options.reference.is_file():
-        parser.error(
-            f"--reference {options.reference}: no such file; pass the path of diffusers' train_cogvideox_lora.py"
-        )
-    return options
+    view = frames.view_of(args, with_image=False, whole=False)
+    make_example.make_tokenizer(folder / "tokenizer", MAX_LENGTH)
+    vae, text_encoder = random_models(args)
+    return Work(clips, view, vae, AutoTokenizer.from_pretrained(folder / "tokenizer"), text_encoder)
 
 
-# ---- clips and models ------------------------------------------------------------------------------------------------
-
-
-def random_models(options: argparse.Namespace, device: torch.device, folder: Path) -> Models:
-    """Creates VAE and T5 on the device in their final dtype, and a tokenizer of few words in `folder`."""
+def random_models(args: argparse.Namespace) -> tuple[AutoencoderKLCogVideoX, T5EncoderModel]:
+    """Creates VAE and T5 on the GPU, if there is one, in their final dtype."""
+    size = "tiny" if args.model == "tiny" else "published"
+    config = T5Config(dropout_rate=0.0, **T5S[size])
+    config.num_layers = args.t5_layers or config.num_layers
     torch.manual_seed(0)
     default = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[options.mixed_precision])
-    size = "tiny" if options.model == "tiny" else "published"
-    config = T5Config(dropout_rate=0.0, **T5S[size])
-    config.num_layers = options.t5_layers or config.num_layers
+    torch.set_default_dtype(DTYPES[args.mixed_precision])
     try:
-        with torch.device(device):
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             vae, text_encoder = AutoencoderKLCogVideoX(**VAES[size]), T5EncoderModel(config)
     finally:
         torch.set_default_dtype(default)
-    make_example.make_tokenizer(folder, MAX_LENGTH)
     for model in (vae, text_encoder):
         model.eval().requires_grad_(False)
-    if options.channels_last:
+    if args.channels_last:
         store_channels_last(vae)
-    return Models(vae, AutoTokenizer.from_pretrained(folder), text_encoder)
+    return vae, text_encoder
 
 
 def store_channels_last(vae: AutoencoderKLCogVideoX) -> None:
@@ -151,29 +152,6 @@ def store_channels_last(vae: AutoencoderKLCogVideoX) -> None:
             module.to(memory_format=torch.channels_last_3d)
         elif isinstance(module, torch.nn.Conv2d):
             module.to(memory_format=torch.channels_last)
-
-
-def prepare(options: argparse.Namespace, folder: Path) -> Work:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clips = options.data or make_example.make_clips(
-        folder / "clips",
-        count=options.clips,
-        num_frames=3 * options.num_frames,
-        fps=24,
-        height=3 * options.height // 2,
-        width=3 * options.width // 2,
-    )
-    view = View(
-        height=options.height,
-        width=options.width,
-        fps=8,
-        max_num_frames=options.num_frames,
-        skip_frames_start=0,
-        skip_frames_end=0,
-        crop="center",
-        seed=0,
-    )
-    return Work(clips, view, random_models(options, device, folder / "tokenizer"))
 
 
 # ---- ours ------------------------------------------------------------------------------------------------------------
@@ -201,15 +179,17 @@ def preprocess(work: Work, cache: Path, encode_videos: Callable, encode_captions
 
 def run_ours(work: Work, stages: dict | None = None) -> float:
     """Returns the seconds of our preprocessing; adds those of its stages, which may overlap, to `stages`."""
-    vae, tokenizer, text_encoder = work.models
-    encode_videos = functools.partial(encoders.encode_videos, vae)
-    encode_captions = functools.partial(encoders.encode_captions, tokenizer, text_encoder, max_length=MAX_LENGTH)
+    encode_videos = functools.partial(encoders.encode_videos, work.vae)
+    encode_captions = functools.partial(
+        encoders.encode_captions, work.tokenizer, work.text_encoder, max_length=MAX_LENGTH
+    )
     with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
         if stages is not None:
             encode_videos = timed(encode_videos, "vae", stages, synchronize)
             encode_captions = timed(encode_captions, "t5", stages, synchronize)
             for module, name, stage in STAGES:  # without waiting for the GPU, which works at the same time
-                stack.enter_context(replaced(module, name, timed(getattr(module, name), stage, stages)))
+                timed_function = timed(getattr(module, name), stage, stages)
+                stack.enter_context(mock.patch.object(module, name, timed_function))
         start = time.perf_counter()
         preprocess(work, Path(cache), encode_videos, encode_captions)
         synchronize()
@@ -234,16 +214,6 @@ def timed(call: Callable, stage: str, stages: dict, wait: Callable[[], None] = l
     return timed_call
 
 
-@contextlib.contextmanager
-def replaced(module, name: str, value) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
-
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -252,9 +222,9 @@ def synchronize() -> None:
 # ---- the reference ---------------------------------------------------------------------------------------------------
 
 
-def run_reference(script, work: Work, stages: dict | None = None) -> float:
-    """Returns the seconds of the data part of diffusers' script; adds those of its stages to `stages`."""
-    (vae, tokenizer, text_encoder), view, stages = work.models, work.view, {} if stages is None else stages
+def run_reference(script, work: Work) -> dict[str, float]:
+    """Returns the seconds of each stage of the data part of diffusers' script, which are all of it."""
+    vae, view = work.vae, work.view
     start = time.perf_counter()
     try:
         videos = script.VideoDataset(
@@ -276,12 +246,11 @@ def run_reference(script, work: Work, stages: dict | None = None) -> float:
     encoded = time.perf_counter()
     for prompt in videos.instance_prompts:
         script.compute_prompt_embeddings(
-            tokenizer, text_encoder, [prompt], MAX_LENGTH, vae.device, vae.dtype, requires_grad=False
+            work.tokenizer, work.text_encoder, [prompt], MAX_LENGTH, vae.device, vae.dtype, requires_grad=False
         )
     synchronize()
     end = time.perf_counter()
-    stages |= {"decode and resize": decoded - start, "vae": encoded - decoded, "t5": end - encoded}
-    return end - start
+    return {"decode and resize": decoded - start, "vae": encoded - decoded, "t5": end - encoded}
 
 
 def compare(work: Work, path: Path, repeats: int) -> tuple[list[float], dict]:
@@ -289,23 +258,24 @@ def compare(work: Work, path: Path, repeats: int) -> tuple[list[float], dict]:
     stand_in = reference.stand_in_for_torchvision()
     script = reference.load_reference(path)
     order = "ABBA" * repeats
-    stages, seconds = {}, {"A": [], "B": []}
-    runs = {"A": functools.partial(run_ours, work), "B": functools.partial(run_reference, script, work)}
+    ours, theirs = [], []
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
-        runs["B"](stages)
+        stages = run_reference(script, work)  # warms up
         for name in order:
-            seconds[name].append(runs[name]())
-    first, second = runs["A"](), runs["A"]()
-    ours, theirs = statistics.median(seconds["A"]), statistics.median(seconds["B"])
-    return seconds["A"], {
+            if name == "A":
+                ours.append(run_ours(work))
+            else:
+                theirs.append(sum(run_reference(script, work).values()))
+    first, second = run_ours(work), run_ours(work)
+    return ours, {
         "sha256": reference.sha256(path),
         "torchvision": "stand-in" if stand_in else version("torchvision"),
         "order": f"{order}, then A A",
-        "seconds": rounded(seconds["B"]),
-        "clips_per_minute": round(60 * work.num_clips / theirs, 2),
+        "seconds": rounded(theirs),
+        "clips_per_minute": round(60 * work.num_clips / statistics.median(theirs), 2),
         "seconds_per_clip_of_stages": per_clip(stages, work),
-        "ratio_of_medians": round(theirs / ours, 3),
-        "ratios_of_neighbours": rounded([b / a for a, b in zip(seconds["A"], seconds["B"])]),
+        "ratio_of_medians": round(statistics.median(theirs) / statistics.median(ours), 3),
+        "ratios_of_neighbours": rounded([b / a for a, b in zip(ours, theirs)]),
         "ratio_of_ours_to_ours": round(second / first, 3),
     }
 
@@ -321,27 +291,26 @@ def per_clip(stages: dict, work: Work) -> dict:
     return {stage: round(seconds / work.num_clips, 4) for stage, seconds in stages.items()}
 
 
-def report(options: argparse.Namespace, work: Work) -> dict:
+def report(args: argparse.Namespace, work: Work) -> dict:
     stages = {}
     run_ours(work, stages)
-    if options.reference:
-        seconds, compared = compare(work, options.reference, options.repeats)
+    if args.reference:
+        seconds, compared = compare(work, args.reference, args.repeats)
     else:
-        seconds, compared = [run_ours(work) for _ in range(options.repeats)], None
-    device = work.models.vae.device
-    cores = len(os.sched_getaffinity(0))
+        seconds, compared = [run_ours(work) for _ in range(args.repeats)], None
+    device = work.vae.device
     packages = ("torch", "diffusers", "transformers", "decord", "safetensors")
-    names = ("model", "t5_layers", "num_frames", "height", "width", "mixed_precision", "channels_last", "repeats")
+    names = ("model", "t5_layers", "max_num_frames", "height", "width", "mixed_precision", "channels_last", "repeats")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
-        "cores": cores,
+        "cores": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
         "decoding_threads": dataset.decoding_threads(work.view),
-        "clips_at_once": clips_at_once((options.num_frames, options.height, options.width, 3)),
+        "clips_at_once": clips_at_once((args.max_num_frames, args.height, args.width, 3)),
         "versions": {package: version(package) for package in packages},
-        "options": {name: getattr(options, name) for name in names},
+        "options": {name: getattr(args, name) for name in names},
         "clips": work.num_clips,
-        "drawn": options.data is None,
+        "drawn": args.data is None,
         "seconds": rounded(seconds),
         "clips_per_minute": round(60 * work.num_clips / statistics.median(seconds), 2),
         "seconds_per_clip_of_stages": per_clip(stages, work),
@@ -350,13 +319,13 @@ def report(options: argparse.Namespace, work: Work) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = parse_args(argv)
+    args = parse_args(argv)
     warnings.filterwarnings("ignore", message="CogVideoX reads")  # the tokenizer's words are letters
     with tempfile.TemporaryDirectory() as folder:
-        result = report(options, prepare(options, Path(folder)))
+        result = report(args, prepare(args, Path(folder)))
     print(json.dumps(result, indent=2))
-    if options.output:
-        write_json(options.output, result)
+    if args.output:
+        write_json(args.output, result)
 
 
 if __name__ == "__main__":

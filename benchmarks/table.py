@@ -21,15 +21,13 @@ RESULTS = Path(__file__).with_name("results")
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 STEP = ("step", "device", "seconds", "tokens per second", "MFU", "peak GiB", "versions")
 VERSUS = (
-    "against diffusers' example",
-    "device",
-    "seconds, ours",
-    "theirs",
-    "ours / theirs",
-    "to the first update",
-    "peak memory",
-    "versions",
-)
+    "against diffusers' example", "device", "seconds, ours", "theirs", "ours / theirs", "to the first update",
+    "peak memory", "versions",
+)  # fmt: skip
+STEP_DEFAULTS = {
+    "train_batch_size": 1, "gradient_accumulation_steps": 1, "gradient_checkpointing": "none",
+    "attention_backend": "auto", "base_precision": "bf16", "compile": False, "num_layers": None, "blocks_to_swap": 0,
+}  # fmt: skip
 ABOUT = "Made by `benchmarks/table.py` from the results of `step.py` and `versus.py` in `benchmarks/results`."
 ABOUT_STEP = "MFU does not count recomputation."
 ABOUT_VERSUS = "In brackets: the ratio of two runs of ours, which differs from 1 only by chance."
@@ -43,9 +41,6 @@ def make_parser() -> argparse.ArgumentParser:
     option("--results", **files, default=sorted(RESULTS.glob("*.json")), help=results)
     option("--update", **files, default=[], help=f"files to write the tables into, between {BEGIN} and {END}")
     return parser
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 def step_row(result: dict) -> tuple[str, ...]:
@@ -68,19 +63,9 @@ def describe_step(result: dict) -> str:
     trained = "all weights" if options["training_type"] == "sft" else f"LoRA of rank {options['rank']}"
     size = "x".join(str(options[name]) for name in ("max_num_frames", "height", "width"))
     parts = [result["model"], size, trained, precision(options["mixed_precision"])]
-    defaults = {
-        "train_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": "none",
-        "attention_backend": "auto",
-        "base_precision": "bf16",
-        "compile": False,
-        "num_layers": None,
-        "blocks_to_swap": 0,
-    }
-    parts += [
-        as_typed(name, options[name]) for name, default in defaults.items() if options.get(name, default) != default
-    ]
+    for name, default in STEP_DEFAULTS.items():
+        if options.get(name, default) != default:
+            parts.append(as_typed(name, options[name]))
     if result["processes"] > 1:
         parts.append(f"{result['processes']} processes")
     return ", ".join(parts)
@@ -137,15 +122,8 @@ def versions(result: dict) -> str:
     return ", ".join(f"{package} {result['versions'][package]}" for package in ("torch", "diffusers", "peft"))
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
 def tables(files: list[Path]) -> str:
-    """Returns both tables, or the only one that has rows, and a line about them; skips results of other scripts.
-
-    Raises:
-        ValueError: no file is a result of step.py or versus.py.
-    """
+    """Returns both tables, or the only one that has rows, and a line about them; skips results of other scripts."""
     results = [json.loads(file.read_text()) for file in files]
     results = [result for result in results if isinstance(result, dict)]
     step_rows = [step_row(result) for result in results if "seconds_per_step" in result]
@@ -164,14 +142,11 @@ def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows))
 
 
-def updated(text: str, content: str) -> str:
-    """Returns the text with `content` between its markers.
-
-    Raises:
-        ValueError: it does not have exactly one pair of markers.
-    """
+def updated(file: Path, content: str) -> str:
+    """Returns the file's text with `content` between its markers; refuses one without exactly one pair of them."""
+    text = file.read_text(encoding="utf-8")
     if [text.count(BEGIN), text.count(END)] != [1, 1] or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"needs one line {BEGIN}, and one {END} below; put them where the tables belong")
+        raise ValueError(f"{file}: needs one line {BEGIN}, and one {END} below; put them where the tables belong")
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n\n{content}\n\n{END}{rest.split(END)[1]}"
 
@@ -181,20 +156,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         content = tables(args.results)
-        texts = {file: updated_file(file, content) for file in args.update}  # all are checked before one is written
+        texts = {file: updated(file, content) for file in args.update}  # all are checked before one is written
     except (OSError, ValueError) as error:
         parser.error(str(error))
     for file, text in texts.items():
         publish(file, text.encode())
     if not texts:
         print(content)
-
-
-def updated_file(file: Path, content: str) -> str:
-    try:
-        return updated(file.read_text(encoding="utf-8"), content)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from reference import sha256
 from step import TINY
 
 import train_cogvideox_lora as train
-from files import write_json
+from files import at_least, write_json
 
 OURS = Path(__file__).resolve().parents[1] / "train_cogvideox_lora.py"
 TRIAL = Path(__file__).with_name("trial.py")
@@ -71,14 +71,9 @@ class Size(NamedTuple):
 
 
 SMALL = TINY | {
-    "num_layers": 4,
-    "num_attention_heads": 8,
-    "attention_head_dim": 64,
-    "time_embed_dim": 512,
-    "sample_height": 16,
-    "sample_width": 24,
-    "sample_frames": 17,
-}
+    "num_layers": 4, "num_attention_heads": 8, "attention_head_dim": 64, "time_embed_dim": 512,
+    "sample_height": 16, "sample_width": 24, "sample_frames": 17,
+}  # fmt: skip
 SIZES = {  # TINY is the transformer of examples/make_example.py
     "overhead": Size(TINY, 64, 96, 9, rank=8, steps=300, warmup=20),
     "compute": Size(SMALL, 128, 192, 17, rank=32, steps=20, warmup=4),
@@ -95,12 +90,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--size", choices=list(SIZES), default="overhead", help=size)
     option("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="compute precision; no: float32")
     option("--gradient_checkpointing", action="store_true", help="recompute activations, in both scripts")
-    option("--train_batch_size", type=int, default=1, metavar="N", help="clips per update")
-    option("--rank", type=int, metavar="N", help="rank and alpha of the LoRA (default: the size's)")
-    option("--steps", type=int, metavar="N", help="measured updates of each run (default: the size's)")
-    option("--warmup", type=int, metavar="N", help="updates before the measured ones (default: the size's)")
-    option("--gate_updates", type=int, default=3, metavar="N", help="updates to compare before any is timed")
-    option("--rounds", type=int, default=1, metavar="N", help="rounds of ours, theirs, theirs, ours")
+    count = at_least(1)
+    option("--train_batch_size", type=count, default=1, metavar="N", help="clips per update")
+    option("--rank", type=count, metavar="N", help="rank and alpha of the LoRA (default: the size's)")
+    option("--steps", type=at_least(2), metavar="N", help="measured updates of each run (default: the size's)")
+    option("--warmup", type=count, metavar="N", help="updates before the measured ones (default: the size's)")
+    option("--gate_updates", type=count, default=3, metavar="N", help="updates to compare before any is timed")
+    option("--rounds", type=count, default=1, metavar="N", help="rounds of ours, theirs, theirs, ours")
     option("--work_dir", type=Path, metavar="FOLDER", help="folder for base model, clips and logs (default: temporary)")
     option("--output", type=Path, metavar="FILE", help="file to write all measurements to, as JSON")
     option("--ours_options", nargs=argparse.REMAINDER, default=[], metavar="OPTION", help=ours)
@@ -109,12 +105,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     if not args.reference.is_file():
         parser.error(f"--reference {args.reference}: no such file; pass the path of diffusers' train_cogvideox_lora.py")
-    for name in ("rank", "steps", "warmup", "train_batch_size", "rounds", "gate_updates"):
-        value, lowest = getattr(args, name), 2 if name == "steps" else 1
-        if value is None:
-            setattr(args, name, getattr(SIZES[args.size], name))
-        elif value < lowest:
-            parser.error(f"--{name} {value}: must be at least {lowest}")
+    for name in ("rank", "steps", "warmup"):
+        setattr(args, name, getattr(args, name) or getattr(SIZES[args.size], name))
     check_ours_options(args, parser.error)
     return args
 
@@ -131,9 +123,6 @@ def check_ours_options(args: argparse.Namespace, refuse: Callable[[str], None]) 
         if name in shared | {"--output_dir", "--latents_cache_dir"}:
             refuse(f"--ours_options {name}: is the same for both scripts; leave it out, or pass it to versus.py itself")
     train.parse_args([*shared_options(args, updates=1), *args.ours_options])
-
-
-# ---- what both train on ----------------------------------------------------------------------------------------------
 
 
 def write_inputs(size: Size, folder: Path) -> None:
@@ -169,43 +158,24 @@ def shared_options(args: argparse.Namespace, updates: int) -> list[str]:
     size = SIZES[args.size]
     values = {
         "pretrained_model_name_or_path": "base-model",  # "5b" in it would make diffusers' example load bfloat16
-        "instance_data_root": "clips",
-        "caption_column": "prompts.txt",
-        "video_column": "videos.txt",
-        "height": size.height,
-        "width": size.width,
-        "max_num_frames": size.max_num_frames,
-        "fps": 8,
-        "rank": args.rank,
-        "lora_alpha": args.rank,
-        "train_batch_size": args.train_batch_size,
-        "gradient_accumulation_steps": 1,
-        "max_train_steps": updates,
-        "checkpointing_steps": updates + 1,
+        "instance_data_root": "clips", "caption_column": "prompts.txt", "video_column": "videos.txt",
+        "height": size.height, "width": size.width, "max_num_frames": size.max_num_frames, "fps": 8,
+        "rank": args.rank, "lora_alpha": args.rank,
+        "train_batch_size": args.train_batch_size, "gradient_accumulation_steps": 1,
+        "max_train_steps": updates, "checkpointing_steps": updates + 1,
         "mixed_precision": args.mixed_precision,
-        "optimizer": "adamw",
-        "learning_rate": 1e-3,
-        "max_grad_norm": 1.0,
-        "seed": 42,
-    }
+        "optimizer": "adamw", "learning_rate": 1e-3, "max_grad_norm": 1.0, "seed": 42,
+    }  # fmt: skip
     line = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     return [*line, "--gradient_checkpointing"] if args.gradient_checkpointing else line
 
 
 def run_trial(folder: Path, name: str, mode: list[str], script: Path, options: list[str]) -> None:
-    """Runs a script under trial.py in `folder`; its output goes to `name`.log.
-
-    Args:
-        mode: arguments of trial.py before the script.
-
-    Raises:
-        RuntimeError: the script failed.
-    """
+    """Runs a script under trial.py, whose arguments begin with `mode`, in `folder`; its output goes to `name`.log."""
     line = [sys.executable, str(TRIAL), *mode, str(script.resolve()), *options, "--output_dir", name]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     with open(folder / f"{name}.log", "w") as log:
-        code = subprocess.run(
-            line, cwd=folder, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=log, stderr=subprocess.STDOUT
-        ).returncode
+        code = subprocess.run(line, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
     if code:
         end = "\n".join((folder / f"{name}.log").read_text().splitlines()[-12:])
         raise RuntimeError(f"{name}: {script} ended with code {code}:\n{end}")
@@ -240,11 +210,7 @@ def change(update: dict) -> dict[str, torch.Tensor]:
 
 
 def gate(args: argparse.Namespace, folder: Path) -> dict:
-    """Compares what both compute from the same draws, embeddings and LoRA; in bf16 and fp16, also with float32.
-
-    Raises:
-        ValueError: they differ by more than `TOLERANCE` or `ROUNDING` allows.
-    """
+    """Compares what both compute from the same draws, embeddings and LoRA; in bf16 and fp16, also with float32."""
     options = shared_options(args, args.gate_updates)
     run_trial(folder, "gate-theirs", ["capture", "theirs.pt"], args.reference, options)
     theirs = torch.load(folder / "theirs.pt", weights_only=True)
@@ -269,6 +235,7 @@ def replay(folder: Path, name: str, options: list[str]) -> list[dict]:
 
 
 def check_gate(shifts: list[dict[str, float]]) -> None:
+    """Refuses differences of the two scripts that are larger than `TOLERANCE`; NaN counts as larger."""
     for number, update in enumerate(shifts, 1):
         for name, limit in TOLERANCE.items():
             if not update[name] <= limit:
@@ -305,9 +272,7 @@ def time_trial(args: argparse.Namespace, folder: Path, number: int, who: str) ->
 def summarize(who: str, record: dict, *, start: float, warmup: int) -> dict:
     """Returns seconds per update after the warm-up, seconds until the end of the first update, and memory of one run.
 
-    Args:
-        record: of `trial.times`.
-        start: time of day, in seconds.
+    `record` is what `trial.times` wrote, `start` the time of day at which it was started.
     """
     at, cpu, peaks = ([row[name] for row in record["updates"]] for name in ("at", "cpu", "peak_gib"))
     seconds, cpu_seconds = (

@@ -70,17 +70,12 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
     Args:
         refuse: ends the program with a message, as `parser.error` does.
     """
-    check_size(args.height, args.width, args.max_num_frames, refuse)
-
-
-def check_size(height: int, width: int, max_num_frames: int, refuse: Callable[[str], None]) -> None:
-    """Refuses a size as `check_options` does, by the names of the training script's options."""
-    for name, value in (("height", height), ("width", width)):
+    for name, value in (("height", args.height), ("width", args.width)):
         if value % 16:
             refuse(f"--{name} {value}: must be divisible by 16; nearest is {max(16, 16 * round(value / 16))}")
-    if max_num_frames % 4 != 1:
-        nearest = 8 * round((max_num_frames - 1) / 8) + 1
-        refuse(f"--max_num_frames {max_num_frames}: must be 4k + 1, best 8k + 1; nearest is {nearest}")
+    if args.max_num_frames % 4 != 1:
+        nearest = 8 * round((args.max_num_frames - 1) / 8) + 1
+        refuse(f"--max_num_frames {args.max_num_frames}: must be 4k + 1, best 8k + 1; nearest is {nearest}")
 
 
 def view_of(args: argparse.Namespace, *, with_image: bool, whole: bool) -> View:

@@ -4,7 +4,9 @@ python dataset.py preview FOLDER [the data options of the training]
 """
 
 import argparse
+import bisect
 import io
+import itertools
 import os
 import sys
 import unicodedata
@@ -35,39 +37,12 @@ LINE_HEIGHT = 23  # pixels, of captions
 CAPTION_LINES = 4
 INK, FAINT, PAPER, RULE = (20, 20, 20), (120, 120, 120), (255, 255, 255), (225, 225, 225)
 
-FONTS = (  # Pillow finds them by name among the system's fonts; the first has most alphabets, most others have CJK
-    "DejaVuSans.ttf",
-    "NotoSansCJK-Regular.ttc",
-    "NotoSansCJKsc-Regular.otf",
-    "NotoSansSC-Regular.otf",
-    "SourceHanSansCN-Regular.otf",
-    "wqy-microhei.ttc",
-    "wqy-zenhei.ttc",
-    "DroidSansFallbackFull.ttf",
-    "Arial Unicode.ttf",
-    "Hiragino Sans GB.ttc",
-    "msyh.ttc",
-    "arial.ttf",
-)
-
-
-class Text(NamedTuple):
-    """A line of text in the sheet."""
-
-    text: str
-    font: ImageFont.FreeTypeFont
-    colour: tuple[int, int, int]
-
-
-class Row(NamedTuple):
-    """A clip in the sheet."""
-
-    cells: list[tuple[str, Image.Image]]  # label beneath the picture, and the picture
-    title: str
-    caption: str
-
-
-# ---- options ---------------------------------------------------------------------------------------------------------
+# Pillow finds them by name among the system's fonts; the first has most alphabets, most others have CJK.
+FONTS = (
+    "DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "NotoSansSC-Regular.otf",
+    "SourceHanSansCN-Regular.otf", "wqy-microhei.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf",
+    "Arial Unicode.ttf", "Hiragino Sans GB.ttc", "msyh.ttc", "arial.ttf",
+)  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -105,19 +80,14 @@ def check_output(path: Path) -> None:
         raise ValueError(f"--output {path}: {path.parent} is not writable; {remedy}")
 
 
-def read_base(args: argparse.Namespace) -> BaseModel | None:
+def base_of(args: argparse.Namespace) -> BaseModel | None:
     """Returns the base model, if one is named; refuses one that cannot be trained with these options."""
     if not args.pretrained_model_name_or_path:
         return None
     base = read_base_model(args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir)
-    image_options = ["--image_column"] if args.image_column else []
+    images = ["--image_column"] if args.image_column else []
     check_training(
-        base,
-        dtype=torch.bfloat16,
-        num_frames=args.max_num_frames,
-        height=args.height,
-        width=args.width,
-        image_options=image_options,
+        base, torch.bfloat16, num_frames=args.max_num_frames, height=args.height, width=args.width, image_options=images
     )
     return base
 
@@ -133,18 +103,15 @@ def table(root: Path, clips: list[Clip], facts: list[Facts | None], view: View) 
     """
     rows = [("line", "file", "pixels", "fps", "seconds", "frames", "end unseen", "cropped", "scaled")]
     for clip, fact in zip(clips, facts):
-        cells = _describe(fact, view) if fact else ("cannot be used: see below", *[""] * 6)
-        rows.append((str(clip.line), _name(root, clip.video), *cells))
-    # A clip that cannot be used has a sentence in place of its figures, which must not widen their column.
-    with_figures = [row for row, fact in zip(rows, [True, *facts]) if fact]
-    widths = [max(map(_terminal_width, column)) for column in zip(*[row[:2] for row in rows])]
-    widths += [max(map(_terminal_width, column)) for column in zip(*[row[2:] for row in with_figures])]
+        rows.append((str(clip.line), _name(root, clip.video), *(_describe(fact, view) if fact else ())))
+    columns = itertools.zip_longest(*rows, fillvalue="")
+    widths = [max(map(_terminal_width, column)) for column in columns]
     lines = []
     for row in rows:
         padding = [" " * (width - _terminal_width(cell)) for cell, width in zip(row, widths)]
-        cells = [space + cell for cell, space in zip(row, padding)]
-        cells[1] = row[1] + padding[1]  # file names are aligned to the left
-        lines.append("  ".join(cells).rstrip())
+        number, _, *figures = [space + cell for space, cell in zip(padding, row)]
+        file = row[1] + padding[1]  # aligned to the left
+        lines.append("  ".join([number, file, *(figures or ["cannot be used: see below"])]))
     return lines
 
 
@@ -156,7 +123,6 @@ def _terminal_width(text: str) -> int:
 def _describe(fact: Facts, view: View) -> tuple[str, ...]:
     """Returns the cells of the table from "pixels" on."""
     scale, unseen = fact.scale(view), fact.unseen_seconds
-    scaled = "-" if scale == 1 else f"{'up to' if scale > 1 else 'to'} {100 * scale:.0f} %"
     return (
         f"{fact.width}x{fact.height}",
         f"{round(fact.fps, 2):g}",
@@ -164,7 +130,7 @@ def _describe(fact: Facts, view: View) -> tuple[str, ...]:
         f"{fact.num_frames} -> {len(fact.indices)}",
         f"{unseen:.2f} s" if unseen >= 0.005 else "-",
         f"{100 * fact.cropped(view):.0f} %" if fact.cropped(view) >= 0.005 else "-",
-        scaled,
+        f"to {100 * scale:.0f} %" if scale != 1 else "-",
     )
 
 
@@ -211,6 +177,14 @@ def cut_captions(clips: list[Clip], base: BaseModel | None) -> list[str]:
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
 
+class Row(NamedTuple):
+    """A clip in the sheet."""
+
+    cells: list[tuple[str, Image.Image]]  # label beneath the picture, and the picture
+    title: str
+    caption: str
+
+
 def evenly_spaced(count: int, limit: int) -> list[int]:
     """Returns at most `limit` of the indices below `count`, among them the first and the last."""
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, limit))})
@@ -225,12 +199,8 @@ def thumbnail(frame: torch.Tensor) -> Image.Image:
     return image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS)
 
 
-def draw_row(root: Path, clip: Clip, fact: Facts, view: View, *, random_flip: bool) -> Row:
-    """Returns frames of a clip as training encodes them, between its image and a mirrored frame, if there are such.
-
-    Raises:
-        ValueError: decoding stopped midway.
-    """
+def clip_row(root: Path, clip: Clip, fact: Facts, view: View, *, random_flip: bool) -> Row:
+    """Returns frames of a clip as training encodes them, between its image and a mirrored frame, if there are such."""
     shown = decode(clip, view, mirrored=False)  # [F, H, W, C]
     cells = [(f"{i / view.fps:.2f} s", thumbnail(shown[i])) for i in evenly_spaced(len(shown), FRAMES_PER_CLIP)]
     if clip.image:
@@ -244,15 +214,8 @@ def draw_row(root: Path, clip: Clip, fact: Facts, view: View, *, random_flip: bo
 
 def draw_sheet(rows: list[Row]) -> tuple[Image.Image, set[str]]:
     """Returns the picture, and the characters that no font has, which it shows as boxes."""
-    inner_width = max(LEAST_WIDTH, *(sum(image.width + GAP for _, image in row.cells) - GAP for row in rows))
-    width = inner_width + 2 * MARGIN
-    drawn, missing = [], set()
-    for row in rows:
-        title, missing_in_title = _lay_out(row.title, FAINT, inner_width, max_lines=1)
-        caption, missing_in_caption = _lay_out(row.caption, INK, inner_width, max_lines=CAPTION_LINES)
-        drawn.append(_draw_row(row, title + caption, width))
-        missing |= missing_in_title | missing_in_caption
-
+    width = 2 * MARGIN + max(LEAST_WIDTH, *(sum(image.width + GAP for _, image in row.cells) - GAP for row in rows))
+    drawn, missing = zip(*[draw_row(row, width) for row in rows])
     columns = into_columns([image.height for image in drawn], width)
     height = max(sum(drawn[i].height for i in column) for column in columns)
     sheet = Image.new("RGB", (width * len(columns), height), PAPER)
@@ -261,45 +224,43 @@ def draw_sheet(rows: list[Row]) -> tuple[Image.Image, set[str]]:
         for i in column:
             sheet.paste(drawn[i], (number * width, top))
             top += drawn[i].height
-    return sheet, missing
+    return sheet, set().union(*missing)
 
 
-def _lay_out(text: str, colour: tuple[int, int, int], width: int, *, max_lines: int) -> tuple[list[Text], set[str]]:
-    """Returns the lines of a text, and the characters that its font lacks."""
-    font, missing = font_for(text)
-    return [Text(line, font, colour) for line in wrap(text, font, width, max_lines)], missing
+def draw_row(row: Row, width: int) -> tuple[Image.Image, set[str]]:
+    """Returns the picture of one clip, and the characters that no font has.
 
-
-def _draw_row(row: Row, texts: list[Text], width: int) -> Image.Image:
-    """Returns the picture of one clip: its cells side by side, labels beneath, then the texts and a rule."""
+    The picture shows its cells side by side, labels beneath, then title and caption and a rule.
+    """
+    lines, missing = [], set()  # text, font and colour of each line
+    for text, colour, max_lines in ((row.title, FAINT, 1), (row.caption, INK, CAPTION_LINES)):
+        font, lacking = font_for(text)
+        lines += [(line, font, colour) for line in wrap(text, font, width - 2 * MARGIN, max_lines)]
+        missing |= lacking
     cell_height = max(image.height for _, image in row.cells)
     text_top = MARGIN + cell_height + 2 * LABEL_SIZE
-    picture = Image.new("RGB", (width, text_top + LINE_HEIGHT * len(texts) + MARGIN), PAPER)
+    picture = Image.new("RGB", (width, text_top + LINE_HEIGHT * len(lines) + MARGIN), PAPER)
     draw = ImageDraw.Draw(picture)
     left = MARGIN
     for label, image in row.cells:
         picture.paste(image, (left, MARGIN))
         draw.text((left, MARGIN + cell_height + 3), label, FAINT, fonts(LABEL_SIZE)[0])
         left += image.width + GAP
-    for number, line in enumerate(texts):
-        draw.text((MARGIN, text_top + number * LINE_HEIGHT), line.text, line.colour, line.font)
+    for number, (line, font, colour) in enumerate(lines):
+        draw.text((MARGIN, text_top + number * LINE_HEIGHT), line, colour, font)
     draw.line([(0, picture.height - 1), (width - 1, picture.height - 1)], RULE)
-    return picture
+    return picture, missing
 
 
 def into_columns(heights: list[int], width: int) -> list[list[int]]:
-    """Divides rows into as few columns as make a sheet no taller than wide.
+    """Divides rows of these heights into as few columns of this width as make a sheet no taller than wide.
 
-    Args:
-        heights: height of each row.
-        width: width of a column.
-
-    Returns:
-        For each column, its rows from top to bottom.
+    Returns the indices of each column's rows from top to bottom.
     """
-    for count in range(1, len(heights) + 1):
-        size = -(-len(heights) // count)
-        columns = [list(range(start, min(start + size, len(heights)))) for start in range(0, len(heights), size)]
+    rows = list(range(len(heights)))
+    for count in range(1, len(rows) + 1):
+        size = -(-len(rows) // count)
+        columns = [rows[start : start + size] for start in range(0, len(rows), size)]
         if max(sum(heights[i] for i in column) for column in columns) <= width * len(columns):
             break
     return columns
@@ -348,11 +309,8 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) ->
 
 def _fitting_length(text: str, font: ImageFont.FreeTypeFont, width: float) -> int:
     """Returns how many of the first characters fit; at least one, so that `wrap` terminates."""
-    low, high = 1, min(len(text), 1000)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if font.getlength(text[:middle]) <= width else (low, middle - 1)
-    return low
+    lengths = range(1, min(len(text), 1000) + 1)
+    return max(1, bisect.bisect_right(lengths, width, key=lambda length: font.getlength(text[:length])))
 
 
 # ---- the story -------------------------------------------------------------------------------------------------------
@@ -364,8 +322,8 @@ def write_sheet(args: argparse.Namespace, clips: list[Clip], facts: list[Facts],
     chosen = evenly_spaced(len(clips), args.clips)
     for i in tqdm(chosen, "Drawing clips", unit="clip"):
         try:
-            rows.append(draw_row(args.folder, clips[i], facts[i], view, random_flip=args.random_flip))
-        except ValueError as error:
+            rows.append(clip_row(args.folder, clips[i], facts[i], view, random_flip=args.random_flip))
+        except ValueError as error:  # decoding stopped midway
             problems.append(str(error))
     if not rows:
         return problems
@@ -388,14 +346,10 @@ def write_sheet(args: argparse.Namespace, clips: list[Clip], facts: list[Facts],
 def preview(args: argparse.Namespace) -> list[str]:
     """Prints the table, writes the picture of the clips that can be used, and returns the problems of the others."""
     clips, problems = read_clips(
-        args.folder,
-        caption_file=args.caption_column,
-        video_file=args.video_column,
-        image_file=args.image_column,
-        id_token=args.id_token,
+        args.folder, args.caption_column, args.video_column, args.image_column, id_token=args.id_token
     )
     check_output(args.output)
-    base = read_base(args)
+    base = base_of(args)
     view = frames.view_of(
         args, with_image=base is not None and base.takes_image, whole=base is not None and base.fixed_size is not None
     )

@@ -1,7 +1,7 @@
 """Turns a run directory into report.html: one file that opens from disk and needs no network.
 
 report_template.html.jinja holds the markup, the style, and the script that draws the curves and plays the videos. This
-module computes the values that it shows. `python -m pages.report RUN_DIR` writes the page again.
+module computes what it shows. `python -m pages.report RUN_DIR` writes the page again.
 """
 
 import argparse
@@ -11,22 +11,13 @@ import re
 import statistics
 import time
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import quote
 
 import jinja2
 
 from files import expanded_path, publish
-from run.run_directory import (
-    ARGS_FILE,
-    METRICS_FILE,
-    REPORT_FILE,
-    ValidationVideos,
-    read_args,
-    read_best,
-    read_metrics,
-    read_validation_videos,
-)
+from run import run_directory
+from run.run_directory import ARGS_FILE, METRICS_FILE, REPORT_FILE, ValidationVideos
 
 TEMPLATE = Path(__file__).with_name("report_template.html.jinja")
 POINTS_PER_CURVE = 1000
@@ -36,16 +27,16 @@ RECENT_ROWS = 100  # enough for a mean loss, few enough for today's step time
 
 def write_report(output_dir: Path) -> Path:
     """Writes the page of a run, finished or not, into its directory; returns the path of the page."""
-    run, best = read_args(output_dir), read_best(output_dir)
-    rows, columns = read_metrics(output_dir), read_validation_videos(output_dir)
+    run, best = run_directory.read_args(output_dir), run_directory.read_best(output_dir)
+    rows = run_directory.read_metrics(output_dir)
     about = [run.get("checkpoint", ""), time.strftime("page made %Y-%m-%d %H:%M")]
     page = load_template().render(
         name=output_dir.absolute().name,
         about=" · ".join(part for part in about if part),
         progress=progress(rows, run.get("options", {}).get("max_train_steps"), best),
         panels=panels(rows, best),
-        videos=video_grid(columns, best.get("step")),
-        run=details(run),
+        videos=video_grid(run_directory.read_validation_videos(output_dir), best.get("step")),
+        run=run,
     )
     publish(output_dir / REPORT_FILE, page.encode())
     return output_dir / REPORT_FILE
@@ -67,27 +58,8 @@ def load_template() -> jinja2.Template:
 # ---- progress --------------------------------------------------------------------------------------------------------
 
 
-class BestValidation(NamedTuple):
-    step: int
-    loss: float
-    change_percent: float | None  # from the base model's loss; None where that was not measured
-
-
-class Progress(NamedTuple):
-    """How far a run has come; None for what is not known."""
-
-    step: int
-    total_steps: int | None
-    smoothed_loss: float | None
-    mean_loss: float | None  # over the last `mean_rows` rows
-    mean_rows: int
-    validation: BestValidation | None
-    step_seconds: float | None
-    remaining: str | None
-
-
-def progress(rows: list[dict], total_steps: int | None, best: dict) -> Progress | None:
-    """Returns the progress of a run; None where nothing is logged.
+def progress(rows: list[dict], total_steps: int | None, best: dict) -> dict | None:
+    """Returns how far a run has come, with None for what is not known; None where nothing is logged.
 
     Args:
         best: step and losses of the best checkpoint; empty where none is kept.
@@ -95,32 +67,38 @@ def progress(rows: list[dict], total_steps: int | None, best: dict) -> Progress 
     if not rows:
         return None
     step = rows[-1]["step"]
-    losses = [row for row in rows if row.get("loss") is not None]
-    recent_losses = [row["loss"] for row in losses[-RECENT_ROWS:]]
-    recent_seconds = [row["seconds"] for row in rows if row.get("seconds") is not None][-RECENT_ROWS:]
+    training = having(rows, "loss")
+    recent_losses = [row["loss"] for row in training[-RECENT_ROWS:]]
+    recent_seconds = [row["seconds"] for row in having(rows, "seconds")[-RECENT_ROWS:]]
     step_seconds = statistics.median(recent_seconds) if recent_seconds else None
     steps_left = (total_steps or 0) - step
-    return Progress(
-        step=step,
-        total_steps=total_steps,
-        smoothed_loss=losses[-1].get("loss_smoothed") if losses else None,
-        mean_loss=statistics.fmean(recent_losses) if recent_losses else None,
-        mean_rows=len(recent_losses),
-        validation=best_validation(rows, best),
-        step_seconds=step_seconds,
-        remaining=duration(step_seconds * steps_left) if step_seconds is not None and steps_left > 0 else None,
-    )
+    return {
+        "step": step,
+        "total_steps": total_steps,
+        "smoothed_loss": training[-1].get("loss_smoothed") if training else None,
+        "mean_loss": statistics.fmean(recent_losses) if recent_losses else None,
+        "mean_rows": len(recent_losses),
+        "validation": best_validation(rows, best),
+        "step_seconds": step_seconds,
+        "remaining": duration(step_seconds * steps_left) if step_seconds is not None and steps_left > 0 else None,
+    }
 
 
-def best_validation(rows: list[dict], best: dict) -> BestValidation | None:
-    losses = {row["step"]: row["validation_loss"] for row in rows if row.get("validation_loss") is not None}
+def having(rows: list[dict], name: str) -> list[dict]:
+    """Returns the rows in which `name` has a value."""
+    return [row for row in rows if row.get(name) is not None]
+
+
+def best_validation(rows: list[dict], best: dict) -> dict | None:
+    """Returns step and loss of the best validation, and its change in percent from the base model's if known."""
+    losses = {row["step"]: row["validation_loss"] for row in having(rows, "validation_loss")}
     if best:
         step, loss = best["step"], best["validation_loss"]
     elif losses:
         step, loss = min(losses.items(), key=lambda item: item[1])
     else:
         return None
-    return BestValidation(step, loss, 100 * (loss / losses[0] - 1) if losses.get(0) else None)
+    return {"step": step, "loss": loss, "change_percent": 100 * (loss / losses[0] - 1) if losses.get(0) else None}
 
 
 def duration(seconds: float) -> str:
@@ -186,9 +164,13 @@ def _timestep_panel(validation: list[dict]) -> dict:
 
     The losses of different timesteps differ several times over, so on one axis no change would show.
     """
-    names = {name for row in validation for name in row if re.fullmatch(r"validation_loss_t\d+", name)}
-    timesteps = {name: int(name.rpartition("_t")[2]) for name in names}
-    names = sorted(names, key=timesteps.get)
+    timesteps = {
+        name: int(match[1])
+        for row in validation
+        for name in row
+        if (match := re.fullmatch(r"validation_loss_t(\d+)", name))
+    }
+    names = sorted(timesteps, key=timesteps.get)
     base = next((row for row in validation if row["step"] == 0), {})
     relative = bool(names) and all(base.get(name) for name in names)
     curves = [
@@ -218,15 +200,15 @@ def curve(rows: list[dict], name: str, label: str, *, noisy: bool = False, base:
     return {"label": label, "noisy": noisy, "points": points}
 
 
-def thinned(rows: list[dict], name: str, limit: int = POINTS_PER_CURVE) -> list[dict]:
-    """Returns at most `limit` of the rows that have a finite value, with every peak among them.
+def thinned(rows: list[dict], name: str) -> list[dict]:
+    """Returns at most POINTS_PER_CURVE of the rows that have a finite value, with every peak among them.
 
     These are the first, the last, and the lowest and the highest of each stretch between.
     """
-    rows = [row for row in rows if row.get(name) is not None and math.isfinite(row[name])]
-    if len(rows) <= limit:
+    rows = [row for row in having(rows, name) if math.isfinite(row[name])]
+    if len(rows) <= POINTS_PER_CURVE:
         return rows
-    size = math.ceil(len(rows[1:-1]) / ((limit - 2) // 2))
+    size = math.ceil(len(rows[1:-1]) / ((POINTS_PER_CURVE - 2) // 2))
     kept = {0, len(rows) - 1}
     for start in range(1, len(rows) - 1, size):
         stretch = range(start, min(start + size, len(rows) - 1))
@@ -237,32 +219,8 @@ def thinned(rows: list[dict], name: str, limit: int = POINTS_PER_CURVE) -> list[
 # ---- videos ----------------------------------------------------------------------------------------------------------
 
 
-class Cell(NamedTuple):
-    """One video of the grid."""
-
-    source: str | None  # URL of the video; None where there is none
-    text: str  # describes the video, or says why there is none
-
-
-class VideoRow(NamedTuple):
-    """The videos of one prompt and seed."""
-
-    prompt: str
-    name: str  # the seed, or the file where its name holds none
-    cells: list[Cell]
-
-
-class VideoGrid(NamedTuple):
-    """The validation videos: a row per prompt and seed, a column per step."""
-
-    steps: list[int]
-    best_step: int | None
-    rows: list[VideoRow]
-    steps_beside: int  # how many of the steps have their videos in files beside the page
-
-
-def video_grid(columns: list[ValidationVideos], best_step: int | None) -> VideoGrid | None:
-    """Returns the grid of validation videos; None where there are none yet."""
+def video_grid(columns: list[ValidationVideos], best_step: int | None) -> dict | None:
+    """Returns a row of videos per prompt and seed, with a cell per step; None where there are no videos yet."""
     if not columns:
         return None
     embedded = embedded_steps(columns)
@@ -270,8 +228,10 @@ def video_grid(columns: list[ValidationVideos], best_step: int | None) -> VideoG
     for file, prompt in sorted({row for column in columns for row in column.prompts.items()}):
         seed = re.search(r"seed-(\d+)", file)
         cells = [_cell(column, file, prompt, embed=column.step in embedded) for column in columns]
-        rows.append(VideoRow(prompt, f"seed {seed[1]}" if seed else file, cells))
-    return VideoGrid([column.step for column in columns], best_step, rows, len(columns) - len(embedded))
+        rows.append({"prompt": prompt, "name": f"seed {seed[1]}" if seed else file, "cells": cells})
+    steps_beside = len(columns) - len(embedded)  # whose videos are in files beside the page
+    steps = [column.step for column in columns]
+    return {"steps": steps, "best_step": best_step, "rows": rows, "steps_beside": steps_beside}
 
 
 def embedded_steps(columns: list[ValidationVideos]) -> set[int]:
@@ -286,41 +246,21 @@ def embedded_steps(columns: list[ValidationVideos]) -> set[int]:
     return steps
 
 
-def _cell(column: ValidationVideos, file: str, prompt: str, *, embed: bool) -> Cell:
+def _cell(column: ValidationVideos, file: str, prompt: str, *, embed: bool) -> dict:
+    """Returns a video's URL and a text that describes it; where there is no video, None and the reason."""
     path = column.folder / file
     if column.prompts.get(file) != prompt:
-        return Cell(None, "not made at this step")
+        return {"source": None, "text": "not made at this step"}
     if not path.is_file():
-        return Cell(None, f"{file} is missing")
+        return {"source": None, "text": f"{file} is missing"}
     if embed:
         source = f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
     else:
         source = f"{column.folder.parent.name}/{column.folder.name}/{quote(file)}"
-    return Cell(source, f"{f'step {column.step}' if column.step else 'base model'}: {prompt}")
+    return {"source": source, "text": f"{f'step {column.step}' if column.step else 'base model'}: {prompt}"}
 
 
-# ---- details ---------------------------------------------------------------------------------------------------------
-
-
-def details(run: dict) -> dict | None:
-    """Returns the training data, the figures, and the options of a run as text; None where args.json is missing."""
-    if not run:
-        return None
-    figures = {name: f"{run[name]:,}" for name in ("clips", "processes") if name in run}
-    versions = ", ".join(f"{package} {version}" for package, version in run.get("versions", {}).items())
-    return {
-        "data": [line for summary in run.get("data", []) for line in summary.splitlines()],
-        "figures": figures | {"versions": versions},
-        "options": {f"--{name}": _option_text(value) for name, value in run.get("options", {}).items()},
-    }
-
-
-def _option_text(value) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return "–" if value is None else str(value)
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,7 +9,7 @@ import preprocess
 import pytest
 import torch
 
-from clips.frames import View, choose_frames
+from clips.frames import choose_frames, view_of
 
 # What the benchmark asks of diffusers' script, which is not part of this repository, and no more.
 SCRIPT = """
@@ -78,8 +78,8 @@ def test_compares_with_a_script_on_the_same_clips_and_models(tmp_path, capsys, w
 def test_ours_and_the_script_encode_the_same_frames(tmp_path, monkeypatch, without_stand_in):
     (tmp_path / "script.py").write_text(SCRIPT)
     work = preprocess.prepare(preprocess.parse_args(["--model", "tiny", "--clips", "2"]), tmp_path)
-    encoded, encode = [], work.models.vae.encode
-    monkeypatch.setattr(work.models.vae, "encode", lambda video: encoded.append(video) or encode(video))
+    encoded, encode = [], work.vae.encode
+    monkeypatch.setattr(work.vae, "encode", lambda video: encoded.append(video) or encode(video))
     preprocess.run_ours(work)
     script = preprocess.reference.load_reference(tmp_path / "script.py")
     preprocess.run_reference(script, work)
@@ -97,7 +97,8 @@ def captions(folder):
 @pytest.mark.parametrize("num_frames", [9, 49])
 def test_drawn_clips_give_every_third_frame(num_frames):
     """As the script chooses them, which knows no time."""
-    view = View(64, 96, 8, num_frames, 0, 0, "center", 0)
+    args = preprocess.parse_args(["--model", "tiny", "--max_num_frames", str(num_frames)])
+    view = view_of(args, with_image=False, whole=False)
     chosen = choose_frames(np.arange(3 * num_frames) / 24, view)
     assert chosen == list(range(0, 3 * num_frames, 3))
 
@@ -106,7 +107,7 @@ def test_drawn_clips_give_every_third_frame(num_frames):
     ("argv", "message"),
     [
         (["--reference", "no/where.py"], "--reference no/where.py: no such file"),
-        (["--num_frames", "10"], "--num_frames 10: must be 4k + 1"),
+        (["--num_frames", "10"], "--max_num_frames 10: must be 4k + 1"),
         (["--clips", "0"], "must be a whole number of at least 1"),
     ],
 )

@@ -19,7 +19,7 @@ from cogvideox.base_model import load_tokenizer, read_base_model
 from cogvideox.encoders import cut_caption
 from pages import preview
 
-VIEW = View(64, 96, 8, 9, 0, 0, "center", 0)
+VIEW = View(height=64, width=96, fps=8, max_num_frames=9, skip_frames_start=0, skip_frames_end=0, crop="center", seed=0)
 SMALL = ["--height", "64", "--width", "96", "--max_num_frames", "9"]
 
 
@@ -52,7 +52,7 @@ def refused(capsys, line):
 
 def test_the_picture_shows_the_model_s_own_pixels(clips):
     (clip, *_), (fact, *_), _ = read(clips)
-    sheet, missing = preview.draw_sheet([preview.draw_row(clips, clip, fact, VIEW, random_flip=True)])
+    sheet, missing = preview.draw_sheet([preview.clip_row(clips, clip, fact, VIEW, random_flip=True)])
     shown = frames.read_frames(clip.video, VIEW, mirrored=False)
     expected = [*shown[[0, 2, 4, 6, 8]], frames.read_frames(clip.video, VIEW, mirrored=True)[0]]
     pixels = torch.from_numpy(np.array(sheet))
@@ -79,7 +79,7 @@ def test_large_frames_are_scaled_down_whole():
 def test_an_image_to_start_from_stands_before_the_frames(clips, tmp_path):
     imageio.imwrite(tmp_path / "blue.png", np.full((64, 96, 3), (0, 0, 255), np.uint8))
     (clip, *_), (fact, *_), _ = read(clips)
-    row = preview.draw_row(clips, clip._replace(image=tmp_path / "blue.png"), fact, VIEW, random_flip=False)
+    row = preview.clip_row(clips, clip._replace(image=tmp_path / "blue.png"), fact, VIEW, random_flip=False)
     assert [label for label, _ in row.cells] == ["image", "0.00 s", "0.25 s", "0.50 s", "0.75 s", "1.00 s"]
     assert row.cells[0][1].getpixel((5, 5)) == (0, 0, 255)
 

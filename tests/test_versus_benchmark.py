@@ -22,7 +22,7 @@ from diffusers import CogVideoXTransformer3DModel
 
 import train_cogvideox_lora
 from clips.facts import examine
-from clips.frames import View
+from clips.frames import view_of
 from clips.listing import read_clips
 from cogvideox import objective
 from cogvideox.base_model import load_transformer, read_base_model
@@ -39,25 +39,19 @@ def parse(*words):
 
 
 @pytest.mark.parametrize(
-    "argv, message",
+    "words, message",
     [
         (["--reference", "nowhere.py"], "--reference nowhere.py: no such file"),
-        (["--reference", __file__, "--steps", "1"], "--steps 1: must be at least 2"),
-        (["--reference", __file__, "--warmup", "0"], "--warmup 0: must be at least 1"),
-        (["--reference", __file__, "--rounds", "0"], "--rounds 0: must be at least 1"),
-        (
-            ["--reference", __file__, "--ours_options", "--rank=4"],
-            "--ours_options --rank: is the same for both scripts",
-        ),
-        (
-            ["--reference", __file__, "--ours_options", "--compiled"],
-            "--compiled: unknown option; did you mean --compile?",
-        ),
+        (["--steps", "1"], "--steps: 1: must be a whole number of at least 2"),
+        (["--warmup", "0"], "--warmup: 0: must be a whole number of at least 1"),
+        (["--rounds", "0"], "--rounds: 0: must be a whole number of at least 1"),
+        (["--ours_options", "--rank=4"], "--ours_options --rank: is the same for both scripts"),
+        (["--ours_options", "--compiled"], "--compiled: unknown option; did you mean --compile?"),
     ],
 )
-def test_refuses_what_cannot_work(argv, message, capsys):
+def test_refuses_what_cannot_work(words, message, capsys):
     with pytest.raises(SystemExit) as end:
-        versus.main(argv)
+        versus.main(["--reference", __file__, *words])
     assert end.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -96,8 +90,8 @@ def test_the_base_model_is_stored_as_the_other_script_loads_it_and_shows_all_its
     assert all(torch.equal(weight, weight.half().float()) for weight in transformer.parameters())
     clips, problems = read_clips(tmp_path / "clips", "prompts.txt", "videos.txt", None, None)
     assert problems == [] and len(clips) == 8
-    view = View(size.height, size.width, 8, size.max_num_frames, 0, 0, "center", 0)
-    facts, problem = examine(clips[0], view)
+    shared = train_cogvideox_lora.parse_args(versus.shared_options(parse("--size", "overhead"), updates=9))
+    facts, problem = examine(clips[0], view_of(shared, with_image=False, whole=False))
     assert problem is None
     assert (facts.height, facts.width, facts.indices) == (size.height, size.width, list(range(size.max_num_frames)))
 
