@@ -48,7 +48,7 @@ from step import T5S, VAES
 
 import dataset
 from clips import frames
-from clips.frames import View, check_size
+from clips.frames import View, check_options
 from clips.listing import read_clips
 from clips.order import Ranks
 from cogvideox import encoders
@@ -107,12 +107,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     names = "num_frames", "height", "width"
     for name, default in zip(names, SIZES[options.model]):
         setattr(options, name, getattr(options, name) or default)
-    check_size(
-        options.height,
-        options.width,
-        options.num_frames,
-        refuse=lambda problem: parser.error(problem.replace("--max_num_frames", "--num_frames")),
-    )
+    size = argparse.Namespace(height=options.height, width=options.width, max_num_frames=options.num_frames)
+    check_options(size, lambda problem: parser.error(problem.replace("--max_num_frames", "--num_frames")))
     if options.reference and not options.reference.is_file():
         parser.error(
             f"--reference {options.reference}: no such file; pass the path of diffusers' train_cogvideox_lora.py"

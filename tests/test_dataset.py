@@ -340,7 +340,7 @@ def test_epochs_become_updates_of_all_ranks(per_epoch, per_step, epochs, expecte
         batches_per_epoch=per_epoch, batches_per_step=per_step, epochs=epochs, max_steps=None, step=0, batches_seen=0
     )
     assert timeline.total_steps == expected
-    assert timeline.last_epoch >= epochs > timeline.epoch(expected - 1)
+    assert timeline.epoch(expected) >= epochs > timeline.epoch(expected - 1)
 
 
 def test_a_run_that_continues_with_other_ranks_still_sees_its_epochs():
@@ -348,13 +348,13 @@ def test_a_run_that_continues_with_other_ranks_still_sees_its_epochs():
     second = make_timeline(
         batches_per_epoch=10, batches_per_step=4, epochs=6, max_steps=None, step=30, batches_seen=first.batches_seen(30)
     )
-    assert (first.total_steps, second.total_steps, second.last_epoch) == (60, 38, 6.2)
+    assert (first.total_steps, second.total_steps, second.epoch(38)) == (60, 38, 6.2)
 
 
 def test_epochs_end_once_however_they_fall_on_updates():
-    timeline = make_timeline(batches_per_epoch=7, batches_per_step=3, epochs=6, max_steps=None, step=0, batches_seen=0)
-    ends = [step for step in range(1, timeline.total_steps + 1) if timeline.ends_epochs(step, 2)]
-    assert ends == [5, 10, 14]  # 14, 28, 42 micro-batches
+    timeline = make_timeline(batches_per_epoch=7, batches_per_step=3, epochs=7, max_steps=None, step=0, batches_seen=0)
+    ends = [step for step in range(1, timeline.total_steps + 1) if timeline.due(step, None, 2)]
+    assert ends == [5, 10, 14, 17]  # after 14, 28 and 42 micro-batches, and at the end
 
 
 def test_shares_are_put_together_in_order():
