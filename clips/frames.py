@@ -21,7 +21,7 @@ from files import at_least, file_hash
 decord.logging.set_level(decord.logging.QUIET)
 
 SMALLEST_SIDE = 64  # decord 0.6 cannot give frames narrower than this
-UNREADABLE = (RuntimeError, decord.DECORDError)
+UNREADABLE = (RuntimeError, decord.DECORDError)  # what decord raises for a damaged file
 FRAMES_READ_AT_ONCE = 8  # bounds the memory: frames of the file may be much larger than the model's
 
 
@@ -80,12 +80,7 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
 
 
 def view_of(args: argparse.Namespace, *, with_image: bool, whole: bool) -> View:
-    """Returns the view that the options of `add_options` and --seed describe.
-
-    Args:
-        with_image: whether the base model is image-to-video.
-        whole: whether the base model takes clips of max_num_frames only.
-    """
+    """Returns the view that the options of `add_options`, --seed and the needs of the base model describe."""
     same_names = {name: value for name, value in vars(args).items() if name in View._fields}
     return View(**same_names, crop=args.video_reshape_mode, with_image=with_image, whole=whole)
 
@@ -212,11 +207,7 @@ def image_problems(paths: list[Path], option: str) -> list[str]:
 
 
 def first_image(clip: Clip, frames: torch.Tensor, view: View, *, mirrored: bool) -> torch.Tensor:
-    """Returns the image that an image-to-video model starts from, uint8 [H, W, C].
-
-    Args:
-        frames: result of `decode` for this clip and view.
-    """
+    """Returns the image that an image-to-video model starts from, uint8 [H, W, C]; `frames` are from `decode`."""
     if clip.image is None:
         return frames[0]
     image = read_image(clip.image, view.height, view.width, _crop_position(clip.video, view))
