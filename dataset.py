@@ -237,8 +237,9 @@ def cache_captions(new: list[tuple[str, Path]], encoder: "Encoder", progress: Ca
     """
     if not new:
         return
-    batch_size, captions = encoder.at_once(()), iter(progress(new, "Encoding captions", "caption"))
+    batch_size = encoder.at_once(())
     with encoder.load() as encode, _written_behind() as write:
+        captions = iter(progress(new, "Encoding captions", "caption"))  # begins once the model is loaded
         while batch := list(itertools.islice(captions, batch_size)):
             embeddings = encode(_filled_up([caption for caption, _ in batch], batch_size))
             for (_, path), prompt_embeds in zip(batch, embeddings):
@@ -412,7 +413,7 @@ def _latents_shape(path: Path) -> tuple[int, ...]:
         ) from error
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
+# ---- micro-batches ---------------------------------------------------------------------------------------------------
 
 
 class CachedClips(torch.utils.data.Dataset):
