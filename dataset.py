@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,11 +27,14 @@ from clips.facts import Facts, examine, headline, list_problems, remarks
 from clips.frames import View, decode, first_image
 from clips.listing import Clip
 from clips.order import Ranks, Timeline, count_held_out, epoch_batches, rank_batches
-from cogvideox.encoders import Encoder
 from files import file_hash, hash_of, publish
+
+if TYPE_CHECKING:  # encoders are passed in: this module needs no model library
+    from cogvideox.encoders import Encoder
 
 BYTES_DECODED_AHEAD = 2**30  # of all clips that are decoded before the encoder asks for them
 WRITES_WAITING = 16  # bounds the memory of encoded clips that wait for the disk
+SECONDS_TO_APPEAR = 90  # for a file that another machine has written
 
 
 class Data(NamedTuple):
@@ -60,13 +63,12 @@ class Data(NamedTuple):
         Args:
             held_out: how many videos to hold out; below 1 a share of them.
         """
-        videos = list(dict.fromkeys(paths[0] for paths in self.clips.latents))
-        chosen = random.Random(f"{seed} held out").sample(videos, count_held_out(held_out, len(videos)))
-        chosen, everything = set(chosen), range(len(self.shapes))
-        return (
-            self._take([clip for clip in everything if self.clips.latents[clip][0] not in chosen]),
-            self._take([clip for clip in everything if self.clips.latents[clip][0] in chosen])._replace(remarks=()),
-        )
+        of_clips = [paths[0] for paths in self.clips.latents]
+        videos = list(dict.fromkeys(of_clips))
+        chosen = set(random.Random(f"{seed} held out").sample(videos, count_held_out(held_out, len(videos))))
+        training = [clip for clip, video in enumerate(of_clips) if video not in chosen]
+        validation = [clip for clip, video in enumerate(of_clips) if video in chosen]
+        return self._take(training), self._take(validation)._replace(remarks=())
 
     def _take(self, clips: list[int]) -> "Data":
         latents, captions = self.clips.latents, self.clips.captions
@@ -83,9 +85,6 @@ class Data(NamedTuple):
         return "\n".join([headline(self.facts, self.view), *self.remarks])
 
 
-# ---- encode what the cache does not hold -----------------------------------------------------------------------------
-
-
 def encode_dataset(
     root: Path,
     clips: list[Clip],
@@ -95,8 +94,8 @@ def encode_dataset(
     cache: Path,
     prompts: list[str],
     random_flip: bool,
-    video_encoder: Encoder,
-    text_encoder: Encoder,
+    video_encoder: "Encoder",
+    text_encoder: "Encoder",
     progress: Callable[..., Iterable],
     ranks: Ranks,
     everyone: Ranks,
@@ -114,17 +113,16 @@ def encode_dataset(
         ValueError: lists all problems that probing finds, before anything is loaded or written, or else all that
             decoding and encoding find.
     """
-    # Probe and refuse.
-    probed = ranks.gather_shares(probe_clips(ranks.share(clips), view, cache, video_encoder.fingerprint, random_flip))
+    vae, share = video_encoder.fingerprint, ranks.share(clips)
+    probed = ranks.gather_shares(probe_clips(share, view, cache=cache, encoder=vae, random_flip=random_flip))
     _refuse(root, everyone, problems + [clip.problem for clip in probed if clip.problem])
+
     latents = [clip.paths for clip in probed]
     captions = {
         caption: cache_path(cache, "captions", caption=caption, encoder=text_encoder.fingerprint)
         for caption in [clip.caption for clip in clips] + prompts
     }
-
-    # Encode what is missing.
-    new_captions = [NewCaption(caption, path) for caption, path in captions.items() if not path.exists()]
+    new_captions = [(caption, path) for caption, path in captions.items() if not path.exists()]
     new_latents = missing_latents(clips, probed)
     ranks.wait()  # no rank writes before all know what is missing
     cache_captions(ranks.share(new_captions), text_encoder, progress)
@@ -148,8 +146,7 @@ def check_clips(
 ) -> list[Facts]:
     """Returns the facts of the clips; refuses the clips that `encode_dataset` would refuse."""
     with ThreadPoolExecutor() as threads:
-        share = list(threads.map(lambda clip: examine(clip, view), ranks.share(clips)))
-    examined = ranks.gather_shares(share)
+        examined = ranks.gather_shares(list(threads.map(partial(examine, view=view), ranks.share(clips))))
     _refuse(root, everyone, problems + [problem for _, problem in examined if problem])
     return [facts for facts, _ in examined]
 
@@ -177,7 +174,7 @@ def _refuse(root: Path, everyone: Ranks, problems: list[str]) -> None:
         raise ValueError(list_problems(root, problems, "nothing is trained"))
 
 
-# ---- probe -----------------------------------------------------------------------------------------------------------
+# ---- what the cache does not hold ------------------------------------------------------------------------------------
 
 
 class Probed(NamedTuple):
@@ -189,7 +186,7 @@ class Probed(NamedTuple):
     problem: str | None
 
 
-def probe_clips(clips: list[Clip], view: View, cache: Path, encoder: str, random_flip: bool) -> list[Probed]:
+def probe_clips(clips: list[Clip], view: View, *, cache: Path, encoder: str, random_flip: bool) -> list[Probed]:
     """Examines clips in parallel, and looks up their latents in the cache.
 
     Args:
@@ -211,13 +208,6 @@ def probe_clips(clips: list[Clip], view: View, cache: Path, encoder: str, random
         return list(threads.map(probe, clips))
 
 
-class NewCaption(NamedTuple):
-    """A caption to encode, and the file for its embeddings."""
-
-    caption: str
-    path: Path
-
-
 class NewLatents(NamedTuple):
     """A clip to encode, and the file for its latents."""
 
@@ -236,10 +226,10 @@ def missing_latents(clips: list[Clip], probed: list[Probed]) -> list[NewLatents]
     return [latents for _, latents in sorted(new.values(), key=itemgetter(0))]
 
 
-# ---- captions --------------------------------------------------------------------------------------------------------
+# ---- encode ----------------------------------------------------------------------------------------------------------
 
 
-def cache_captions(new: list[NewCaption], encoder: Encoder, progress: Callable[..., Iterable]) -> None:
+def cache_captions(new: list[tuple[str, Path]], encoder: "Encoder", progress: Callable) -> None:
     """Encodes captions into one file each; loads the encoder only if there are any.
 
     Args:
@@ -247,30 +237,24 @@ def cache_captions(new: list[NewCaption], encoder: Encoder, progress: Callable[.
     """
     if not new:
         return
-    batch_size, batch = encoder.at_once(()), []
-    with encoder.load() as encode, _written_behind([]) as write:
-        for number, item in enumerate(progress(new, "Encoding captions", "caption"), start=1):
-            batch.append(item)
-            if len(batch) == batch_size or number == len(new):
-                embeddings = encode(_filled_up([caption for caption, _ in batch], batch_size))
-                for (_, path), prompt_embeds in zip(batch, embeddings):
-                    write(write_cached, path, {"prompt_embeds": prompt_embeds})
-                batch = []
-
-
-# ---- clips -----------------------------------------------------------------------------------------------------------
+    batch_size = encoder.at_once(())
+    with encoder.load() as encode, _written_behind() as write:
+        captions = iter(progress(new, "Encoding captions", "caption"))  # begins once the model is loaded
+        while batch := list(itertools.islice(captions, batch_size)):
+            embeddings = encode(_filled_up([caption for caption, _ in batch], batch_size))
+            for (_, path), prompt_embeds in zip(batch, embeddings):
+                write(write_cached, path, {"prompt_embeds": prompt_embeds})
 
 
 class Decoded(NamedTuple):
-    """A clip between decoding and encoding, or its problem."""
+    """A clip between decoding and encoding."""
 
     new: NewLatents
-    frames: torch.Tensor | None  # uint8 [F, H, W, C]
+    frames: torch.Tensor  # uint8 [F, H, W, C]
     image: torch.Tensor | None  # uint8 [H, W, C], to be stored beside the latents
-    problem: str | None
 
 
-def cache_latents(new: list[NewLatents], view: View, encoder: Encoder, progress: Callable[..., Iterable]) -> list[str]:
+def cache_latents(new: list[NewLatents], view: View, encoder: "Encoder", progress: Callable) -> list[str]:
     """Encodes clips into one file each; loads the encoder only if there are any.
 
     Threads decode the next clips and write the last ones while these are encoded: decord, torch and files release the
@@ -286,69 +270,41 @@ def cache_latents(new: list[NewLatents], view: View, encoder: Encoder, progress:
     """
     if not new:
         return []
-    problems = []  # (line, problem)
+    problems = []  # (line, problem), from all threads
     with (
         encoder.load() as encode,
-        _written_behind(problems) as write,
-        closing(_decoded_batches(new, view, encoder.at_once, progress, problems)) as batches,
+        _written_behind() as write,
+        closing(_map_ahead(partial(_decode, view, problems), new, decoding_threads(view))) as decoded,
     ):
-        for batch in batches:
-            frames = [clip.frames for clip in batch]
-            batch_parameters = encode(torch.stack(_filled_up(frames, encoder.at_once(tuple(frames[0].shape)))))
-            for clip, parameters in zip(batch, batch_parameters):
-                write(_write_latents, clip.new, parameters, clip.image)
+        clips = (clip for _, clip in zip(progress(new, "Encoding clips", "clip"), decoded) if clip)
+        for shape, clips_of_shape in itertools.groupby(clips, key=lambda clip: tuple(clip.frames.shape)):
+            batch_size = encoder.at_once(shape)
+            while batch := list(itertools.islice(clips_of_shape, batch_size)):
+                batch_parameters = encode(torch.stack(_filled_up([clip.frames for clip in batch], batch_size)))
+                for clip, parameters in zip(batch, batch_parameters):
+                    write(_write_latents, problems, clip.new, parameters, clip.image)
     return [problem for _, problem in sorted(problems)]
 
 
-def _decoded_batches(
-    new: list[NewLatents],
-    view: View,
-    at_once: Callable[[tuple[int, ...]], int],
-    progress: Callable[..., Iterable],
-    problems: list[tuple[int, str]],
-) -> Iterator[list[Decoded]]:
-    """Yields decoded clips in batches of one shape.
-
-    Args:
-        problems: receives the line and the problem of each clip that cannot be decoded.
-    """
-    batch = []
-    with closing(_map_ahead(partial(_decode, view), new, decoding_threads(view))) as decoded:
-        for _, clip in zip(progress(new, "Encoding clips", "clip"), decoded):
-            if clip.problem:
-                problems.append((clip.new.clip.line, clip.problem))
-                continue
-            if batch and batch[0].frames.shape != clip.frames.shape:
-                yield batch
-                batch = []
-            batch.append(clip)
-            if len(batch) >= at_once(tuple(clip.frames.shape)):
-                yield batch
-                batch = []
-    if batch:
-        yield batch
-
-
-def _decode(view: View, new: NewLatents) -> Decoded:
+def _decode(view: View, problems: list[tuple[int, str]], new: NewLatents) -> Decoded | None:
     try:
         frames = decode(new.clip, view, mirrored=new.mirrored)
     except ValueError as error:
-        return Decoded(new, None, None, str(error))
+        problems.append((new.clip.line, str(error)))
+        return None
     image = first_image(new.clip, frames, view, mirrored=new.mirrored) if view.with_image else None
-    return Decoded(new, frames, image, None)
+    return Decoded(new, frames, image)
 
 
-def _write_latents(new: NewLatents, parameters: torch.Tensor, image: torch.Tensor | None) -> tuple[int, str] | None:
-    """Writes the latents of a clip; returns its line and its problem if they are not finite."""
+def _write_latents(
+    problems: list[tuple[int, str]], new: NewLatents, parameters: torch.Tensor, image: torch.Tensor | None
+) -> None:
     parameters = parameters.cpu()
     if not torch.isfinite(parameters).all():
         problem = "the VAE encodes it to NaN or infinity; train with --mixed_precision bf16"
-        return new.clip.line, new.clip.problem(problem)
-    write_cached(new.path, {"parameters": parameters} | ({} if image is None else {"image": image}))
-    return None
-
-
-# ---- batches and threads of the encoders -----------------------------------------------------------------------------
+        problems.append((new.clip.line, new.clip.problem(problem)))
+    else:
+        write_cached(new.path, {"parameters": parameters} | ({} if image is None else {"image": image}))
 
 
 def _filled_up(batch: list, size: int) -> list:
@@ -381,28 +337,22 @@ def _map_ahead(function: Callable, items: Iterable, threads: int) -> Iterator:
 
 
 @contextmanager
-def _written_behind(results: list) -> Iterator[Callable]:
+def _written_behind() -> Iterator[Callable]:
     """Gives `write(function, *arguments)`, which calls the function in a thread.
 
     What fails there is raised by a later `write`, or at the end of the block.
-
-    Args:
-        results: receives what the functions return, unless it is None.
     """
     pending = deque()
     with ThreadPoolExecutor(1) as thread:
 
-        def finish(most_pending: int) -> None:
-            while len(pending) > most_pending:
-                if (result := pending.popleft().result()) is not None:
-                    results.append(result)
-
         def write(function: Callable, *arguments) -> None:
-            finish(WRITES_WAITING)
+            if len(pending) > WRITES_WAITING:
+                pending.popleft().result()
             pending.append(thread.submit(function, *arguments))
 
         yield write
-        finish(0)
+        for written in pending:
+            written.result()
 
 
 # ---- files of the cache ----------------------------------------------------------------------------------------------
@@ -414,12 +364,9 @@ def cache_path(cache: Path, kind: str, **content) -> Path:
 
 
 def write_cached(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Publishes a file of tensors.
+    """Publishes a file of tensors; raises a ValueError if the disk is full or the folder cannot be written.
 
     safetensors' own save_file is not used: it reports a full disk as an exception of its own.
-
-    Raises:
-        ValueError: the disk is full, or the folder cannot be written.
     """
     try:
         publish(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
@@ -437,33 +384,22 @@ def load_prompt_embeds(path: Path) -> torch.Tensor:
 def _wait_for_files(root: Path, files: list[Path], everyone: Ranks) -> None:
     """Waits until this machine sees what all ranks have written for the dataset at `root`.
 
-    Raises:
-        ValueError: the ranks of different machines need different files, or one has not appeared in time.
+    A network disk may show a file late: NFS caches for up to a minute that it does not exist.
     """
     if len(set(everyone.gather([hash_of([path.name for path in files])]))) > 1:
         raise ValueError(
             f"{root}: the machines of this run see different clips or captions there; copy one to all machines"
         )
     for path in files:
-        _wait_for(path)
-
-
-def _wait_for(path: Path, seconds: float = 90) -> None:
-    """Waits until this machine sees a file that another one has written.
-
-    A network disk may show it late: NFS caches for up to a minute that a file does not exist.
-
-    Raises:
-        ValueError: the file has not appeared in time.
-    """
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise ValueError(
-                f"{path}: another process has written this file, but this machine does not see it after {seconds:.0f} "
-                "s; start again (what has been encoded is kept), or put --latents_cache_dir on another disk"
-            )
-        time.sleep(0.5)
+        deadline = time.monotonic() + SECONDS_TO_APPEAR
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"{path}: another process has written this file, but this machine does not see it after "
+                    f"{SECONDS_TO_APPEAR} s; start again (what has been encoded is kept), or put --latents_cache_dir "
+                    "on another disk"
+                )
+            time.sleep(0.5)
 
 
 def _latents_shape(path: Path) -> tuple[int, ...]:
@@ -477,7 +413,7 @@ def _latents_shape(path: Path) -> tuple[int, ...]:
         ) from error
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
+# ---- micro-batches ---------------------------------------------------------------------------------------------------
 
 
 class CachedClips(torch.utils.data.Dataset):
@@ -499,31 +435,18 @@ def micro_batches(
     data: Data, timeline: Timeline, ranks: Ranks, *, batch_size: int, seed: int, random_flip: bool, num_workers: int
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Yields (number, batch) of this rank without end; a batch holds items of `CachedClips`, stacked."""
-    first = timeline.first_batch + ranks.index
+    numbers = partial(itertools.count, timeline.first_batch + ranks.index, ranks.count)
+    batches = rank_batches(data.shapes, batch_size=batch_size, seed=seed, random_flip=random_flip, numbers=numbers())
     loader = torch.utils.data.DataLoader(
         data.clips,
-        batch_sampler=rank_batches(
-            data.shapes,
-            batch_size=batch_size,
-            seed=seed,
-            random_flip=random_flip,
-            numbers=itertools.count(first, ranks.count),
-        ),
+        batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # the default would draw from the global generator
     )
-    return _read_ahead(zip(itertools.count(first, ranks.count), loader))
-
-
-def _read_ahead(items: Iterator) -> Iterator:
-    """Yields the items of an endless iterator; a thread reads the next one while the GPU computes with this one."""
-    with ThreadPoolExecutor(1) as thread:
-        next_item = thread.submit(next, items)
-        while True:
-            item = next_item.result()
-            next_item = thread.submit(next, items)
-            yield item
+    read = zip(numbers(), loader)
+    # A thread reads the next batch while the GPU computes with this one.
+    return _map_ahead(lambda _: next(read), itertools.repeat(None), threads=1)
 
 
 if __name__ == "__main__":

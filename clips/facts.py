@@ -8,9 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import decord
-
-from clips.frames import SMALLEST_SIDE, View, choose_frames, covering_scale, read_image, read_timestamps
+from clips.frames import SMALLEST_SIDE, UNREADABLE, View, choose_frames, covering_scale, open_video, read_image
 from clips.listing import Clip
 from files import file_hash
 
@@ -67,19 +65,14 @@ def examine(clip: Clip, view: View) -> tuple[Facts | None, str | None]:
 
 
 def read_facts(video: Path, view: View) -> Facts:
-    """Returns the facts of an existing file.
-
-    Raises:
-        ValueError: the file cannot be read, or cannot give what `view` requires.
-    """
+    """Returns the facts of an existing file; raises a ValueError if it cannot be read, or gives too little."""
     if video.stat().st_size == 0:
         raise ValueError("the file is empty; copy it again, or remove the clip from the lists")
     try:
-        reader = decord.VideoReader(str(video))  # reads to the end of the file, so a truncated one fails here
-        timestamps = read_timestamps(reader)
+        reader, timestamps = open_video(video)  # a truncated file fails here
         indices = choose_frames(timestamps, view)
         height, width, _ = reader[indices[-1]].shape
-    except (RuntimeError, decord.DECORDError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             "cannot be read as a video: the file is damaged or not a video; play it to check, and re-encode it "
             "(ffmpeg -i in -c:v libx264 out.mp4) or remove it from the lists"
@@ -95,9 +88,15 @@ def read_facts(video: Path, view: View) -> Facts:
             "longer clip, or remove it from the lists"
         )
     span, intervals = timestamps[-1] - timestamps[0], len(timestamps) - 1
-    fps = float(intervals / span) if span else reader.get_avg_fps()
-    seen_until = float(timestamps[indices[0]] - timestamps[0]) + len(indices) / view.fps
-    return Facts(width, height, fps, len(timestamps), indices, seen_until, file_hash(video))
+    return Facts(
+        width=width,
+        height=height,
+        fps=float(intervals / span) if span else reader.get_avg_fps(),
+        num_frames=len(timestamps),
+        indices=indices,
+        seen_until=float(timestamps[indices[0]] - timestamps[0]) + len(indices) / view.fps,
+        content=file_hash(video),
+    )
 
 
 def headline(facts: list[Facts], view: View) -> str:
@@ -114,11 +113,7 @@ def headline(facts: list[Facts], view: View) -> str:
 
 
 def remarks(clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
-    """Returns one line for each thing that the model does not see or that looks like an oversight.
-
-    Args:
-        facts: one for each clip.
-    """
+    """Returns one line for each thing that the model does not see or that looks like an oversight."""
     lines, not_seen = [], []
     if unseen := [fact.unseen_seconds for fact in facts if fact.unseen_seconds >= 0.05]:
         not_seen.append(f"up to {max(unseen):.1f} s at the end ({count_clips(len(unseen))})")
@@ -135,12 +130,12 @@ def remarks(clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
 
 def _repetitions(clips: list[Clip], facts: list[Facts]) -> list[str]:
     """Returns the lines on videos and captions that are listed more than once, the most frequent first."""
-    lines_of_video, lines_of_caption = {}, {}
-    for clip, fact in zip(clips, facts):
-        lines_of_video.setdefault(fact.content, []).append(clip.line)
-        lines_of_caption.setdefault(clip.caption, []).append(clip.line)
+    videos, captions = [fact.content for fact in facts], [clip.caption for clip in clips]
     lines = []
-    for kind, groups in (("video", lines_of_video), ("caption", lines_of_caption)):
+    for kind, contents in (("video", videos), ("caption", captions)):
+        groups = {}  # content -> lines of the lists
+        for clip, content in zip(clips, contents):
+            groups.setdefault(content, []).append(clip.line)
         repeated = sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
         if repeated:
             more = f"; and {len(repeated) - 5} more" if len(repeated) > 5 else ""
@@ -166,10 +161,6 @@ def _enumeration(numbers: list[int]) -> str:
 
 
 def list_problems(root: Path, problems: list[str], consequence: str) -> str:
-    """Returns the error message for the problems of a dataset.
-
-    Args:
-        consequence: what follows from them, such as "nothing is trained".
-    """
+    """Returns the error message for problems whose consequence is, for example, "nothing is trained"."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return f"{root}: {count} in the dataset, {consequence}:\n  " + "\n  ".join(problems)

@@ -21,6 +21,7 @@ from files import at_least, file_hash
 decord.logging.set_level(decord.logging.QUIET)
 
 SMALLEST_SIDE = 64  # decord 0.6 cannot give frames narrower than this
+UNREADABLE = (RuntimeError, decord.DECORDError)  # what decord raises for a damaged file
 FRAMES_READ_AT_ONCE = 8  # bounds the memory: frames of the file may be much larger than the model's
 
 
@@ -79,27 +80,9 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
 
 
 def view_of(args: argparse.Namespace, *, with_image: bool, whole: bool) -> View:
-    """Returns the view that the options of `add_options` and --seed describe.
-
-    Args:
-        with_image: whether the base model is image-to-video.
-        whole: whether the base model takes clips of max_num_frames only.
-    """
-    return View(
-        height=args.height,
-        width=args.width,
-        fps=args.fps,
-        max_num_frames=args.max_num_frames,
-        skip_frames_start=args.skip_frames_start,
-        skip_frames_end=args.skip_frames_end,
-        crop=args.video_reshape_mode,
-        seed=args.seed,
-        with_image=with_image,
-        whole=whole,
-    )
-
-
-# ---- which frames ----------------------------------------------------------------------------------------------------
+    """Returns the view that the options of `add_options`, --seed and the needs of the base model describe."""
+    same_names = {name: value for name, value in vars(args).items() if name in View._fields}
+    return View(**same_names, crop=args.video_reshape_mode, with_image=with_image, whole=whole)
 
 
 def trainable_length(available: int, max_num_frames: int) -> int:
@@ -140,7 +123,13 @@ def choose_frames(timestamps: np.ndarray, view: View) -> list[int]:
     return [view.skip_frames_start + int(i) for i in nearest.clip(0, len(kept) - 1)]
 
 
-# ---- decode, resize, crop --------------------------------------------------------------------------------------------
+def open_video(video: Path) -> tuple[decord.VideoReader, np.ndarray]:
+    """Returns a reader of the file's frames, and the time of each of them in seconds, in float64.
+
+    It reads to the end of the file. A damaged file raises one of `UNREADABLE`, here or in the reader.
+    """
+    reader = decord.VideoReader(str(video))
+    return reader, reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
 
 
 def covering_scale(height: int, width: int, to_height: int, to_width: int) -> float:
@@ -168,8 +157,8 @@ def resize_and_crop(frames: torch.Tensor, height: int, width: int, crop_position
 
 def read_frames(video: Path, view: View, *, mirrored: bool) -> torch.Tensor:
     """Returns the frames that the model sees, uint8 [F, H, W, C]."""
-    reader = decord.VideoReader(str(video))
-    indices = choose_frames(read_timestamps(reader), view)
+    reader, timestamps = open_video(video)
+    indices = choose_frames(timestamps, view)
     position = _crop_position(video, view)
     parts = []
     for start in range(0, len(indices), FRAMES_READ_AT_ONCE):
@@ -180,14 +169,10 @@ def read_frames(video: Path, view: View, *, mirrored: bool) -> torch.Tensor:
 
 
 def decode(clip: Clip, view: View, *, mirrored: bool) -> torch.Tensor:
-    """Returns `read_frames` of a clip's video.
-
-    Raises:
-        ValueError: decoding stopped midway; the message names the clip, as the problems of `examine` do.
-    """
+    """Returns `read_frames` of a clip's video; raises a ValueError that names the clip if decoding stops midway."""
     try:
         return read_frames(clip.video, view, mirrored=mirrored)
-    except (RuntimeError, decord.DECORDError) as error:
+    except UNREADABLE as error:
         problem = clip.problem(f"stopped in the middle of decoding: {str(error).splitlines()[0]}")
         raise ValueError(problem) from error
 
@@ -199,20 +184,8 @@ def _crop_position(video: Path, view: View) -> tuple[float, float]:
     return draw.random(), draw.random()
 
 
-def read_timestamps(reader: decord.VideoReader) -> np.ndarray:
-    """Returns the time of every frame of the file in seconds, in float64."""
-    return reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
-
-
-# ---- images ----------------------------------------------------------------------------------------------------------
-
-
 def read_image(path: Path, height: int, width: int, crop_position: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
-    """Returns an image, scaled and cropped as frames are, uint8 [H, W, C].
-
-    Raises:
-        ValueError: the file is missing or is not an image.
-    """
+    """Returns an image, scaled and cropped as frames are, uint8 [H, W, C]; raises a ValueError if it is none."""
     if not path.is_file():
         raise ValueError("no such image; correct the path")
     try:
@@ -234,11 +207,7 @@ def image_problems(paths: list[Path], option: str) -> list[str]:
 
 
 def first_image(clip: Clip, frames: torch.Tensor, view: View, *, mirrored: bool) -> torch.Tensor:
-    """Returns the image that an image-to-video model starts from, uint8 [H, W, C].
-
-    Args:
-        frames: result of `decode` for this clip and view.
-    """
+    """Returns the image that an image-to-video model starts from, uint8 [H, W, C]; `frames` are from `decode`."""
     if clip.image is None:
         return frames[0]
     image = read_image(clip.image, view.height, view.width, _crop_position(clip.video, view))

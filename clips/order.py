@@ -32,11 +32,7 @@ class Ranks(NamedTuple):
 
 
 def count_held_out(held_out: float, videos: int) -> int:
-    """Returns how many of the videos `--validation_split` holds out: a share below 1, a number from 1.
-
-    Raises:
-        ValueError: no video is left to train on.
-    """
+    """Returns how many of the videos `--validation_split` holds out, below 1 a share; refuses to hold out all."""
     count = round(held_out) if held_out >= 1 or not held_out else max(1, round(held_out * videos))
     if 0 < videos <= count:
         raise ValueError(f"--validation_split {held_out:g}: holds out all of the {videos} videos; hold out fewer")
@@ -46,11 +42,7 @@ def count_held_out(held_out: float, videos: int) -> int:
 def epoch_batches(
     shapes: list, *, batch_size: int, seed: int, epoch: int, random_flip: bool
 ) -> list[list[tuple[int, bool]]]:
-    """Returns the batches of one epoch, lists of (clip, mirrored): every clip once, and one shape per batch.
-
-    Args:
-        shapes: shape of each clip.
-    """
+    """Returns the batches of one epoch, lists of (clip, mirrored): every clip once, and one shape per batch."""
     draw = random.Random(f"{seed} {epoch}")
     order = draw.sample(range(len(shapes)), len(shapes))
     buckets = {}
@@ -97,10 +89,6 @@ class Timeline(NamedTuple):
     def epoch(self, step: int) -> float:
         return self.batches_seen(step) / self.batches_per_epoch
 
-    @property
-    def last_epoch(self) -> float:
-        return self.epoch(self.total_steps)
-
     def count_checkpoints(self, every_steps: int, total_limit: int | None) -> int:
         """Returns the most checkpoints on disk at once: the oldest is deleted after the newest has been written."""
         count = -(-self.total_steps // every_steps) - self.first_step // every_steps
@@ -112,17 +100,14 @@ class Timeline(NamedTuple):
                 f"nothing is left to train: {self.first_step} updates are done and {self.total_steps} were requested; "
                 "raise --num_train_epochs or --max_train_steps to continue"
             )
-        clips, epochs = self.batches_per_step * batch_size, self.last_epoch
+        clips, epochs = self.batches_per_step * batch_size, self.epoch(self.total_steps)
         return f"updates {self.first_step + 1} to {self.total_steps}, clips in each: {clips}, epochs: {epochs:.4g}"
-
-    def ends_epochs(self, step: int, every: int) -> bool:
-        """Returns whether this update completes epoch `every`, 2 * `every`, ..."""
-        return self.epoch(step) // every > self.epoch(step - 1) // every
 
     def due(self, step: int, every_steps: int | None, every_epochs: int) -> bool:
         """Returns whether what is done every so many updates or epochs, and at the end, is due after this update."""
         by_steps = every_steps is not None and step % every_steps == 0
-        return by_steps or self.ends_epochs(step, every_epochs) or step == self.total_steps
+        by_epochs = self.epoch(step) // every_epochs > self.epoch(step - 1) // every_epochs
+        return by_steps or by_epochs or step == self.total_steps
 
 
 def make_timeline(

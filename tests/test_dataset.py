@@ -3,6 +3,7 @@
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 import torch
 
 import dataset
-from clips.facts import Facts
 from clips.frames import View, choose_frames, read_frames, resize_and_crop, trainable_length
 from clips.listing import Clip, read_clips
 from clips.order import Ranks, epoch_batches, make_timeline, rank_batches
@@ -203,11 +203,11 @@ def test_frames_read_are_the_frames_of_the_file(tmp_path):
 def test_caches_of_earlier_versions_are_found(monkeypatch, changes, image, names):
     """The names were computed by the version before the modules were split into folders; users have such files."""
     view = View(480, 720, 8, 49, 0, 0, "center", 42)._replace(**changes)
-    facts = Facts(720, 480, 8.0, 49, list(range(49)), 6.125, "video content")
+    facts = SimpleNamespace(content="video content")
     monkeypatch.setattr(dataset, "examine", lambda clip, view: (facts, None))
     monkeypatch.setattr(dataset, "file_hash", lambda path: "image content")
     clip = Clip(Path("a.mp4"), "a cat", 1, image)
-    (probed,) = dataset.probe_clips([clip], view, Path("cache"), "encoder", random_flip=len(names) == 2)
+    (probed,) = dataset.probe_clips([clip], view, cache=Path("cache"), encoder="encoder", random_flip=len(names) == 2)
     assert probed.paths == [Path(f"cache/latents/{name}.safetensors") for name in names]
 
 
@@ -217,13 +217,13 @@ def test_captions_cached_by_earlier_versions_are_found():
 
 
 def test_whatever_changes_the_frames_changes_the_place_in_the_cache(tmp_path):
-    def path(clip, view=VIEW, encoder="vae", flip=False):
-        return dataset.probe_clips([clip], view, tmp_path / "cache", encoder, flip)[0].paths
+    def path(clip, view=VIEW, encoder="vae", random_flip=False):
+        return dataset.probe_clips([clip], view, cache=tmp_path, encoder=encoder, random_flip=random_flip)[0].paths
 
     clip = Clip(make_video(tmp_path / "a.mp4"), "a", 1)
     other = Clip(make_video(tmp_path / "b.mp4", num_frames=17), "b", 2)
     changes = {"height": 80, "width": 112, "fps": 12, "max_num_frames": 9, "skip_frames_start": 1, "skip_frames_end": 1}
-    paths = [path(clip)[0], path(other)[0], path(clip, encoder="other")[0], path(clip, flip=True)[1]]
+    paths = [path(clip)[0], path(other)[0], path(clip, encoder="other")[0], path(clip, random_flip=True)[1]]
     paths += [path(clip, VIEW._replace(**{name: value}))[0] for name, value in changes.items()]
     paths += [path(clip, VIEW._replace(crop="random", seed=seed))[0] for seed in (1, 2)]
     assert len(set(paths)) == len(paths)
@@ -234,8 +234,9 @@ def test_what_does_not_change_the_frames_does_not(tmp_path):
     copy = tmp_path / "another name.mp4"
     copy.write_bytes(original.read_bytes())
     clips = [Clip(original, "a", 1), Clip(copy, "b", 2)]
-    first, second = dataset.probe_clips(clips, VIEW, tmp_path, "vae", False)
-    reseeded = dataset.probe_clips(clips[:1], VIEW._replace(seed=5), tmp_path, "vae", False)[0]
+    probe = partial(dataset.probe_clips, cache=tmp_path, encoder="vae", random_flip=False)
+    first, second = probe(clips, VIEW)
+    (reseeded,) = probe(clips[:1], VIEW._replace(seed=5))
     assert first.paths == second.paths == reseeded.paths
 
 
@@ -340,7 +341,7 @@ def test_epochs_become_updates_of_all_ranks(per_epoch, per_step, epochs, expecte
         batches_per_epoch=per_epoch, batches_per_step=per_step, epochs=epochs, max_steps=None, step=0, batches_seen=0
     )
     assert timeline.total_steps == expected
-    assert timeline.last_epoch >= epochs > timeline.epoch(expected - 1)
+    assert timeline.epoch(expected) >= epochs > timeline.epoch(expected - 1)
 
 
 def test_a_run_that_continues_with_other_ranks_still_sees_its_epochs():
@@ -348,13 +349,13 @@ def test_a_run_that_continues_with_other_ranks_still_sees_its_epochs():
     second = make_timeline(
         batches_per_epoch=10, batches_per_step=4, epochs=6, max_steps=None, step=30, batches_seen=first.batches_seen(30)
     )
-    assert (first.total_steps, second.total_steps, second.last_epoch) == (60, 38, 6.2)
+    assert (first.total_steps, second.total_steps, second.epoch(38)) == (60, 38, 6.2)
 
 
 def test_epochs_end_once_however_they_fall_on_updates():
-    timeline = make_timeline(batches_per_epoch=7, batches_per_step=3, epochs=6, max_steps=None, step=0, batches_seen=0)
-    ends = [step for step in range(1, timeline.total_steps + 1) if timeline.ends_epochs(step, 2)]
-    assert ends == [5, 10, 14]  # 14, 28, 42 micro-batches
+    timeline = make_timeline(batches_per_epoch=7, batches_per_step=3, epochs=7, max_steps=None, step=0, batches_seen=0)
+    ends = [step for step in range(1, timeline.total_steps + 1) if timeline.due(step, None, 2)]
+    assert ends == [5, 10, 14, 17]  # after 14, 28 and 42 micro-batches, and at the end
 
 
 def test_shares_are_put_together_in_order():

@@ -82,7 +82,7 @@ def test_what_is_cached_does_not_depend_on_what_is_encoded_with_it(tiny_checkpoi
     """Bit for bit: by three ranks, and by a run that finds some of it done."""
     alone, _ = encode(mixed_clips, tiny_checkpoint, tmp_path / "alone")
     clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt")
-    probed = dataset.probe_clips(clips, VIEW, tmp_path / "shared", "v", False)
+    probed = dataset.probe_clips(clips, VIEW, cache=tmp_path / "shared", encoder="v", random_flip=False)
     new = dataset.missing_latents(clips, probed)
     shares = [Ranks(index, 3).share(new) for index in range(3)]
     checkpoint = read_base_model(str(tiny_checkpoint))
@@ -163,7 +163,7 @@ def test_threads_are_as_many_as_cores_and_memory_allow(monkeypatch):
 def test_problems_of_several_clips_are_told_in_the_order_of_the_list(tmp_path, mixed_clips, monkeypatch):
     """Problems of decoding and of the VAE, which are found at different times; the other clips are written."""
     clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt")
-    new = [dataset.NewLatents(clip, False, tmp_path / f"{clip.line}.safetensors") for clip in clips]
+    new = [dataset.NewLatents(clip, mirrored=False, path=tmp_path / f"{clip.line}.safetensors") for clip in clips]
     decode = dataset.decode
 
     def stop(clip, view, mirrored):
@@ -183,7 +183,7 @@ def test_problems_of_several_clips_are_told_in_the_order_of_the_list(tmp_path, m
 
 def test_a_disk_that_fills_up_midway_ends_the_encoding_with_its_message(tmp_path, mixed_clips, monkeypatch):
     clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt")
-    new = [dataset.NewLatents(clip, False, tmp_path / f"{clip.line}.safetensors") for clip in clips]
+    new = [dataset.NewLatents(clip, mirrored=False, path=tmp_path / f"{clip.line}.safetensors") for clip in clips]
 
     def full(path, content):
         if path.name.startswith("7"):  # the last: nothing is written after it that could tell
