@@ -203,15 +203,8 @@ def read_base(args: argparse.Namespace, dtype: torch.dtype, device: torch.device
     check_training(
         base, dtype, num_frames=args.max_num_frames, height=args.height, width=args.width, image_options=image_options
     )
-    compute.check_possible(
-        base.transformer,
-        dtype=dtype,
-        device=None if args.dry_run_gib else device,
-        base_precision=args.base_precision,
-        blocks_to_swap=args.blocks_to_swap,
-        compiled=args.compile,
-        backend=args.attention_backend,
-    )
+    kernels_on = None if args.dry_run_gib else device
+    compute.check_possible(base.transformer, compute.options_of(args), dtype, kernels_on)
     if args.training_type == "lora":
         lora.check_lora(base, lora.lora_of(args), start_of(args))
     return base
@@ -384,14 +377,7 @@ def prepare_transformer(
         transformer, export = lora.with_lora(base, dtype, lora.lora_of(args), start=start_of(args), device=device)
     else:
         transformer, export = lora.whole(base, dtype)
-    compute.prepare(
-        transformer,
-        memory_plan.gradient_checkpointing,
-        compiled=args.compile,
-        backend=args.attention_backend,
-        blocks_to_swap=args.blocks_to_swap,
-        device=device,
-    )
+    compute.prepare(transformer, memory_plan.gradient_checkpointing, compute.options_of(args), device)
     return transformer.train(), export
 
 
@@ -668,15 +654,7 @@ def describe_training(
     """Returns what is trained and how it is computed; `level` is the recomputation level."""
     return [
         f"{args.training_type}, {num_trained / 1e6:.4g} million weights, learning rate {args.learning_rate:g}",
-        compute.describe(
-            level,
-            dtype=dtype,
-            device=device,
-            base_precision=args.base_precision,
-            blocks_to_swap=args.blocks_to_swap,
-            compiled=args.compile,
-            backend=args.attention_backend,
-        ),
+        compute.describe(level, compute.options_of(args), dtype, device),
     ]
 
 
