@@ -115,14 +115,10 @@ def describe(level: str, options: Options, dtype: torch.dtype, device: torch.dev
 
 
 def check_possible(config: dict, options: Options, dtype: torch.dtype, device: torch.device | None) -> None:
-    """Refuses what this transformer or device cannot do.
+    """Raises ValueError for what the transformer with this config, or the device, cannot do.
 
     Args:
-        config: of the transformer.
         device: None for a device of another machine, whose kernels cannot be tried here.
-
-    Raises:
-        ValueError: with what to pass instead.
     """
     if options.blocks_to_swap > config["num_layers"]:
         raise ValueError(
@@ -136,11 +132,7 @@ def check_possible(config: dict, options: Options, dtype: torch.dtype, device: t
 
 
 def check_fp8_kernels(capability: tuple[int, int]) -> None:
-    """Refuses compiled fp8 on GPUs before Ada: Triton (3.6, with torch 2.11) cannot read it there.
-
-    Raises:
-        ValueError: with what to pass instead.
-    """
+    """Raises ValueError for compiled fp8 on GPUs before Ada: Triton (3.6, with torch 2.11) cannot read it there."""
     if capability < (8, 9):
         raise ValueError(
             "--base_precision fp8: compiled kernels have no fp8 on this GPU (compute capability "
@@ -151,12 +143,7 @@ def check_fp8_kernels(capability: tuple[int, int]) -> None:
 def prepare(
     transformer: CogVideoXTransformer3DModel, level: str, options: Options = PLAIN, device: torch.device | None = None
 ) -> None:
-    """Sets how the blocks compute.
-
-    Args:
-        level: of LEVELS.
-        device: that swapped blocks are copied to.
-    """
+    """Sets how the blocks compute; `level` is one of LEVELS, `device` is where swapped blocks are copied to."""
     assert level != "none" or not options.blocks_to_swap, "a swapped block is overwritten before the backward pass"
     # diffusers 0.42.1 makes the sin-cos table of any size but the model's default in every forward pass.
     embed = transformer.patch_embed
@@ -191,11 +178,7 @@ def attention_kernel(backend: str) -> contextlib.AbstractContextManager:
 
 
 def check_attention(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> None:
-    """Runs the attention kernel once, forward and backward, on one token.
-
-    Raises:
-        ValueError: the hardware has none for `dtype` and heads of `head_size`, or its package is missing.
-    """
+    """Runs the attention kernel once, forward and backward, on one token; raises ValueError if there is none."""
     attention = AttentionByTokens(attention_function(backend))
     query = torch.zeros(1, 16, 1, head_size, device=device, dtype=dtype, requires_grad=True)
     try:
@@ -209,11 +192,7 @@ def check_attention(backend: str, device: torch.device, dtype: torch.dtype, head
 
 
 def attention_function(backend: str) -> Callable:
-    """Returns attention for [B, S, heads, head size]; flash3 is FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608).
-
-    Raises:
-        ValueError: its package is missing.
-    """
+    """Returns attention for [B, S, heads, head size]; flash3 is FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608)."""
     if backend != "flash3":
         return scaled_dot_product
     try:

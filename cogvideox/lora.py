@@ -67,19 +67,18 @@ class Lora(NamedTuple):
         scale = 2 if self.changes_base else 1
         alpha = self.lora_alpha * (math.sqrt(scale) if self.use_rslora else scale)
         settings = {"r": self.rank * scale, "lora_alpha": alpha, "target_modules": sorted(self.lora_target_modules)}
-        settings["rank_pattern"] = {}
-        switches = {"use_dora": self.use_dora, "use_rslora": self.use_rslora}
-        return settings | {name: True for name, on in switches.items() if on}
+        switches = {name: True for name in ("use_dora", "use_rslora") if getattr(self, name)}
+        return settings | {"rank_pattern": {}} | switches
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     lora, file = parser.add_argument_group("LoRA").add_argument, expanded_path
     inits = ["default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16"]
     bits = {"choices": quantized.PRECISIONS, "default": quantized.PRECISIONS[0]}
-    targets = "linear layers that get a LoRA (default: attention's to_q to_k to_v to_out.0)"
+    targets = f"linear layers that get a LoRA (default: attention's {' '.join(DEFAULT_TARGETS)})"
     init = "how the first values are chosen; pissa_niter_N is a fast approximation of pissa"
     frozen = "weights of the frozen blocks; bf16: unquantised, in the compute dtype; others take less memory"
-    lora("--rank", type=at_least(1), help="rank of the LoRA matrices (default: 128)")
+    lora("--rank", type=at_least(1), help=f"rank of the LoRA matrices (default: {DEFAULT_RANK})")
     lora("--lora_alpha", type=float, help="the LoRA's strength is lora_alpha / rank (default: rank, so strength 1)")
     lora("--lora_target_modules", nargs="+", metavar="NAME", help=targets)
     lora("--lora_path", type=file, metavar="PATH", help="LoRA to start from: its file, or the folder that holds it")
@@ -123,15 +122,8 @@ def count_trained(transformer: torch.nn.Module) -> int:
     return sum(weight.numel() for weight in trained_parameters(transformer))
 
 
-# ---- checks ----------------------------------------------------------------------------------------------------------
-
-
 def check_lora(base: BaseModel, lora: Lora, start: Path | None) -> None:
-    """Refuses targets that cannot have a LoRA and a file that training cannot start from; reads no weights.
-
-    Raises:
-        ValueError: with what to pass instead.
-    """
+    """Raises ValueError for targets that cannot have a LoRA and a file that training cannot start from, by its header."""
     quantized.check_packages(lora.base_precision, "--base_precision")
     transformer = empty_transformer(base.transformer)
     for target in lora.lora_target_modules:
@@ -143,22 +135,18 @@ def check_lora(base: BaseModel, lora: Lora, start: Path | None) -> None:
         check_start(start, base, config, get_peft_model_state_dict(transformer))
 
 
-def _named_modules(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Returns the transformer's modules by name; those of its blocks, all alike, once, by their name in the block."""
-    return {
-        name.split(".", 2)[-1] if name.startswith("transformer_blocks.") else name: module
-        for name, module in transformer.named_modules()
-    }
-
-
 def is_target(name: str, target: str) -> bool:
     """Whether PEFT takes the module of this name for a name in --lora_target_modules."""
     return name == target or name.endswith(f".{target}")
 
 
 def _check_target(transformer: torch.nn.Module, lora: Lora, target: str) -> None:
-    # PEFT skips a target that is no module's name as long as it finds another one.
-    modules = _named_modules(transformer)
+    # PEFT skips a target that is no module's name as long as it finds another one. Modules of the blocks, which are all
+    # alike, are here once, by their name in the block.
+    modules = {
+        name.split(".", 2)[-1] if name.startswith("transformer_blocks.") else name: module
+        for name, module in transformer.named_modules()
+    }
     linear = {name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
     targets = [name for name in modules if is_target(name, target)]
     layers = [name for name in targets if name in linear]
@@ -181,18 +169,10 @@ def _check_target(transformer: torch.nn.Module, lora: Lora, target: str) -> None
         )
 
 
-# ---- a LoRA ----------------------------------------------------------------------------------------------------------
-
-
 def with_lora(
     base: BaseModel, dtype: torch.dtype, lora: Lora, start: Path | None = None, device: torch.device | None = None
 ) -> tuple[CogVideoXTransformer3DModel, Export]:
-    """Returns the transformer, frozen in `dtype`, with a LoRA in float32, and the function that writes the LoRA's file.
-
-    Args:
-        start: LoRA to start from, a file or the folder that holds it.
-        device: where blocks are quantised, layer by layer, so that it never holds more than one of them unquantised.
-    """
+    """Returns the transformer with a LoRA, from `add_lora`, and the function that writes the LoRA's file."""
     # What is taken out of the weights must be exactly what the LoRA starts with, so that happens in float32.
     transformer = load_transformer(base, torch.float32 if lora.changes_base else dtype)
     add_lora(transformer, lora, dtype, start=start, device=device)
@@ -209,11 +189,7 @@ def with_lora(
 
 
 def add_lora(
-    transformer: CogVideoXTransformer3DModel,
-    lora: Lora,
-    dtype: torch.dtype,
-    start: Path | None = None,
-    device: torch.device | None = None,
+    transformer: CogVideoXTransformer3DModel, lora: Lora, dtype: torch.dtype, start: Path | None = None, device=None
 ) -> None:
     """Freezes the transformer in `dtype`, its blocks in `lora.base_precision`, and adds LoRA weights in float32.
 
@@ -221,7 +197,7 @@ def add_lora(
 
     Args:
         start: LoRA to start from, a file or the folder that holds it.
-        device: where blocks are quantised and stay (default: where they are).
+        device: where blocks are quantised, one layer at a time, and stay (default: where they are).
     """
     transformer.requires_grad_(False)
     if lora.base_precision != "bf16":
@@ -303,9 +279,6 @@ def _against_the_base(weights: dict, first: dict) -> dict:
         elif name.endswith("lora_B.weight"):
             joined[name] = torch.cat([weights[name], -first[name]], dim=1)
     return joined
-
-
-# ---- the whole transformer -------------------------------------------------------------------------------------------
 
 
 def whole(base: BaseModel, dtype: torch.dtype) -> tuple[CogVideoXTransformer3DModel, Export]:
