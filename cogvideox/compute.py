@@ -192,7 +192,7 @@ def check_attention(backend: str, device: torch.device, dtype: torch.dtype, head
 
 
 def attention_function(backend: str) -> Callable:
-    """Returns attention for [B, S, heads, head size]; flash3 is FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608)."""
+    """Returns attention for [B, S, heads, head size]; flash3: FlashAttention-3, Shah et al. 2024 (arXiv:2407.08608)."""
     if backend != "flash3":
         return scaled_dot_product
     try:

@@ -89,7 +89,7 @@ def video_encoder(base: BaseModel, dtype, device, *, tiling: bool, slicing: bool
 
 @contextmanager
 def image_encoder(base: BaseModel, dtype, device, *, tiling: bool, slicing: bool) -> Iterator[Callable | None]:
-    """Yields `encode_images` with the encoder half of a VAE for the length of a `with` block; None for text-to-video."""
+    """Yields `encode_images` with half a VAE, its encoder, for the length of a `with` block; None for text-to-video."""
     if not base.takes_image:
         yield None
         return

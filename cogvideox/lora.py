@@ -4,6 +4,7 @@ import argparse
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ class Lora(NamedTuple):
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.lora_alpha,
-            target_modules=self.lora_target_modules,
+            target_modules=list(self.lora_target_modules),
             use_dora=self.use_dora,
             use_rslora=self.use_rslora,
             lora_dropout=self.lora_dropout,
@@ -123,7 +124,7 @@ def count_trained(transformer: torch.nn.Module) -> int:
 
 
 def check_lora(base: BaseModel, lora: Lora, start: Path | None) -> None:
-    """Raises ValueError for targets that cannot have a LoRA and a file that training cannot start from, by its header."""
+    """Raises ValueError for targets that cannot have a LoRA, or a file that is no start for it; reads no weights."""
     quantized.check_packages(lora.base_precision, "--base_precision")
     transformer = empty_transformer(base.transformer)
     for target in lora.lora_target_modules:
@@ -286,19 +287,14 @@ def whole(base: BaseModel, dtype: torch.dtype) -> tuple[CogVideoXTransformer3DMo
 
     bfloat16 keeps 8 bits: an update of less than 0.4 % of a weight would round away.
     """
-    transformer = load_transformer(base, torch.float32)
-
-    def export(state: dict, folder: Path) -> Path:
-        return save_transformer({name: weight.to(dtype) for name, weight in state.items()}, folder, base)
-
-    return transformer, export
+    return load_transformer(base, torch.float32), partial(save_transformer, base, dtype)
 
 
-def save_transformer(weights: dict, folder: Path, base: BaseModel) -> Path:
+def save_transformer(base: BaseModel, dtype: torch.dtype, weights: dict, folder: Path) -> Path:
     """Writes `folder`/transformer as `CogVideoXTransformer3DModel.from_pretrained` reads it; complete or absent."""
     final, temporary = folder / TRANSFORMER_FOLDER, folder / f".{TRANSFORMER_FOLDER}.incomplete"
     transformer = empty_transformer(base.transformer)
-    transformer.load_state_dict(weights, assign=True)
+    transformer.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
     transformer.register_to_config(_name_or_path=base.name)  # where diffusers looks for what it was made from
     shutil.rmtree(temporary, ignore_errors=True)
     transformer.save_pretrained(temporary)

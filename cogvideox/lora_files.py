@@ -22,7 +22,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def find_lora_file(path: Path) -> Path:
-    """Returns the file itself, or the file in a run directory or checkpoint; raises FileNotFoundError if it is missing."""
+    """Returns the file, or the file in a run directory or checkpoint; raises FileNotFoundError if there is none."""
     file = path / LORA_FILE if path.is_dir() else path
     if not path.exists():
         raise FileNotFoundError(f"--lora_path {path}: no such file or folder; correct the path")
@@ -58,7 +58,7 @@ class LoraHeader(NamedTuple):
 
 
 def read_header(file: Path, option: str = "--lora_path") -> LoraHeader:
-    """Reads names, shapes and metadata of the .safetensors file that `option` names; raises ValueError if it is none."""
+    """Reads the header of a .safetensors file; raises ValueError, which names `option`, if it is not one."""
     try:
         with safe_open(file, framework="pt") as weights:
             shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118

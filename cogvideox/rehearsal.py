@@ -221,9 +221,7 @@ def _transformer(base: BaseModel, settings: Settings, num_layers: int):
     if settings.lora:
         for weight in transformer.parameters():  # from_pretrained, too, leaves 2b's position table in float64
             weight.data = weight.data.to(settings.dtype)
-        lora = settings.lora._replace(  # whose first values are of no interest, nor how they are found
-            init_lora_weights="default", lora_target_modules=list(settings.lora.lora_target_modules)
-        )
+        lora = settings.lora._replace(init_lora_weights="default")  # the first values do not matter
         with META:
             add_lora(transformer, lora, settings.dtype)
     compute.prepare(transformer, settings.gradient_checkpointing)
