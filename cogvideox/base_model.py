@@ -200,7 +200,7 @@ def _why_no_index(error: Exception, local: Path) -> str:
 
 
 def read_text_encoder_config(base: BaseModel) -> dict:
-    """Reads T5's config from the base model's folder or the hub, without its weights; raises ValueError without it."""
+    """Reads T5's config, for which no weights need be there; raises ValueError if it is missing."""
     try:
         config = T5Config.from_pretrained(base.folder or base.name, subfolder="text_encoder", **_where(base))
     except OSError as error:
@@ -276,7 +276,7 @@ def check_training(
 def download_weights(base: BaseModel) -> BaseModel:
     """Returns the base model with the folder of its weights, downloaded where it is a hub name.
 
-    Raises ValueError if files are missing, too, which the libraries would notice late or never.
+    Raises ValueError if that fails, or if files are missing, which the libraries would notice late or never.
     """
     if not base.folder:
         try:
@@ -301,7 +301,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def load_tokenizer(base: BaseModel):
-    """Loads T5's tokenizer, for which nothing else is downloaded; raises ValueError if it cannot be."""
+    """Loads T5's tokenizer and downloads nothing else; raises ValueError if that fails or it has no vocabulary."""
     folder = base.folder
     if not folder:
         try:
