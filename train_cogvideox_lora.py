@@ -192,21 +192,11 @@ def read_base(args: argparse.Namespace, dtype: torch.dtype, device: torch.device
     check_training(
         base, dtype, num_frames=args.max_num_frames, height=args.height, width=args.width, image_options=image_options
     )
-    compute.check_possible(
-        base.transformer,
-        dtype=dtype,
-        device=None if args.dry_run_gib else device,
-        base_precision=args.base_precision,
-        **compute_options(args),
-    )
+    kernels_on = None if args.dry_run_gib else device
+    compute.check_possible(base.transformer, compute.options_of(args), dtype, kernels_on)
     if args.training_type == "lora":
         lora.check_lora(base, lora.lora_of(args), lora_to_start_from(args))
     return base
-
-
-def compute_options(args: argparse.Namespace) -> dict:
-    """Returns the arguments that the functions of `compute` share."""
-    return {"blocks_to_swap": args.blocks_to_swap, "compiled": args.compile, "backend": args.attention_backend}
 
 
 def lora_to_start_from(args: argparse.Namespace) -> Path | None:
@@ -355,7 +345,7 @@ def prepare_transformer(
         transformer, export = lora.with_lora(base, dtype, lora.lora_of(args), start=start_from, device=device)
     else:
         transformer, export = lora.whole(base, dtype)
-    compute.prepare(transformer, memory_plan.gradient_checkpointing, device=device, **compute_options(args))
+    compute.prepare(transformer, memory_plan.gradient_checkpointing, compute.options_of(args), device)
     return transformer.train(), export
 
 
@@ -608,17 +598,12 @@ def describe_run(
     num_trained: int,
 ) -> list[str]:
     """Returns lines on the base model, the data, what is trained, how (`level` of recomputation), and the updates."""
+    device = torch.device("cuda") if args.dry_run_gib else accelerator.device
     return [
         base.describe(),
         *data,
         f"{args.training_type}, {num_trained / 1e6:.4g} million weights, learning rate {args.learning_rate:g}",
-        compute.describe(
-            level,
-            dtype=DTYPES[accelerator.mixed_precision],
-            device=torch.device("cuda") if args.dry_run_gib else accelerator.device,
-            base_precision=args.base_precision,
-            **compute_options(args),
-        ),
+        compute.describe(level, compute.options_of(args), DTYPES[accelerator.mixed_precision], device),
         timeline.summary(args.train_batch_size),
         *base.remarks(args.max_num_frames, args.fps),
     ]

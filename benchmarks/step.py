@@ -239,15 +239,7 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> train.Ru
     dtype = train.DTYPES[accelerator.mixed_precision]
     base = random_base_model(options.model, options.num_layers)
     check_training(base, dtype, args.max_num_frames, args.height, args.width, [])
-    compute.check_possible(
-        base.transformer,
-        dtype=dtype,
-        device=accelerator.device,
-        base_precision=args.base_precision,
-        blocks_to_swap=args.blocks_to_swap,
-        compiled=args.compile,
-        backend=args.attention_backend,
-    )
+    compute.check_possible(base.transformer, compute.options_of(args), dtype, accelerator.device)
     quantized.check_packages(args.base_precision, "--base_precision")
     set_seed(args.seed)
     if base.takes_image:
@@ -260,14 +252,7 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> train.Ru
     if is_lora:
         add_lora(transformer, lora_of(args), dtype)
     level = args.gradient_checkpointing
-    compute.prepare(
-        transformer,
-        level,
-        compiled=args.compile,
-        backend=args.attention_backend,
-        blocks_to_swap=args.blocks_to_swap,
-        device=accelerator.device,
-    )
+    compute.prepare(transformer, level, compute.options_of(args), accelerator.device)
     optimizer = train.make_optimizer(args, trained_parameters(transformer), timeline.batches_per_step)
     lr_scheduler = train.make_lr_scheduler(args, optimizer, timeline.total_steps)
     transformer, optimizer = accelerator.prepare(transformer.train(), optimizer)

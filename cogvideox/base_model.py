@@ -148,19 +148,13 @@ def published_like(transformer: dict) -> Published:
     return next(row for row in PUBLISHED if (row.task, row.version) == (task, version))
 
 
-# ---- configs ---------------------------------------------------------------------------------------------------------
-
-
 def read_base_model(
     name: str, revision: str | None = None, variant: str | None = None, cache_dir=None, option: str = OPTION
 ) -> BaseModel:
-    """Reads the configs from a folder or a hub repository.
+    """Reads the configs from a folder or a hub repository; raises ValueError if no complete CogVideoX is there.
 
     Args:
         option: that named the base model, for the message.
-
-    Raises:
-        ValueError: it cannot be found, or is no complete CogVideoX base model.
     """
     local = Path(name).expanduser()
     name = str(local.resolve()) if local.is_dir() else name
@@ -214,11 +208,7 @@ def _why_no_index(error: Exception, local: Path) -> str:
 
 
 def read_text_encoder_config(base: BaseModel) -> dict:
-    """Reads T5's config from the base model's folder or the hub; its weights need not be there.
-
-    Raises:
-        ValueError: it is missing.
-    """
+    """Reads T5's config, for which no weights need be there; raises ValueError if it is missing."""
     try:
         config = T5Config.from_pretrained(base.folder or base.name, subfolder="text_encoder", **_where(base))
     except OSError as error:
@@ -253,13 +243,10 @@ def empty_text_encoder(config: dict) -> T5EncoderModel:
 def check_training(
     base: BaseModel, dtype: torch.dtype, num_frames: int, height: int, width: int, image_options: list[str]
 ) -> None:
-    """Refuses what this base model cannot be trained on.
+    """Raises ValueError for what this base model cannot be trained on.
 
     Args:
         image_options: the options given that only image-to-video has a use for.
-
-    Raises:
-        ValueError: with what to pass instead.
     """
     config, name = base.transformer, base.name
     channels = f"{config['in_channels']} input channels for {config['out_channels']} output channels"
@@ -283,30 +270,21 @@ def check_training(
             f"{name}: image-to-video is made for bfloat16, and in float16 an image's encoding can overflow "
             "unseen; pass --mixed_precision bf16, or no for float32"
         )
-    if base.published.version == "1.5":
-        _check_training_1_5(base, dtype, height, width)
-
-
-def _check_training_1_5(base: BaseModel, dtype: torch.dtype, height: int, width: int) -> None:
-    name = base.name
-    if dtype == torch.float16:
+    is_1_5 = base.published.version == "1.5"
+    if is_1_5 and dtype == torch.float16:
         raise ValueError(f"{name}: CogVideoX 1.5 gives NaN in float16; pass --mixed_precision bf16, or no for float32")
     most_height, most_width = base.sample_size
-    if height > most_height or width > most_width:
+    if is_1_5 and (height > most_height or width > most_width):
         raise ValueError(
             f"--height {height} --width {width}: the positions of {name} end at {most_height}x{most_width} pixels; "
             "pass at most that"
         )
 
 
-# ---- weights ---------------------------------------------------------------------------------------------------------
-
-
 def download_weights(base: BaseModel) -> BaseModel:
     """Returns the base model with the folder of its weights, downloaded where it is a hub name.
 
-    Raises:
-        ValueError: it cannot be downloaded, or files are missing, which the libraries would notice late or never.
+    Raises ValueError if that fails, or if files are missing, which the libraries would notice late or never.
     """
     if not base.folder:
         try:
@@ -331,11 +309,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def load_tokenizer(base: BaseModel):
-    """Loads T5's tokenizer; downloads nothing else of a hub repository.
-
-    Raises:
-        ValueError: it cannot be downloaded, or has no vocabulary.
-    """
+    """Loads T5's tokenizer and downloads nothing else; raises ValueError if that fails or it has no vocabulary."""
     folder = base.folder
     if not folder:
         try:

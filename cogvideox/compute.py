@@ -8,6 +8,7 @@ import contextlib
 import importlib
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,22 @@ ATTENTION = (
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 )
+
+
+class Options(NamedTuple):
+    """The training script's options of these names, which hold in every phase of a run."""
+
+    attention_backend: str = "auto"
+    compile: bool = False
+    blocks_to_swap: int = 0
+    base_precision: str = "bf16"
+
+
+PLAIN = Options()
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    return Options(**{name: getattr(args, name) for name in Options._fields})
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -77,75 +94,45 @@ def possible_levels(backend: str, blocks_to_swap: int = 0) -> list[str]:
     return [level for level in LEVELS if level not in impossible]
 
 
-def describe(
-    level: str,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    base_precision: str = "bf16",
-    blocks_to_swap: int = 0,
-    compiled: bool = False,
-    backend: str = "auto",
-) -> str:
-    """Says in one line how a run computes.
-
-    Args:
-        level: of LEVELS.
-    """
+def describe(level: str, options: Options, dtype: torch.dtype, device: torch.device) -> str:
+    """Says in one line how a run computes; `level` is one of LEVELS."""
     recomputed = {"none": "nothing", "attention": "all except attention outputs", "full": "every block"}
     parts = [f"computed in {str(dtype).removeprefix('torch.')}", f"{recomputed[level]} recomputed in the backward pass"]
-    if base_precision != "bf16":
-        parts.append(f"frozen weights in {base_precision}")
-    if blocks_to_swap:
+    if options.base_precision != "bf16":
+        parts.append(f"frozen weights in {options.base_precision}")
+    if options.blocks_to_swap:
         gain = ""
         if device.type == "cpu":
             gain = " (which saves nothing without a GPU)"
-        elif blocks_to_swap <= 2:
+        elif options.blocks_to_swap <= 2:
             gain = " (which saves nothing: two blocks have a place on the GPU)"
-        parts.append(f"{blocks_to_swap} blocks swapped{gain}")
-    if compiled:
+        parts.append(f"{options.blocks_to_swap} blocks swapped{gain}")
+    if options.compile:
         parts.append("compiled (the first update takes minutes)")
-    if backend != "auto":
-        parts.append(f"{backend} attention")
+    if options.attention_backend != "auto":
+        parts.append(f"{options.attention_backend} attention")
     return ", ".join(parts)
 
 
-def check_possible(
-    config: dict,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | None,
-    base_precision: str = "bf16",
-    blocks_to_swap: int = 0,
-    compiled: bool = False,
-    backend: str = "auto",
-) -> None:
-    """Refuses what this transformer or device cannot do.
+def check_possible(config: dict, options: Options, dtype: torch.dtype, device: torch.device | None) -> None:
+    """Raises ValueError for what the transformer with this config, or the device, cannot do.
 
     Args:
-        config: of the transformer.
         device: None for a device of another machine, whose kernels cannot be tried here.
-
-    Raises:
-        ValueError: with what to pass instead.
     """
-    if blocks_to_swap > config["num_layers"]:
+    if options.blocks_to_swap > config["num_layers"]:
         raise ValueError(
-            f"--blocks_to_swap {blocks_to_swap}: the transformer has {config['num_layers']}; pass at most that"
+            f"--blocks_to_swap {options.blocks_to_swap}: the transformer has {config['num_layers']}; pass at most that"
         )
     if device is None:
         return
-    if compiled and base_precision == "fp8" and device.type == "cuda":
+    if options.compile and options.base_precision == "fp8" and device.type == "cuda":
         check_fp8_kernels(torch.cuda.get_device_capability(device))
-    check_attention(backend, device, dtype, config["attention_head_dim"])
+    check_attention(options.attention_backend, device, dtype, config["attention_head_dim"])
 
 
 def check_fp8_kernels(capability: tuple[int, int]) -> None:
-    """Refuses compiled fp8 on GPUs before Ada: Triton (3.6, with torch 2.11) cannot read it there.
-
-    Raises:
-        ValueError: with what to pass instead.
-    """
+    """Raises ValueError for compiled fp8 on GPUs before Ada: Triton (3.6, with torch 2.11) cannot read it there."""
     if capability < (8, 9):
         raise ValueError(
             "--base_precision fp8: compiled kernels have no fp8 on this GPU (compute capability "
@@ -154,31 +141,20 @@ def check_fp8_kernels(capability: tuple[int, int]) -> None:
 
 
 def prepare(
-    transformer: CogVideoXTransformer3DModel,
-    level: str,
-    *,
-    compiled: bool = False,
-    backend: str = "auto",
-    blocks_to_swap: int = 0,
-    device: torch.device | None = None,
+    transformer: CogVideoXTransformer3DModel, level: str, options: Options = PLAIN, device: torch.device | None = None
 ) -> None:
-    """Sets how the blocks compute.
-
-    Args:
-        level: of LEVELS.
-        device: that swapped blocks are copied to.
-    """
-    assert level != "none" or not blocks_to_swap, "by the backward pass, other blocks have taken a block's memory"
+    """Sets how the blocks compute; `level` is one of LEVELS, `device` is where swapped blocks are copied to."""
+    assert level != "none" or not options.blocks_to_swap, "a swapped block is overwritten before the backward pass"
     # diffusers 0.42.1 makes the sin-cos table of any size but the model's default in every forward pass.
     embed = transformer.patch_embed
     embed._get_positional_embeddings = lru_cache(maxsize=32)(embed._get_positional_embeddings)
-    transformer.set_attn_processor(AttentionByTokens(flash3() if backend == "flash3" else scaled_dot_product))
+    transformer.set_attn_processor(AttentionByTokens(attention_function(options.attention_backend)))
     if level == "attention":
         kept = partial(create_selective_checkpoint_contexts, list(ATTENTION))
         transformer.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=kept))
     elif level == "full":
         transformer.enable_gradient_checkpointing()
-    if compiled:
+    if options.compile:
         if level == "attention":
             # The first block's input needs no gradient. Where its attention needs none either, Inductor reuses the
             # memory of attention's output, which the backward pass still reads: wrong gradients, no error.
@@ -192,8 +168,8 @@ def prepare(
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in transformer.transformer_blocks:
             block.forward = torch.compile(block.forward, dynamic=False)  # without hooks, which swap and shard weights
-    if blocks_to_swap:
-        swapping.swap(transformer.transformer_blocks, blocks_to_swap, device)
+    if options.blocks_to_swap:
+        swapping.swap(transformer.transformer_blocks, options.blocks_to_swap, device)
 
 
 def attention_kernel(backend: str) -> contextlib.AbstractContextManager:
@@ -202,12 +178,8 @@ def attention_kernel(backend: str) -> contextlib.AbstractContextManager:
 
 
 def check_attention(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> None:
-    """Runs the attention kernel once, forward and backward, on one token.
-
-    Raises:
-        ValueError: the hardware has none for `dtype` and heads of `head_size`, or its package is missing.
-    """
-    attention = AttentionByTokens(flash3() if backend == "flash3" else scaled_dot_product)
+    """Runs the attention kernel once, forward and backward, on one token; raises ValueError if there is none."""
+    attention = AttentionByTokens(attention_function(backend))
     query = torch.zeros(1, 16, 1, head_size, device=device, dtype=dtype, requires_grad=True)
     try:
         with attention_kernel(backend):
@@ -219,12 +191,10 @@ def check_attention(backend: str, device: torch.device, dtype: torch.dtype, head
         ) from error
 
 
-def flash3():
-    """Imports the kernel of FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), for [B, S, heads, head size].
-
-    Raises:
-        ValueError: its package is missing.
-    """
+def attention_function(backend: str) -> Callable:
+    """Returns attention for [B, S, heads, head size]; flash3: FlashAttention-3, Shah et al. 2024 (arXiv:2407.08608)."""
+    if backend != "flash3":
+        return scaled_dot_product
     try:
         return importlib.import_module("flash_attn_interface").flash_attn_func
     except ImportError as error:

@@ -34,16 +34,12 @@ class Encoder(NamedTuple):
 def encoders(
     base: BaseModel, dtype, device, *, tiling: bool, slicing: bool, text_precision: str = "bf16", text_device=None
 ) -> tuple[Encoder, Encoder]:
-    """Returns the video and the caption encoder; each loads its model when it is entered.
-
-    Args:
-        text_device: where captions are encoded (default: `device`).
-    """
+    """Returns the video encoder, and the caption encoder on `text_device` (default: `device`), not loaded yet."""
     video = partial(video_encoder, base, dtype, device, tiling=tiling, slicing=slicing)
     caption = partial(caption_encoder, base, dtype, text_device or device, text_precision)
     max_length = base.transformer["max_text_seq_length"]
     return (
-        Encoder(vae_fingerprint(base, dtype, tiling), video, (lambda _: 1) if slicing else clips_at_once),
+        Encoder(vae_fingerprint(base, dtype, tiling=tiling), video, (lambda _: 1) if slicing else clips_at_once),
         Encoder(text_fingerprint(base, dtype, text_precision), caption, lambda _: captions_at_once(max_length)),
     )
 
@@ -61,9 +57,6 @@ def clips_at_once(shape: tuple[int, ...]) -> int:
     """
     num_frames, height, width, _ = shape
     return max(1, min(2, PIXELS_AT_ONCE // (num_frames * height * width)))
-
-
-# ---- models in memory for the length of a with block -----------------------------------------------------------------
 
 
 def set_tiling(vae: AutoencoderKLCogVideoX, *, tiling: bool, slicing: bool) -> None:
@@ -96,10 +89,7 @@ def video_encoder(base: BaseModel, dtype, device, *, tiling: bool, slicing: bool
 
 @contextmanager
 def image_encoder(base: BaseModel, dtype, device, *, tiling: bool, slicing: bool) -> Iterator[Callable | None]:
-    """Yields `encode_images` with the encoder half of a VAE that is in memory for the length of a `with` block.
-
-    Yields None for text-to-video.
-    """
+    """Yields `encode_images` with half a VAE, its encoder, for the length of a `with` block; None for text-to-video."""
     if not base.takes_image:
         yield None
         return
@@ -128,9 +118,6 @@ def caption_encoder(base: BaseModel, dtype, device, precision: str = "bf16") -> 
     finally:
         text_encoder.to("meta")  # frees the memory even if something still refers to T5
         torch.cuda.empty_cache()
-
-
-# ---- encode ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -175,10 +162,7 @@ def cut_caption(tokenizer, caption: str, max_length: int) -> tuple[int, str]:
     return num_tokens, caption[begin:].strip()
 
 
-# ---- fingerprints ----------------------------------------------------------------------------------------------------
-
-
-def vae_fingerprint(base: BaseModel, dtype: torch.dtype, tiling: bool) -> str:
+def vae_fingerprint(base: BaseModel, dtype: torch.dtype, *, tiling: bool) -> str:
     """Returns a hash that differs between VAEs, dtypes and tilings, which encode differently.
 
     Slicing changes the encoding only by rounding, and is not part of it.

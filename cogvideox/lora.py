@@ -4,6 +4,7 @@ import argparse
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,9 +68,8 @@ class Lora(NamedTuple):
         scale = 2 if self.changes_base else 1
         alpha = self.lora_alpha * (math.sqrt(scale) if self.use_rslora else scale)
         settings = {"r": self.rank * scale, "lora_alpha": alpha, "target_modules": sorted(self.lora_target_modules)}
-        settings["rank_pattern"] = {}
-        switches = {"use_dora": self.use_dora, "use_rslora": self.use_rslora}
-        return settings | {name: True for name, on in switches.items() if on}
+        switches = {name: True for name in ("use_dora", "use_rslora") if getattr(self, name)}
+        return settings | {"rank_pattern": {}} | switches
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -122,15 +122,8 @@ def count_trained(transformer: torch.nn.Module) -> int:
     return sum(weight.numel() for weight in trained_parameters(transformer))
 
 
-# ---- checks ----------------------------------------------------------------------------------------------------------
-
-
 def check_lora(base: BaseModel, lora: Lora, start: Path | None) -> None:
-    """Refuses targets that cannot have a LoRA and a file that training cannot start from; reads no weights.
-
-    Raises:
-        ValueError: with what to pass instead.
-    """
+    """Raises ValueError for targets that cannot have a LoRA, or a file that is no start for it; reads no weights."""
     quantized.check_packages(lora.base_precision, "--base_precision")
     transformer = empty_transformer(base.transformer)
     for target in lora.lora_target_modules:
@@ -142,22 +135,18 @@ def check_lora(base: BaseModel, lora: Lora, start: Path | None) -> None:
         check_start(start, base, config, get_peft_model_state_dict(transformer))
 
 
-def _named_modules(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Returns the transformer's modules by name; those of its blocks, all alike, once, by their name in the block."""
-    return {
-        name.split(".", 2)[-1] if name.startswith("transformer_blocks.") else name: module
-        for name, module in transformer.named_modules()
-    }
-
-
 def is_target(name: str, target: str) -> bool:
     """Whether PEFT takes the module of this name for a name in --lora_target_modules."""
     return name == target or name.endswith(f".{target}")
 
 
 def _check_target(transformer: torch.nn.Module, lora: Lora, target: str) -> None:
-    # PEFT skips a target that is no module's name as long as it finds another one.
-    modules = _named_modules(transformer)
+    # PEFT skips a target that is no module's name as long as it finds another one. Modules of the blocks, which are all
+    # alike, are here once, by their name in the block.
+    modules = {
+        name.split(".", 2)[-1] if name.startswith("transformer_blocks.") else name: module
+        for name, module in transformer.named_modules()
+    }
     linear = {name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
     targets = [name for name in modules if is_target(name, target)]
     layers = [name for name in targets if name in linear]
@@ -180,18 +169,10 @@ def _check_target(transformer: torch.nn.Module, lora: Lora, target: str) -> None
         )
 
 
-# ---- a LoRA ----------------------------------------------------------------------------------------------------------
-
-
 def with_lora(
     base: BaseModel, dtype: torch.dtype, lora: Lora, start: Path | None = None, device: torch.device | None = None
 ) -> tuple[CogVideoXTransformer3DModel, Export]:
-    """Returns the transformer, frozen in `dtype`, with a LoRA in float32, and the function that writes the LoRA's file.
-
-    Args:
-        start: LoRA to start from, a file or the folder that holds it.
-        device: where blocks are quantised, layer by layer, so that it never holds more than one of them unquantised.
-    """
+    """Returns the transformer with a LoRA, from `add_lora`, and the function that writes the LoRA's file."""
     # What is taken out of the weights must be exactly what the LoRA starts with, so that happens in float32.
     transformer = load_transformer(base, torch.float32 if lora.changes_base else dtype)
     add_lora(transformer, lora, dtype, start=start, device=device)
@@ -208,11 +189,7 @@ def with_lora(
 
 
 def add_lora(
-    transformer: CogVideoXTransformer3DModel,
-    lora: Lora,
-    dtype: torch.dtype,
-    start: Path | None = None,
-    device: torch.device | None = None,
+    transformer: CogVideoXTransformer3DModel, lora: Lora, dtype: torch.dtype, start: Path | None = None, device=None
 ) -> None:
     """Freezes the transformer in `dtype`, its blocks in `lora.base_precision`, and adds LoRA weights in float32.
 
@@ -220,7 +197,7 @@ def add_lora(
 
     Args:
         start: LoRA to start from, a file or the folder that holds it.
-        device: where blocks are quantised and stay (default: where they are).
+        device: where blocks are quantised, one layer at a time, and stay (default: where they are).
     """
     transformer.requires_grad_(False)
     if lora.base_precision != "bf16":
@@ -304,27 +281,19 @@ def _against_the_base(weights: dict, first: dict) -> dict:
     return joined
 
 
-# ---- the whole transformer -------------------------------------------------------------------------------------------
-
-
 def whole(base: BaseModel, dtype: torch.dtype) -> tuple[CogVideoXTransformer3DModel, Export]:
     """Returns the transformer, all of its weights trainable in float32, and the function that writes them in `dtype`.
 
     bfloat16 keeps 8 bits: an update of less than 0.4 % of a weight would round away.
     """
-    transformer = load_transformer(base, torch.float32)
-
-    def export(state: dict, folder: Path) -> Path:
-        return save_transformer({name: weight.to(dtype) for name, weight in state.items()}, folder, base)
-
-    return transformer, export
+    return load_transformer(base, torch.float32), partial(save_transformer, base, dtype)
 
 
-def save_transformer(weights: dict, folder: Path, base: BaseModel) -> Path:
+def save_transformer(base: BaseModel, dtype: torch.dtype, weights: dict, folder: Path) -> Path:
     """Writes `folder`/transformer as `CogVideoXTransformer3DModel.from_pretrained` reads it; complete or absent."""
     final, temporary = folder / TRANSFORMER_FOLDER, folder / f".{TRANSFORMER_FOLDER}.incomplete"
     transformer = empty_transformer(base.transformer)
-    transformer.load_state_dict(weights, assign=True)
+    transformer.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
     transformer.register_to_config(_name_or_path=base.name)  # where diffusers looks for what it was made from
     shutil.rmtree(temporary, ignore_errors=True)
     transformer.save_pretrained(temporary)

@@ -22,11 +22,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def find_lora_file(path: Path) -> Path:
-    """Returns the file itself, or the file in a run directory or checkpoint.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """Returns the file, or the file in a run directory or checkpoint; raises FileNotFoundError if there is none."""
     file = path / LORA_FILE if path.is_dir() else path
     if not path.exists():
         raise FileNotFoundError(f"--lora_path {path}: no such file or folder; correct the path")
@@ -62,14 +58,7 @@ class LoraHeader(NamedTuple):
 
 
 def read_header(file: Path, option: str = "--lora_path") -> LoraHeader:
-    """Reads names, shapes and metadata of a .safetensors file.
-
-    Args:
-        option: that named the file, for the message.
-
-    Raises:
-        ValueError: it is not a .safetensors file.
-    """
+    """Reads the header of a .safetensors file; raises ValueError, which names `option`, if it is not one."""
     try:
         with safe_open(file, framework="pt") as weights:
             shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
@@ -86,18 +75,12 @@ def read_header(file: Path, option: str = "--lora_path") -> LoraHeader:
     )
 
 
-# ---- a file to start from --------------------------------------------------------------------------------------------
-
-
 def check_start(start: Path, base: BaseModel, config: LoraConfig, expected: dict[str, torch.Tensor]) -> None:
-    """Refuses a LoRA that training cannot start from, by its header.
+    """Raises ValueError if a LoRA is of another base model, rank, strength or kind, or has other layers.
 
     Args:
         config: of the LoRA that is to be trained.
         expected: its state dict.
-
-    Raises:
-        ValueError: it is of another base model, rank, strength or kind, or has other layers.
     """
     header = read_header(find_lora_file(start))
     found = f"--lora_path {header.file}"
@@ -145,9 +128,6 @@ def _differences(found: dict, expected: dict) -> list[str]:
         for name in sorted(expected.keys() & found.keys())
         if found[name] != expected[name]
     ]
-
-
-# ---- weights ---------------------------------------------------------------------------------------------------------
 
 
 def load_lora(path: Path) -> dict[str, torch.Tensor]:

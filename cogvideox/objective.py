@@ -29,22 +29,21 @@ def training_loss(
         encode: from `image_encoder`.
         timesteps: [B]; drawn from `generator` if None.
     """
-    device, config = generator.device, base.transformer
+    device = generator.device
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     latents = sample_latents(batch["parameters"], base.vae["scaling_factor"], generator)  # [B, f, c, h, w]
-    latents = pad_latent_frames(latents, config["patch_size_t"])
+    latents = pad_latent_frames(latents, base.transformer["patch_size_t"])
     _, f, _, h, w = latents.shape
-    rotary = rotary_embedding(base, f, h, w, device)
     return velocity_loss(
         transformer,
         base.scheduler,
         latents,
         batch["prompt_embeds"],
-        rotary=rotary,
+        rotary=rotary_embedding(base, f, h, w, device),
         generator=generator,
         dtype=dtype,
         image_latents=condition_on_images(base, encode, batch["image"], f, generator) if encode else None,
-        ofs=torch.full((1,), 2.0, dtype=dtype, device=device) if config["ofs_embed_dim"] else None,
+        ofs=ofs_of(base, dtype, device),
         timesteps=timesteps,
     )
 
@@ -72,7 +71,7 @@ def velocity_loss(
         generator: on the latents' device.
         dtype: compute dtype of the transformer.
         image_latents: from `condition_on_images`, [B, f, c, h, w], or None.
-        ofs: further conditioning of CogVideoX 1.5 image-to-video, [1], or None.
+        ofs: from `ofs_of`.
         timesteps: [B]; drawn from `generator` if None.
     """
     noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
@@ -100,9 +99,6 @@ def generator_for(device: torch.device, *numbers: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big"))
 
 
-# ---- latents and positions -------------------------------------------------------------------------------------------
-
-
 def sample_latents(parameters: torch.Tensor, scaling_factor: float, generator: torch.Generator) -> torch.Tensor:
     """Draws latents [B, f, c, h, w] for the transformer, float32, from parameters [B, 2c, f, h, w]."""
     latents = DiagonalGaussianDistribution(parameters.float()).sample(generator)  # [B, c, f, h, w]
@@ -126,30 +122,22 @@ def rotary_embedding(base: BaseModel, num_latent_frames: int, latent_height: int
     patch, patch_t = config["patch_size"], config["patch_size_t"]
     grid = (latent_height // patch, latent_width // patch)
     base_grid = (config["sample_height"] // patch, config["sample_width"] // patch)
-    return _rotary_tables(
-        config["attention_head_dim"],
-        num_latent_frames=num_latent_frames,
-        grid=grid,
-        base_grid=base_grid,
-        patch_t=patch_t,
-        device=device,
-    )
+    if patch_t is None:
+        crop = {"crops_coords": get_resize_crop_region_for_grid(grid, base_grid[1], base_grid[0])}
+    else:
+        crop = {"crops_coords": None, "grid_type": "slice", "max_size": base_grid}
+    num_frames = -(-num_latent_frames // (patch_t or 1))
+    return _rotary_tables(config["attention_head_dim"], grid, temporal_size=num_frames, device=device, **crop)
 
 
 @lru_cache(maxsize=32)  # once for each shape of a batch, not in every step
-def _rotary_tables(
-    head_size: int, *, num_latent_frames: int, grid: tuple, base_grid: tuple, patch_t: int | None, device
-):
-    if patch_t is None:
-        crop = {"crops_coords": get_resize_crop_region_for_grid(grid, base_grid[1], base_grid[0])}
-        temporal_size = num_latent_frames
-    else:
-        crop = {"crops_coords": None, "grid_type": "slice", "max_size": base_grid}
-        temporal_size = -(-num_latent_frames // patch_t)
-    return get_3d_rotary_pos_embed(head_size, grid_size=grid, temporal_size=temporal_size, device=device, **crop)
+def _rotary_tables(head_size: int, grid: tuple[int, int], **options):
+    return get_3d_rotary_pos_embed(head_size, grid_size=grid, **options)
 
 
-# ---- image conditioning ----------------------------------------------------------------------------------------------
+def ofs_of(base: BaseModel, dtype: torch.dtype, device) -> torch.Tensor | None:
+    """Returns a further condition of CogVideoX 1.5 image-to-video, [1], as its pipeline has it; None elsewhere."""
+    return torch.full((1,), 2.0, dtype=dtype, device=device) if base.transformer["ofs_embed_dim"] else None
 
 
 def condition_on_images(base, encode: Callable, images, num_latent_frames: int, generator) -> torch.Tensor:

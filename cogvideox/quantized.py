@@ -17,11 +17,7 @@ NF4_BLOCK, NF4_SCALES_BLOCK = 64, 256  # weights per scale, and scales per scale
 
 
 def check_packages(precision: str, option: str) -> None:
-    """Refuses a precision whose package is not installed.
-
-    Raises:
-        ValueError: with the command that installs it.
-    """
+    """Raises ValueError for a precision whose package is not installed, with the command that installs it."""
     if precision == "nf4" and not find_spec("bitsandbytes"):
         raise ValueError(f"{option} nf4: needs bitsandbytes; pip install bitsandbytes, or take int8 or fp8")
 
@@ -60,19 +56,12 @@ class QuantizedLinear(torch.nn.Linear):
         autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # which raises for meta
         dtype = torch.get_autocast_dtype(kind) if autocast else self.compute_dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        x, shape, stored = x.to(dtype), (self.out_features, self.in_features), self._stored_tensors()
+        x, shape = x.to(dtype), (self.out_features, self.in_features)
+        stored = [getattr(self, name) for name in self.stored]
         if x.requires_grad and torch.is_grad_enabled():
             return _FrozenLinear.apply(x, bias, self.precision, shape, *stored)
         # Without the Function: where nothing needs a gradient, torch.compile of 2.13 miscounts its *arguments.
         return F.linear(x, dequantize(self.precision, shape, dtype, *stored), bias)
-
-    def _stored_tensors(self) -> list[torch.Tensor]:
-        return [getattr(self, name) for name in self.stored]
-
-    def dequantized(self) -> torch.Tensor:
-        """Returns the weight that it computes with, [O, I]."""
-        shape = (self.out_features, self.in_features)
-        return dequantize(self.precision, shape, self.compute_dtype, *self._stored_tensors())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, precision={self.precision}"
@@ -109,9 +98,6 @@ def _(gradient, precision, shape, stored):
 
 
 INPUT_GRADIENT = torch.ops.cogvideox_lora.input_gradient
-
-
-# ---- the formats -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from cogvideox import compute, encoders, quantized, swapping
 from cogvideox.base_model import BaseModel, empty_text_encoder, empty_transformer, empty_vae
 from cogvideox.lora import Lora, add_lora, count_trained, trained_parameters
 from cogvideox.meter import Meter, bytes_of, module_bytes
-from cogvideox.objective import rotary_embedding, training_loss
+from cogvideox.objective import ofs_of, rotary_embedding, training_loss
 from cogvideox.sampling import NUM_INFERENCE_STEPS
 
 REHEARSED_LAYERS = 4  # at most; and one fewer, to see what a block adds
@@ -221,9 +221,7 @@ def _transformer(base: BaseModel, settings: Settings, num_layers: int):
     if settings.lora:
         for weight in transformer.parameters():  # from_pretrained, too, leaves 2b's position table in float64
             weight.data = weight.data.to(settings.dtype)
-        lora = settings.lora._replace(
-            init_lora_weights="default"
-        )  # its first values, and how they are found, do not matter
+        lora = settings.lora._replace(init_lora_weights="default")  # the first values do not matter
         with META:
             add_lora(transformer, lora, settings.dtype)
     compute.prepare(transformer, settings.gradient_checkpointing)
@@ -411,7 +409,7 @@ def _count_sampling(models: Models, settings: Settings, num_layers: int) -> dict
             hidden_states=torch.empty(2, f, config["in_channels"], h, w, dtype=dtype),
             encoder_hidden_states=torch.empty(2, config["max_text_seq_length"], config["text_embed_dim"], dtype=dtype),
             timestep=torch.zeros(2, dtype=torch.int64),
-            ofs=torch.full((1,), 2.0, dtype=dtype) if config["ofs_embed_dim"] else None,
+            ofs=ofs_of(base, dtype, META),
             image_rotary_emb=rotary,
         )
     resident = _resident_bytes(models, settings, transformer, _image_encoder(base, settings))

@@ -34,20 +34,19 @@ class Part(NamedTuple):
 
     tensor: torch.Tensor
     offset: int  # bytes
-    dtype: torch.dtype
-    shape: torch.Size
+    shape: torch.Size  # kept here, for the tensor is empty while its block is not on the device
 
     def view_in(self, memory: torch.Tensor) -> torch.Tensor:
         """Returns the tensor's values in `memory`, which holds the bytes of its block."""
-        end = self.offset + self.shape.numel() * self.dtype.itemsize
-        return memory[self.offset : end].view(self.dtype).view(self.shape)
+        end = self.offset + self.shape.numel() * self.tensor.dtype.itemsize
+        return memory[self.offset : end].view(self.tensor.dtype).view(self.shape)
 
 
 def layout(block: torch.nn.Module) -> tuple[list[Part], int]:
     """Returns the frozen tensors of a block, one after the other, and how many bytes they take together."""
     parts, size = [], 0
     for tensor in [weight for weight in block.parameters() if not weight.requires_grad] + list(block.buffers()):
-        parts.append(Part(tensor, size, tensor.dtype, tensor.shape))
+        parts.append(Part(tensor, size, tensor.shape))
         size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
     return parts, size
 
@@ -87,7 +86,7 @@ class Swapper:
 
     def _empty(self, part: Part) -> None:
         # On the device nevertheless: accelerate and DDP look at that.
-        part.tensor.data = torch.empty(0, dtype=part.dtype, device=self.device)
+        part.tensor.data = torch.empty(0, dtype=part.tensor.dtype, device=self.device)
 
     def bring(self, index: int) -> None:
         """Makes block `index` ready to compute, and starts to copy the block that follows it."""

@@ -428,10 +428,10 @@ def test_a_checkpoint_with_other_conditions_is_refused(checkpoint_of):
 def test_encoders_that_encode_differently_have_different_fingerprints(checkpoint_of):
     two, five = (read_base_model(str(checkpoint_of(variant))) for variant in ("2b", "5b"))
     prints = [
-        vae_fingerprint(two, torch.float32, False),
-        vae_fingerprint(two, torch.float32, True),
-        vae_fingerprint(two, torch.bfloat16, False),
-        vae_fingerprint(five, torch.float32, False),
+        vae_fingerprint(two, torch.float32, tiling=False),
+        vae_fingerprint(two, torch.float32, tiling=True),
+        vae_fingerprint(two, torch.bfloat16, tiling=False),
+        vae_fingerprint(five, torch.float32, tiling=False),
         text_fingerprint(two, torch.float32),
         text_fingerprint(two, torch.bfloat16),
     ]

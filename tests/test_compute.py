@@ -106,7 +106,7 @@ class Recorded(TorchDispatchMode):
 def test_attention_is_computed_again_only_where_its_outputs_are_not_kept(tiny_checkpoint, level, passes):
     checkpoint = download_weights(read_base_model(tiny_checkpoint))
     transformer = with_lora(checkpoint)
-    compute.prepare(transformer, level, compiled=False, backend="auto")
+    compute.prepare(transformer, level)
     with Recorded() as ran:
         step(transformer, transformer_inputs(tiny_checkpoint))
     layers = len(transformer.transformer_blocks)
@@ -119,7 +119,7 @@ def test_dropout_is_the_same_when_computed_again(tiny_checkpoint, level):
     results = []
     for chosen in ("none", level):
         transformer = with_lora(checkpoint, lora_dropout=0.5)
-        compute.prepare(transformer, chosen, compiled=False, backend="auto")
+        compute.prepare(transformer, chosen)
         torch.manual_seed(3)
         inputs = transformer_inputs(tiny_checkpoint)
         results.append(step(transformer, inputs)[1])
@@ -162,7 +162,7 @@ def test_flash3_attends_as_diffusers_does(checkpoint_of, monkeypatch, variant, g
     inputs = transformer_inputs(checkpoint_of(variant))
     _, expected = step(with_lora(checkpoint), inputs)
     transformer = with_lora(checkpoint)
-    compute.prepare(transformer, "none", compiled=False, backend="flash3")
+    compute.prepare(transformer, "none", compute.Options(attention_backend="flash3"))
     _, gradients = step(transformer, inputs)
     assert error(gradients, expected) < 1e-5
 
@@ -290,7 +290,7 @@ def compiled_without_a_compiler(monkeypatch):
 @pytest.mark.parametrize("level", ["none", "attention", "full"])
 def test_compiled_blocks_change_neither_loss_nor_gradients(compiled_without_a_compiler, level):
     calls = 1 if level == "none" else 2
-    check_same_step("--model", "tiny", "--rank", "4", tolerance=1e-5, calls=calls, level=level, compiled=True)
+    check_same_step("--model", "tiny", "--rank", "4", tolerance=1e-5, calls=calls, level=level, compile=True)
 
 
 @pytest.mark.parametrize(("level", "passes"), [("none", 1), ("attention", 1), ("full", 2)])
@@ -298,7 +298,7 @@ def test_compiled_blocks_compute_attention_again_only_where_it_is_not_kept(
     compiled_without_a_compiler, tiny_checkpoint, level, passes
 ):
     transformer = with_lora(download_weights(read_base_model(tiny_checkpoint)))
-    compute.prepare(transformer, level, compiled=True, backend="auto")
+    compute.prepare(transformer, level, compute.Options(compile=True))
     inputs = transformer_inputs(tiny_checkpoint)
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -318,7 +318,7 @@ def test_what_a_compiled_block_keeps_of_attention_is_not_written_over(tiny_check
     inputs, ff = transformer_inputs(tiny_checkpoint), {"lora_target_modules": ["ff.net.2"]}
     _, expected = step(with_lora(checkpoint, **ff), inputs)
     transformer = with_lora(checkpoint, **ff)
-    compute.prepare(transformer, "attention", compiled=True)
+    compute.prepare(transformer, "attention", compute.Options(compile=True))
     try:
         _, gradients = step(transformer, inputs)
     finally:
@@ -332,7 +332,7 @@ def test_compiled_blocks_run_under_ddp(compiled_without_a_compiler, tiny_checkpo
     inputs = transformer_inputs(tiny_checkpoint)
     _, expected = step(with_lora(checkpoint), inputs)
     transformer = with_lora(checkpoint)
-    compute.prepare(transformer, level, compiled=True)
+    compute.prepare(transformer, level, compute.Options(compile=True))
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         _, gradients = step(torch.nn.parallel.DistributedDataParallel(transformer), inputs)
@@ -372,7 +372,7 @@ def test_the_table_of_positions_is_made_once_for_each_shape(checkpoint_of, monke
     _rotary_tables.cache_clear()
     checkpoint = download_weights(read_base_model(checkpoint_of(variant)))
     transformer = with_lora(checkpoint)
-    compute.prepare(transformer, "none", compiled=False, backend="auto")
+    compute.prepare(transformer, "none")
     inputs = transformer_inputs(checkpoint_of(variant))
     made.clear()  # those of the checkpoint's own size
     for width in (12, 8, 10, 8, 10):  # the first is the checkpoint's own

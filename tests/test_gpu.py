@@ -52,7 +52,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(model, level)
 def test_compiled_blocks_change_neither_loss_nor_gradients(model, level):
     calls = 1 if level == "none" else 2
     options = ["--mixed_precision", "bf16"]
-    check_same_step(*TWO_LAYERS[model], *options, tolerance=2e-2, calls=calls, level=level, compiled=True)
+    check_same_step(*TWO_LAYERS[model], *options, tolerance=2e-2, calls=calls, level=level, compile=True)
 
 
 EIGHT_LAYERS = {

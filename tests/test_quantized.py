@@ -51,7 +51,9 @@ def dequantized(transformer):
         for name, layer in parent.named_children():
             if isinstance(layer, QuantizedLinear):
                 plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-                plain.weight, plain.bias = torch.nn.Parameter(layer.dequantized(), requires_grad=False), layer.bias
+                stored = [getattr(layer, name) for name in layer.stored]
+                weight = quantized.dequantize(layer.precision, plain.weight.shape, layer.compute_dtype, *stored)
+                plain.weight, plain.bias = torch.nn.Parameter(weight, requires_grad=False), layer.bias
                 setattr(parent, name, plain)
     return transformer
 

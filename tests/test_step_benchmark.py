@@ -57,14 +57,14 @@ def loss_and_gradients(run):
     return loss.item(), gradients, len(calls)
 
 
-def check_same_step(*argv, tolerance, calls=1, **change):
+def check_same_step(*argv, tolerance, calls=1, level="none", device=None, **options):
     """Loss and gradients are those of the plain step, up to `tolerance` times their size, after `compute.prepare`."""
     run = step.prepare(step.parse_args(argv))
     for name, weight in trained(run).items():
         if "lora_B" in name:  # zero at the start, and with them the gradients of lora_A
             torch.nn.init.normal_(weight, std=0.02)
     plain_loss, plain_gradients, plain_calls = loss_and_gradients(run)
-    compute.prepare(run.state.transformer, **{"level": "none", "compiled": False, "backend": "auto"} | change)
+    compute.prepare(run.state.transformer, level, compute.Options(**options), device)
     loss, gradients, changed_calls = loss_and_gradients(run)
 
     assert (plain_calls, changed_calls) == (1, calls)

@@ -57,7 +57,7 @@ def three_steps(folder, count, level, dtype=torch.float32, compiled=False, **cha
     """Outputs and gradients of three training steps with a sampling step between them, and the swapped transformer."""
     checkpoint = download_weights(read_base_model(str(folder)))
     transformer = with_lora(checkpoint, dtype, **changes)
-    compute.prepare(transformer, level, compiled=compiled, blocks_to_swap=count, device=CPU)
+    compute.prepare(transformer, level, compute.Options(compile=compiled, blocks_to_swap=count), CPU)
     torch.manual_seed(4)
     results = []
     for _ in range(3):
@@ -134,7 +134,7 @@ def test_a_block_is_on_its_way_while_the_one_before_it_computes(deep_checkpoint,
     monkeypatch.setattr(swapping, "Swapper", Watched)
     checkpoint = download_weights(read_base_model(str(deep_checkpoint)))
     transformer = with_lora(checkpoint)
-    compute.prepare(transformer, "full", blocks_to_swap=5, device=CPU)
+    compute.prepare(transformer, "full", compute.Options(blocks_to_swap=5), CPU)
     for _ in range(3):
         step(transformer, transformer_inputs(deep_checkpoint))
     assert late == [True] + [False] * (3 * 10 - 1)
@@ -150,7 +150,7 @@ def test_a_forward_pass_that_breaks_off_leaves_the_blocks_usable(deep_checkpoint
     inputs, results = transformer_inputs(deep_checkpoint), []
     for breaks in (False, True):
         transformer = with_lora(checkpoint)
-        compute.prepare(transformer, "full", blocks_to_swap=5, device=CPU)
+        compute.prepare(transformer, "full", compute.Options(blocks_to_swap=5), CPU)
         if breaks:
             hook = transformer.transformer_blocks[3].register_forward_pre_hook(lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
