@@ -41,7 +41,7 @@ import train_cogvideox_lora as train
 from cogvideox import compute, quantized
 from cogvideox.base_model import BaseModel, check_training, empty_transformer
 from cogvideox.budget import GIB, MemoryPlan
-from cogvideox.lora import add_lora, lora_of, trained_parameters
+from cogvideox.lora import add_lora, count_trained, lora_of, trained_parameters
 from cogvideox.rehearsal import models_of, rehearse
 from files import write_json
 from run import checkpoints, processes, run_directory
@@ -65,60 +65,44 @@ PEAK_TFLOPS = {
 
 
 class Model(NamedTuple):
-    """A base model's published configs, as differences from 2b, and the clips that it was trained on."""
+    """A base model's published configs; their sample sizes are those of the clips that it was trained on."""
 
     transformer: dict  # what differs from the defaults of CogVideoXTransformer3DModel, which are those of 2b
     vae: dict  # of its config what the loss needs
     scheduler: type
     snr_shift_scale: float
-    height: int
-    width: int
-    max_num_frames: int
 
 
-FIVE_B = {"num_layers": 42, "num_attention_heads": 48, "use_rotary_positional_embeddings": True}
-FIVE_B_1_5 = FIVE_B | {
-    "patch_size_t": 2,
-    "patch_bias": False,
-    "sample_height": 96,
-    "sample_width": 170,
-    "sample_frames": 81,
-}
+ROTARY, LEARNED = {"use_rotary_positional_embeddings": True}, {"use_learned_positional_embeddings": True}
+FIVE_B = ROTARY | {"num_layers": 42, "num_attention_heads": 48}
+SAMPLES_1_5 = {"sample_height": 96, "sample_width": 170, "sample_frames": 81}
+FIVE_B_1_5 = FIVE_B | SAMPLES_1_5 | {"patch_size_t": 2, "patch_bias": False}
 TINY = {
     "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4,
     "time_embed_dim": 32, "text_embed_dim": 32, "sample_height": 8, "sample_width": 12, "sample_frames": 9,
 }  # fmt: skip
-TINY_I2V = TINY | {
-    "in_channels": 8,
-    "use_rotary_positional_embeddings": True,
-    "use_learned_positional_embeddings": True,
-}
+I2V, I2V_1_5 = LEARNED | {"in_channels": 32}, {"in_channels": 32, "ofs_embed_dim": 512}
 TWO, FIVE, INVERTED = {"scaling_factor": 1.15258426}, {"scaling_factor": 0.7}, {"invert_scale_latents": True}
-I2V, I2V_1_5 = {"in_channels": 32, "use_learned_positional_embeddings": True}, {"in_channels": 32, "ofs_embed_dim": 512}
 DDIM, DPM = CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 MODELS = {
-    "2b": Model({}, TWO, DDIM, 3.0, 480, 720, 49),
-    "5b": Model(FIVE_B, FIVE, DPM, 1.0, 480, 720, 49),
-    "5b-I2V": Model(FIVE_B | I2V, FIVE, DPM, 1.0, 480, 720, 49),
-    "1.5": Model(FIVE_B_1_5, FIVE, DPM, 1.0, 768, 1360, 81),
-    "1.5-I2V": Model(FIVE_B_1_5 | I2V_1_5, FIVE | INVERTED, DPM, 1.0, 768, 1360, 81),
-    "tiny": Model(TINY, TWO, DDIM, 3.0, 64, 96, 9),
-    "tiny-I2V": Model(TINY_I2V, FIVE, DPM, 1.0, 64, 96, 9),
+    "2b": Model({}, TWO, DDIM, 3.0),
+    "5b": Model(FIVE_B, FIVE, DPM, 1.0),
+    "5b-I2V": Model(FIVE_B | I2V, FIVE, DPM, 1.0),
+    "1.5": Model(FIVE_B_1_5, FIVE, DPM, 1.0),
+    "1.5-I2V": Model(FIVE_B_1_5 | I2V_1_5, FIVE | INVERTED, DPM, 1.0),
+    "tiny": Model(TINY, TWO, DDIM, 3.0),
+    "tiny-I2V": Model(TINY | ROTARY | LEARNED | {"in_channels": 8}, FIVE, DPM, 1.0),
 }
-# The VAE of the published base models, and of the tiny ones.
+# VAE and T5 of the published base models, and of the tiny ones.
 VAES = {
     "published": {"latent_channels": 16, "layers_per_block": 3, "block_out_channels": (128, 256, 256, 512)},
     "tiny": {"latent_channels": 4, "layers_per_block": 1, "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4},
 }
 T5S = {
-    "published": {  # google/t5-v1_1-xxl
-        "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers": 24,
-        "feed_forward_proj": "gated-gelu",
-    },
-    "tiny": {
-        "vocab_size": 512, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_heads": 2, "num_layers": 2,
-        "feed_forward_proj": "gated-gelu",
-    },
+    "published": {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers": 24,
+                  "feed_forward_proj": "gated-gelu"},  # google/t5-v1_1-xxl
+    "tiny": {"vocab_size": 512, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_heads": 2, "num_layers": 2,
+             "feed_forward_proj": "gated-gelu"},
 }  # fmt: skip
 
 
@@ -156,8 +140,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def training_args(options: argparse.Namespace) -> argparse.Namespace:
     """The training script's options, checked by itself; the model's own size where none is asked for."""
-    model = MODELS[options.model]
-    values = {"height": model.height, "width": model.width, "max_num_frames": model.max_num_frames}
+    base = random_base_model(options.model, num_layers=1)
+    height, width = base.sample_size
+    values = {"height": height, "width": width, "max_num_frames": base.transformer["sample_frames"]}
     values["mixed_precision"] = "bf16" if torch.cuda.is_available() else "no"
     values |= {name: value for name, value in vars(options).items() if name in TRAINING and value is not None}
     values["max_train_steps"] = options.warmup + options.steps + options.profile
@@ -178,7 +163,7 @@ def random_base_model(name: str, num_layers: int | None = None) -> BaseModel:
     return BaseModel(
         name=name,
         transformer=dict(empty_transformer(config).config),
-        vae=model.vae | vae_config(config),
+        vae=model.vae | VAES[size_of(config)],
         scheduler=model.scheduler(
             prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
             clip_sample=False, snr_shift_scale=model.snr_shift_scale,
@@ -188,13 +173,14 @@ def random_base_model(name: str, num_layers: int | None = None) -> BaseModel:
     )  # fmt: skip
 
 
-def vae_config(transformer: dict) -> dict:
-    return VAES["tiny" if transformer.get("out_channels") == 4 else "published"]
+def size_of(transformer: dict) -> str:
+    """Returns the key of VAES and T5S that goes with a transformer's config."""
+    return "tiny" if transformer.get("out_channels") == TINY["out_channels"] else "published"
 
 
 def write_random_vae(base: BaseModel, folder: Path) -> BaseModel:
     """Writes a random VAE into `folder` (0.4 GB as published), and returns the base model with that folder."""
-    vae = AutoencoderKLCogVideoX(**vae_config(base.transformer))
+    vae = AutoencoderKLCogVideoX(**VAES[size_of(base.transformer)])
     vae.to(torch.bfloat16).save_pretrained(folder / "vae")
     return base._replace(folder=folder)
 
@@ -257,9 +243,19 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> train.Ru
     lr_scheduler = train.make_lr_scheduler(args, optimizer, timeline.total_steps)
     transformer, optimizer = accelerator.prepare(transformer.train(), optimizer)
     average = WeightAverage(trained_parameters(transformer), None)
-    state = checkpoints.State(transformer, optimizer, lr_scheduler, average)
-    held_out, memory_plan = data._replace(shapes=[]), MemoryPlan(level, tile_encoding=False, tile_decoding=False)
-    return train.Run(args, accelerator, ranks, base, dtype, memory_plan, data, held_out, timeline, state, export=None)
+    return train.Run(
+        args=args,
+        accelerator=accelerator,
+        ranks=ranks,
+        base=base,
+        dtype=dtype,
+        memory_plan=MemoryPlan(level, tile_encoding=False, tile_decoding=False),
+        data=data,
+        held_out=data._replace(shapes=[]),
+        timeline=timeline,
+        state=checkpoints.State(transformer, optimizer, lr_scheduler, average),
+        export=None,
+    )
 
 
 class Measured(NamedTuple):
@@ -288,10 +284,10 @@ def measure(run: train.Run, warmup: int, steps: int, profiled: int = 0) -> Measu
             seconds.append(time.perf_counter() - start)
             losses.append(loss.item())
         peak_memory_gib = run_directory.peak_memory_gib(run.accelerator.device)  # the profiler takes some, too
-        return Measured(seconds, losses, peak_memory_gib, kernel_times(update, profiled, on_gpu))
+        return Measured(seconds, losses, peak_memory_gib, kernel_times(update, profiled, on_gpu=on_gpu))
 
 
-def kernel_times(update: Callable[[], train.Update], steps: int, on_gpu: bool, most: int = 30) -> list[dict]:
+def kernel_times(update: Callable[[], train.Update], steps: int, *, on_gpu: bool, most: int = 30) -> list[dict]:
     """The kernels that take most of an update on a GPU, or operators on a CPU: milliseconds and calls of one update."""
     if not steps:
         return []
@@ -312,26 +308,28 @@ def peak_tflops(device_name: str) -> float | None:
     return PEAK_TFLOPS.get(device_name.removeprefix("NVIDIA "))
 
 
-def rehearsed(run: train.Run, model: str, device_name: str, seconds: float) -> dict:
+def rehearsed(run: train.Run, device_name: str, seconds: float) -> dict:
     """Returns predicted memory and FLOPs of one update in one process, and their share of the GPU's peak in `seconds`.
 
     The share is None where the peak is not known, and in float32, which tensor cores compute at other peaks or not at
     all.
     """
-    t5 = T5S["tiny" if model.startswith("tiny") else "published"]
-    models = models_of(run.base, t5, partial(train.make_optimizer, run.args, batches_per_step=1))
+    make_optimizer = partial(train.make_optimizer, run.args, batches_per_step=1)
+    models = models_of(run.base, T5S[size_of(run.base.transformer)], make_optimizer)
     settings = train.memory_settings(run.args, run.dtype, run.accelerator.device, run.ranks.count)
     hardware = rehearse("training", models, settings)
-    without = settings._replace(gradient_checkpointing="none", blocks_to_swap=0)
-    model_flops, peak = rehearse("training", models, without).flops, peak_tflops(device_name)
-    peak = None if run.dtype == torch.float32 else peak
-    mfu, hfu = (round(flops / seconds / peak / 1e12, 4) if peak else None for flops in (model_flops, hardware.flops))
+    model = rehearse("training", models, settings._replace(gradient_checkpointing="none", blocks_to_swap=0))
+    peak = None if run.dtype == torch.float32 else peak_tflops(device_name)
+
+    def share(flops: int) -> float | None:
+        return round(flops / seconds / peak / 1e12, 4) if peak else None
+
     return {
-        "model_flops": model_flops,
+        "model_flops": model.flops,
         "hardware_flops": hardware.flops,
         "peak_tflops": peak,
-        "mfu": mfu,
-        "hfu": hfu,
+        "mfu": share(model.flops),
+        "hfu": share(hardware.flops),
         "predicted_peak_gib": round(hardware.peak_bytes / GIB, 3),
     }
 
@@ -350,15 +348,13 @@ def report(run: train.Run, options: argparse.Namespace, measured: Measured) -> d
         "processes": run.ranks.count,
         "versions": {package: version(package) for package in packages} | {"cudnn": torch.backends.cudnn.version()},
         "options": {name: getattr(run.args, name) for name in TRAINING} | own,
-        "trainable_weights": sum(
-            weight.numel() for weight in run.state.transformer.parameters() if weight.requires_grad
-        ),
+        "trainable_weights": count_trained(run.state.transformer),
         "tokens": tokens,
         "seconds_per_step": round(median, 4),
         "seconds_of_each_step": [round(value, 4) for value in seconds],
         "first_step_seconds": round(measured.seconds[0], 4),
         "tokens_per_second": round(tokens * clips / median, 1),
-        **rehearsed(run, options.model, device_name, median),
+        **rehearsed(run, device_name, median),
         "peak_memory_gib": round(measured.peak_memory_gib, 3),
         "losses": measured.losses[options.warmup :],
     } | ({"kernels": measured.kernels} if measured.kernels else {})

@@ -17,6 +17,8 @@ import resource
 import runpy
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
 
@@ -31,33 +33,14 @@ def run_script(script: Path, argv: list[str]) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
-def is_rehearsed(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer is the one that our script's rehearsal measures, on a weight of 2^14 elements."""
-    sizes = [weight.numel() for group in optimizer.param_groups for weight in group["params"]]
-    return sizes == [2**14]  # cogvideox.rehearsal.optimizer_bytes
-
-
-# ---- what updates cost -----------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
-def update_times(rows: list[dict]):
-    """Appends a row per optimizer step: time of day "at" its end, "cpu" time so far, both in seconds, and "peak_gib".
+def after_updates(call: Callable[[], None]):
+    """Calls `call` after every optimizer step in a `with` block, but not in our script's rehearsal."""
 
-    On a GPU, the peak since the previous row; the first one includes loading and encoding. On a CPU, the largest
-    resident size so far. The clock waits for the GPU; both scripts read their loss there anyway.
-    """
-
-    def after_step(optimizer, args, kwargs):
-        if is_rehearsed(optimizer):
-            return
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() / 2**30
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        rows.append({"at": time.time(), "cpu": time.process_time(), "peak_gib": peak})
+    def after_step(optimizer, args, kwargs) -> None:
+        sizes = [weight.numel() for group in optimizer.param_groups for weight in group["params"]]
+        if sizes != [2**14]:  # the weight in cogvideox.rehearsal.optimizer_bytes
+            call()
 
     hook = register_optimizer_step_post_hook(after_step)
     try:
@@ -66,8 +49,26 @@ def update_times(rows: list[dict]):
         hook.remove()
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_initialized() else "CPU"
+# ---- what updates cost -----------------------------------------------------------------------------------------------
+
+
+def update_times(rows: list[dict]) -> AbstractContextManager[None]:
+    """Appends a row per optimizer step: time of day "at" its end, "cpu" time so far, both in seconds, and "peak_gib".
+
+    On a GPU, the peak since the previous row; the first one includes loading and encoding. On a CPU, the largest
+    resident size so far. The clock waits for the GPU; both scripts read their loss there anyway.
+    """
+
+    def append_row() -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        rows.append({"at": time.time(), "cpu": time.process_time(), "peak_gib": peak})
+
+    return after_updates(append_row)
 
 
 # ---- what updates compute --------------------------------------------------------------------------------------------
@@ -77,7 +78,7 @@ def cpu_copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def lora_of(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def lora_weights(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: weight for name, weight in transformer.named_parameters() if weight.requires_grad}
 
 
@@ -103,7 +104,7 @@ def update_values(records: list[dict]):
     def forward(original, transformer, **inputs):
         if inputs["hidden_states"].is_meta:
             return original(transformer, **inputs)
-        weights.update(lora_of(transformer))
+        weights.update(lora_weights(transformer))
         records[-1]["before"] = {name: cpu_copy(weight) for name, weight in weights.items()}
         for name in ("hidden_states", "encoder_hidden_states"):
             records[-1][name] = cpu_copy(inputs[name])
@@ -114,21 +115,16 @@ def update_values(records: list[dict]):
         records[-1]["loss"] = loss.item()
         records[-1]["gradients"] = {name: cpu_copy(weight.grad) for name, weight in weights.items()}
 
-    def after_step(optimizer, args, kwargs):
-        if is_rehearsed(optimizer):
-            return
+    def after_step() -> None:
         records[-1]["after"] = {name: cpu_copy(weight) for name, weight in weights.items()}
 
-    hook = register_optimizer_step_post_hook(after_step)
-    try:
-        with wrapped(CogVideoXTransformer3DModel, "forward", forward), wrapped(Accelerator, "backward", backward):
-            yield
-    finally:
-        hook.remove()
+    in_forward = wrapped(CogVideoXTransformer3DModel, "forward", forward)
+    in_backward = wrapped(Accelerator, "backward", backward)
+    with in_forward, in_backward, after_updates(after_step):
+        yield
 
 
-@contextlib.contextmanager
-def captured_draws(records: list[dict]):
+def captured_draws(records: list[dict]) -> AbstractContextManager[None]:
     """Appends a record with what diffusers' example draws for an update; it has drawn all when it adds the noise."""
     from diffusers import CogVideoXDPMScheduler
 
@@ -139,12 +135,10 @@ def captured_draws(records: list[dict]):
         records.append({name: cpu_copy(tensor) for name, tensor in draws.items()})
         return original(scheduler, latents, noise, timesteps)
 
-    with wrapped(CogVideoXDPMScheduler, "add_noise", add_noise):
-        yield
+    return wrapped(CogVideoXDPMScheduler, "add_noise", add_noise)
 
 
-@contextlib.contextmanager
-def replayed_draws(records: list[dict], theirs: list[dict], folder: Path):
+def replayed_draws(records: list[dict], theirs: list[dict], folder: Path) -> AbstractContextManager[None]:
     """Gives our loss their LoRA, latents, noise, timesteps and embeddings in place of its own.
 
     Args:
@@ -161,7 +155,7 @@ def replayed_draws(records: list[dict], theirs: list[dict], folder: Path):
         update, device = theirs[len(records)], latents.device
         records.append({})
         with torch.no_grad():
-            for name, weight in lora_of(transformer).items():
+            for name, weight in lora_weights(transformer).items():
                 weight.copy_(update["before"][name])
         noise = update["noise"].to(device, latents.dtype)
         options["timesteps"] = update["timesteps"].to(device)
@@ -175,8 +169,7 @@ def replayed_draws(records: list[dict], theirs: list[dict], folder: Path):
                 **options,
             )
 
-    with wrapped(objective, "velocity_loss", velocity_loss):
-        yield
+    return wrapped(objective, "velocity_loss", velocity_loss)
 
 
 # ---- modes -----------------------------------------------------------------------------------------------------------
@@ -187,7 +180,8 @@ def times(output: Path, script: Path, argv: list[str]) -> None:
     rows = []
     with update_times(rows):
         run_script(script, argv)
-    about = {"device": device_name(), "threads": torch.get_num_threads(), "stand_in_for_torchvision": has_stand_in}
+    device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "CPU"
+    about = {"device": device, "threads": torch.get_num_threads(), "stand_in_for_torchvision": has_stand_in}
     output.write_text(json.dumps(about | {"updates": rows}))
 
 

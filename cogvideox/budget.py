@@ -39,10 +39,8 @@ class MemoryPlan(NamedTuple):
         return tuple(phase for phase in self.tight if phase.peak_bytes > self.free_bytes)
 
     def as_json(self) -> dict:
-        return {
-            "gradient_checkpointing": self.gradient_checkpointing,
-            "tile_encoding": self.tile_encoding,
-            "tile_decoding": self.tile_decoding,
+        decided = ("gradient_checkpointing", "tile_encoding", "tile_decoding")
+        return {name: getattr(self, name) for name in decided} | {
             "peak_gib": {phase.name: round(phase.peak_bytes / GIB, 3) for phase in self.phases},
             "free_gib": None if self.free_bytes is None else round(self.free_bytes / GIB, 3),
         }
@@ -116,11 +114,15 @@ def _smaller(phase: str, settings: Settings, num_layers: int) -> list[tuple[str,
     if phase == "clips":
         return [("--enable_tiling", {"tile_encoding": True})]
     lora = settings.lora or Lora(DEFAULT_RANK, DEFAULT_RANK, DEFAULT_TARGETS)
-    options = [("--enable_tiling", {"tile_decoding": True})] if phase == "validation" else []
-    options.append(("--gradient_checkpointing full", {"gradient_checkpointing": "full"}))
+    options = [("--enable_tiling", {"tile_decoding": True})]
+    if phase == "training":
+        options = [("--gradient_checkpointing full", {"gradient_checkpointing": "full"})]
     options.append(("--training_type lora", {"lora": lora}))
     if settings.device_type == "cuda":
-        options.append((f"--blocks_to_swap {num_layers}", {"blocks_to_swap": num_layers}))
+        swap = f"--blocks_to_swap {num_layers}"
+        if phase == "validation" and settings.gradient_checkpointing == "none":  # which training cannot swap with
+            swap = f"--gradient_checkpointing full {swap}"
+        options.append((swap, {"blocks_to_swap": num_layers}))
     if not (lora.use_dora or lora.changes_base):
         options.append(("--base_precision int8", {"lora": lora._replace(base_precision="int8")}))
     return options
@@ -151,15 +153,12 @@ def describe(plan: MemoryPlan) -> list[str]:
 
 def refusal(plan: MemoryPlan) -> str:
     """Returns the message for a run that cannot fit: the phases, and what would fit."""
-    free_gib = plan.free_bytes / GIB
-    return (
-        "; ".join(
-            f"{phase.name} needs {phase.peak_bytes / GIB:.1f} GiB, as predicted, and {free_gib:.1f} are free: "
-            f"{_way_out(phase, plan)}"
-            for phase in plan.impossible
-        )
-        + "; or pass --allow_oversubscription to try all the same"
-    )
+    phases = [
+        f"{phase.name} needs {phase.peak_bytes / GIB:.1f} GiB, as predicted, and {plan.free_bytes / GIB:.1f} are free: "
+        f"{_way_out(phase, plan)}"
+        for phase in plan.impossible
+    ]
+    return "; ".join([*phases, "or pass --allow_oversubscription to try all the same"])
 
 
 def _rule(peak_bytes: int, free: int | None) -> str:
@@ -169,9 +168,9 @@ def _rule(peak_bytes: int, free: int | None) -> str:
 
 
 def _way_out(phase: Phase, plan: MemoryPlan) -> str:
-    smaller = (
-        "use a machine with more memory" if phase.name == "text" else "lower --max_num_frames, --height and --width"
-    )
+    smaller = "lower --max_num_frames, --height and --width"
+    if phase.name == "text":
+        smaller = "use a machine with more memory"
     for remedy in plan.remedies:
         if remedy.phase == phase.name:
             return f"with {remedy.options} it would need {needed(remedy.peak_bytes) / GIB:.1f}; or {smaller}"

@@ -29,7 +29,7 @@ from cogvideox import compute, encoders, quantized, swapping
 from cogvideox.base_model import BaseModel, empty_text_encoder, empty_transformer, empty_vae
 from cogvideox.lora import Lora, add_lora, count_trained, trained_parameters
 from cogvideox.meter import Meter, bytes_of, module_bytes
-from cogvideox.objective import ofs_of, rotary_embedding, training_loss
+from cogvideox.objective import ofs_of, pad_latent_frames, rotary_embedding, training_loss
 from cogvideox.sampling import NUM_INFERENCE_STEPS
 
 REHEARSED_LAYERS = 4  # at most; and one fewer, to see what a block adds
@@ -96,18 +96,14 @@ class Phase(NamedTuple):
 
 
 def models_of(base: BaseModel, text_encoder: dict, make_optimizer: Callable) -> Models:
-    """Returns the models to rehearse.
-
-    Args:
-        make_optimizer: a list of parameters -> the optimizer of the run.
-    """
+    """Returns the models to rehearse; `make_optimizer` makes the run's optimizer for a list of parameters."""
     configs = json.dumps([base.transformer, base.vae, base.scheduler.config, text_encoder], default=str)
     return Models(base, text_encoder, optimizer_bytes(make_optimizer), configs)
 
 
 @lru_cache(maxsize=256)
 def rehearse(phase: str, models: Models, settings: Settings) -> Phase:
-    """Returns peak memory and FLOPs of one of PHASES."""
+    """Rehearses one of PHASES."""
     return Phase(phase, *PHASES[phase](models, settings))
 
 
@@ -202,21 +198,22 @@ def optimizer_bytes(make_optimizer: Callable, size: int = 2**14) -> OptimizerByt
 
 
 def swapped_bytes(block: torch.nn.Module, settings: Settings) -> int:
-    """Bytes by which swapping changes what the device holds: of all swapped blocks, two have a place there.
+    """Bytes by which swapping changes what the device holds: all swapped blocks share two slots there.
 
-    On a CPU the swapped blocks stay in the same memory, and the two places come on top.
+    On a CPU the swapped blocks stay in the same memory, and the slots come on top.
     """
     parts, size = swapping.layout(block)
-    places = size * min(2, settings.blocks_to_swap)
-    gone = 0 if settings.device_type == "cpu" else settings.blocks_to_swap * bytes_of([part.tensor for part in parts])
-    return places - gone
+    slots = size * min(2, settings.blocks_to_swap)
+    if settings.device_type == "cpu":
+        return slots
+    return slots - settings.blocks_to_swap * bytes_of([part.tensor for part in parts])
 
 
 # ---- models and tensors of a run, on the meta device -----------------------------------------------------------------
 
 
 def _transformer(base: BaseModel, settings: Settings, num_layers: int):
-    """Returns the transformer as training prepares it, with `num_layers` blocks."""
+    """Returns the transformer as training prepares it."""
     transformer = empty_transformer(base.transformer | {"num_layers": num_layers})
     if settings.lora:
         for weight in transformer.parameters():  # from_pretrained, too, leaves 2b's position table in float64
@@ -263,9 +260,12 @@ def _batch(base: BaseModel, settings: Settings) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _padded_latent_shape(base: BaseModel, settings: Settings) -> tuple[int, int, int]:
-    f, h, w = base.latent_shape(settings.max_num_frames, settings.height, settings.width)
-    return f + -f % (base.transformer["patch_size_t"] or 1), h, w
+def _transformer_input(base: BaseModel, settings: Settings, count: int) -> tuple[torch.Tensor, tuple | None]:
+    """Returns noisy latents [B, f, c, h, w] and the rotary tables that go with them."""
+    config, (f, h, w) = base.transformer, base.latent_shape(settings.max_num_frames, settings.height, settings.width)
+    latents = torch.empty(count, f, config["in_channels"], h, w, dtype=settings.dtype, device=META)
+    latents = pad_latent_frames(latents, config["patch_size_t"])
+    return latents, rotary_embedding(base, latents.shape[1], h, w, META)
 
 
 def _resident_bytes(models: Models, settings: Settings, transformer, image_encoder) -> int:
@@ -273,14 +273,12 @@ def _resident_bytes(models: Models, settings: Settings, transformer, image_encod
     trained = trained_parameters(transformer)
     resident = module_bytes(transformer) + swapped_bytes(transformer.transformer_blocks[0], settings)
     resident += round(models.optimizer.state * count_trained(transformer))
-    resident += bytes_of(rotary_embedding(models.base, *_padded_latent_shape(models.base, settings), META))
+    resident += bytes_of(_transformer_input(models.base, settings, 1)[1])
     if settings.ema:
         resident += bytes_of(trained)
     if settings.num_processes > 1:  # the buckets of DDP
         resident += bytes_of(trained)
-    if image_encoder:
-        resident += module_bytes(image_encoder)
-    return resident
+    return resident + (module_bytes(image_encoder) if image_encoder else 0)
 
 
 def _with_all_layers(count: Callable[[int], dict[str, int]], num_layers: int) -> dict[str, int]:
@@ -354,7 +352,8 @@ def _count_update(models: Models, settings: Settings, num_layers: int) -> dict[s
     if settings.gradients_in_forward:
         for weight in trained:
             weight.grad = torch.empty_like(weight)
-        resident += bytes_of(trained) if settings.num_processes == 1 else 0
+        if settings.num_processes == 1:  # several have them in the buckets of DDP
+            resident += bytes_of(trained)
     peaks = {}
     with Meter() as meter:
 
@@ -402,11 +401,10 @@ def _count_sampling(models: Models, settings: Settings, num_layers: int) -> dict
     """One step of the sampler, which takes the video with and without its prompt together."""
     base, config, dtype = models.base, models.base.transformer, settings.dtype
     transformer = _transformer(base, settings, num_layers).eval()
-    f, h, w = _padded_latent_shape(base, settings)
-    rotary = rotary_embedding(base, f, h, w, META)
+    latents, rotary = _transformer_input(base, settings, 2)
     with META, torch.no_grad(), Meter() as meter:
         transformer(
-            hidden_states=torch.empty(2, f, config["in_channels"], h, w, dtype=dtype),
+            hidden_states=torch.empty_like(latents),
             encoder_hidden_states=torch.empty(2, config["max_text_seq_length"], config["text_embed_dim"], dtype=dtype),
             timestep=torch.zeros(2, dtype=torch.int64),
             ofs=ofs_of(base, dtype, META),

@@ -76,6 +76,14 @@ def test_a_phase_that_does_not_fit_has_a_remedy_if_there_is_one():
     )
 
 
+def test_recomputation_is_no_remedy_for_validation_but_what_swapping_needs():
+    lora = AUTO._replace(gradient_checkpointing="none")
+    remedies = {remedy.phase: remedy.options for remedy in decide(10, lora, tiling="always").remedies}
+    assert remedies["validation"] == "--gradient_checkpointing full --blocks_to_swap 42"
+    remedies = {remedy.phase: remedy.options for remedy in decide(19, lora, tiling="never").remedies}
+    assert remedies["validation"] == "--enable_tiling"
+
+
 def test_tight_is_warned_of_and_impossible_refused():
     tight, impossible = decide(19, tiling="always"), decide(14, tiling="always")
     assert [phase.name for phase in tight.tight] == ["training"] and not tight.impossible

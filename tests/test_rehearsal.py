@@ -268,7 +268,7 @@ def test_autocast_of_a_gpu_runs_norms_in_float32_and_casts_a_weight_once():
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_swapped_blocks_take_two_places(count):
+def test_swapped_blocks_take_two_slots(count):
     transformer = empty_transformer(tiny(num_layers=5).transformer)
     transformer.requires_grad_(False)
     block = module_bytes(transformer.transformer_blocks[0])

@@ -180,7 +180,7 @@ def test_mfu_is_the_share_of_the_peak_of_one_gpu(precision, name, known):
     line = ["--model", "tiny", "--rank", "4", "--gradient_checkpointing", "--train_batch_size", "2"]
     line += ["--gradient_accumulation_steps", "3", "--mixed_precision", precision]
     run = step.prepare(step.parse_args(line))
-    found = step.rehearsed(run._replace(ranks=Ranks(0, 8)), "tiny", name, seconds=1e-4)
+    found = step.rehearsed(run._replace(ranks=Ranks(0, 8)), name, seconds=1e-4)
     assert found["hardware_flops"] > found["model_flops"] > 0
     if known:
         assert found["peak_tflops"] == 121
