@@ -6,4 +6,5 @@ cd "$(dirname "$0")"
 . .ci/environment.sh requirements-dev.txt
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+# A process per core, with one thread each; a file's tests share what its fixtures make.
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest --numprocesses auto --dist loadfile "$@"

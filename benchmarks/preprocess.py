@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import make_example
 import reference
-from step import MODELS, T5S, VAES
+from step import T5S, VAES, clip_size
 
 import dataset
 from clips import frames
@@ -101,8 +101,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # Options of the training script that are not varied here.
     parser.set_defaults(fps=8, skip_frames_start=0, skip_frames_end=0, video_reshape_mode="center", seed=0)
     args = parser.parse_args(argv)
-    for name in ("max_num_frames", "height", "width"):
-        setattr(args, name, getattr(args, name) or getattr(MODELS[args.model], name))
+    for name, default in clip_size(args.model).items():
+        setattr(args, name, getattr(args, name) or default)
     frames.check_options(args, parser.error)
     if args.reference and not args.reference.is_file():
         parser.error(f"--reference {args.reference}: no such file; pass the path of diffusers' train_cogvideox_lora.py")

@@ -140,9 +140,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def training_args(options: argparse.Namespace) -> argparse.Namespace:
     """The training script's options, checked by itself; the model's own size where none is asked for."""
-    base = random_base_model(options.model, num_layers=1)
-    height, width = base.sample_size
-    values = {"height": height, "width": width, "max_num_frames": base.transformer["sample_frames"]}
+    values = clip_size(options.model)
     values["mixed_precision"] = "bf16" if torch.cuda.is_available() else "no"
     values |= {name: value for name, value in vars(options).items() if name in TRAINING and value is not None}
     values["max_train_steps"] = options.warmup + options.steps + options.profile
@@ -171,6 +169,13 @@ def random_base_model(name: str, num_layers: int | None = None) -> BaseModel:
         hub={"variant": None},
         folder=None,
     )  # fmt: skip
+
+
+def clip_size(name: str) -> dict[str, int]:
+    """Returns the size of the clips that a model was trained on, by the names of the training script's options."""
+    base = random_base_model(name, num_layers=1)
+    height, width = base.sample_size
+    return {"height": height, "width": width, "max_num_frames": base.transformer["sample_frames"]}
 
 
 def size_of(transformer: dict) -> str:

@@ -220,8 +220,7 @@ def measure_vae(vae, seed, count=24):
         for _ in range(count):
             frames = draw_frames(shapes.random_scene(rng), rng, vae.device, look)  # [F, H, W, 3]
             clip = (frames.float() / 127.5 - 1).permute(3, 0, 1, 2)[None]
-            with torch.autocast(vae.device.type, torch.bfloat16):
-                rebuilt = vae.decode(vae.encode(clip.to(vae.device)).latent_dist.mean).sample
+            rebuilt = vae.decode(vae.encode(clip.to(vae.device)).latent_dist.mean).sample
             errors.append((rebuilt.float().clamp(-1, 1).cpu() - clip.cpu()).square().mean().item() / 4)
         figures[look] = round(float(np.mean(-10 * np.log10(errors))), 2)
     return figures
