@@ -68,6 +68,15 @@ def test_two_ranks_equal_one_rank_with_twice_the_accumulation(two_ranks, tiny_ch
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
 
 
+def test_two_ranks_say_once_what_they_will_do_and_write_nothing(tiny_checkpoint, clips, tmp_path):
+    before = sorted(clips.rglob("*"))
+    options = training_options(tiny_checkpoint, clips, tmp_path / "run", max_train_steps=6, dry_run=True)
+    result = torchrun(ROOT / "train_cogvideox_lora.py", *options)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("training")]
+    assert len(lines) == 1 and "GiB" in lines[0]
+    assert not (tmp_path / "run").exists() and sorted(clips.rglob("*")) == before
+
+
 def test_ranks_share_the_validation_and_all_of_it_arrives(two_ranks):
     folder, _ = two_ranks
     names = [path.name for path in sorted((folder / "validation" / "step-000006").glob("*.mp4"))]
