@@ -42,7 +42,7 @@ class TunedTransformer(NamedTuple):
     """A fully fine-tuned transformer, to replace the base model's; the weights stay on disk."""
 
     path: str  # a folder, or a hub name
-    place: dict  # arguments that find it there: subfolder and local_files_only
+    hub_options: dict  # arguments that find it there: subfolder and local_files_only
     config: dict
     base_model: str | None  # that it was fine-tuned from; None where it is not recorded
 
@@ -160,9 +160,9 @@ def load_transformer_config(path: str) -> tuple[str, dict, dict]:
     else:
         hub = {"local_files_only": not reaches_hub()}
         candidates = [(path, {"subfolder": "transformer", **hub}), (path, hub)]
-    for source, place in candidates:
+    for source, hub_options in candidates:
         try:
-            return source, place, CogVideoXTransformer3DModel.load_config(source, **place)
+            return source, hub_options, CogVideoXTransformer3DModel.load_config(source, **hub_options)
         except (OSError, ValueError) as error:
             last_error = error
     message = f"no such folder, nor a transformer on the hub; check it ({why_not_loaded(last_error)})"
@@ -171,14 +171,14 @@ def load_transformer_config(path: str) -> tuple[str, dict, dict]:
 
 def read_transformer(path: str) -> TunedTransformer:
     """Reads a transformer's config and, in a folder, checks the headers of its weights."""
-    source, place, config = load_transformer_config(path)
+    source, hub_options, config = load_transformer_config(path)
     kind, wanted = config.get("_class_name", "no model of diffusers"), CogVideoXTransformer3DModel.__name__
     if kind != wanted:
         raise ValueError(f"--transformer_path {source}: its config.json is of {kind}; give the folder of a {wanted}")
     empty = empty_transformer(config)
     if Path(source).is_dir():
         check_weights(Path(source), empty)
-    return TunedTransformer(source, place, dict(empty.config), config.get("_name_or_path"))
+    return TunedTransformer(source, hub_options, dict(empty.config), config.get("_name_or_path"))
 
 
 def check_weights(folder: Path, empty: CogVideoXTransformer3DModel) -> None:
@@ -253,8 +253,8 @@ def fits(part: str, shape: tuple[int, ...], layer_shape: tuple[int, ...]) -> boo
     return shape[1:] == layer_shape[1:] if takes_input else shape[:1] == layer_shape[:1]
 
 
-def check_lora_fits(lora: LoraHeader, base: BaseModel, network: str) -> None:
-    """Refuses a LoRA that was not trained on a base model such as `base`, which messages call `network`."""
+def check_lora_fits(lora: LoraHeader, base: BaseModel, named_by: str) -> None:
+    """Refuses a LoRA that was not trained on a base model such as `base`, which messages call `named_by`."""
     here = base.transformer
     trained_on = (lora.trained_on or {}).items()
     wrong = [f"{name} {value}, here {here.get(name)}" for name, value in trained_on if value != here.get(name)]
@@ -274,7 +274,7 @@ def check_lora_fits(lora: LoraHeader, base: BaseModel, network: str) -> None:
         made_for = f" ({lora.base_model})" if lora.base_model else ""
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
-            f"--lora_path {lora.file}: trained on another base model{made_for} than {network}: "
+            f"--lora_path {lora.file}: trained on another base model{made_for} than {named_by}: "
             f"{'; '.join(wrong[:3])}{more}. Give the one that it was trained on"
         )
 
@@ -298,19 +298,19 @@ def read_base(path: str, parts: tuple[str, ...]) -> BaseModel:
     return base._replace(name=path)  # for messages, as it was given
 
 
-def choose_generate_type(args: argparse.Namespace, base: BaseModel, network: str) -> str:
-    """Returns t2v, i2v or v2v; unless asked for, what the base model takes, which messages call `network`."""
+def choose_generate_type(args: argparse.Namespace, base: BaseModel, named_by: str) -> str:
+    """Returns t2v, i2v or v2v; unless asked for, what the base model takes, which messages call `named_by`."""
     kind, source, takes_image = args.generate_type, args.image_or_video_path, base.takes_image
     if kind and takes_image != (kind == "i2v"):
         made_for, way_out = ("an image", "i2v") if takes_image else ("text only", "t2v or v2v")
         channels = f"in {base.transformer['in_channels']}, out {base.transformer['out_channels']}"
-        reason = f"{network} is made to start from {made_for} (channels {channels})"
+        reason = f"{named_by} is made to start from {made_for} (channels {channels})"
         raise ValueError(f"--generate_type {kind}: {reason}; use {way_out}, or another base model")
     if takes_image and not source:
-        raise ValueError(f"--image_or_video_path: not given, and {network} starts from an image; add it")
+        raise ValueError(f"--image_or_video_path: not given, and {named_by} starts from an image; add it")
     if not (kind or takes_image) and source:
         way_out = "add --generate_type v2v to change a video, or leave it out"
-        raise ValueError(f"--image_or_video_path {source}: {network} starts from text only; {way_out}")
+        raise ValueError(f"--image_or_video_path {source}: {named_by} starts from text only; {way_out}")
     return kind or ("i2v" if takes_image else "t2v")
 
 
@@ -402,16 +402,16 @@ def make_request(args: argparse.Namespace) -> VideoRequest:
     lora = read_lora(Path(args.lora_path)) if args.lora_path else None
     parts = ("vae", "text_encoder") if tuned else ("transformer", "vae", "text_encoder")
     base = read_base(choose_model_path(args, tuned, lora), parts)
-    network = f"--model_path {base.name}"
+    named_by = f"--model_path {base.name}"
     if tuned:
         check_transformer(tuned, base)
-        base, network = base._replace(transformer=tuned.config), f"--transformer_path {tuned.path}"
+        base, named_by = base._replace(transformer=tuned.config), f"--transformer_path {tuned.path}"
     if lora:
-        check_lora_fits(lora, base, network)
+        check_lora_fits(lora, base, named_by)
     if lora and lora.is_dora and args.cpu_offload == "sequential":
         # peft 0.21.2 reads a layer's own weight from outside of it, where accelerate has none on the GPU.
         raise ValueError("--cpu_offload sequential: takes layers apart that a DoRA needs whole; give it as model")
-    kind = choose_generate_type(args, base, network)
+    kind = choose_generate_type(args, base, named_by)
     dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     if dtype == "float16" and base.published.version == "1.5":
         raise ValueError("--dtype float16: gives NaN with CogVideoX 1.5; use bfloat16 or float32")
@@ -441,7 +441,9 @@ def load_pipeline(request: VideoRequest, args: argparse.Namespace):
     """Loads the pipeline with its transformer and LoRA onto its device."""
     dtype, tuned, options = request.dtype, request.transformer, dict(request.base.hub)
     if tuned:  # the base model's is then neither loaded nor downloaded
-        options["transformer"] = CogVideoXTransformer3DModel.from_pretrained(tuned.path, dtype=dtype, **tuned.place)
+        options["transformer"] = CogVideoXTransformer3DModel.from_pretrained(
+            tuned.path, dtype=dtype, **tuned.hub_options
+        )
     pipe = PIPELINES[request.generate_type].from_pretrained(request.base.name, dtype=dtype, **options)
     # With zero terminal SNR only trailing steps start from pure noise. The published configs say the same.
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="trailing")

@@ -63,11 +63,11 @@ class Data(NamedTuple):
         Args:
             held_out: how many videos to hold out; below 1 a share of them.
         """
-        of_clips = [paths[0] for paths in self.clips.latents]
-        videos = list(dict.fromkeys(of_clips))
+        video_of_clip = [paths[0] for paths in self.clips.latents]
+        videos = list(dict.fromkeys(video_of_clip))
         chosen = set(random.Random(f"{seed} held out").sample(videos, count_held_out(held_out, len(videos))))
-        training = [clip for clip, video in enumerate(of_clips) if video not in chosen]
-        validation = [clip for clip, video in enumerate(of_clips) if video in chosen]
+        training = [clip for clip, video in enumerate(video_of_clip) if video not in chosen]
+        validation = [clip for clip, video in enumerate(video_of_clip) if video in chosen]
         return self._take(training), self._take(validation)._replace(remarks=())
 
     def _take(self, clips: list[int]) -> "Data":

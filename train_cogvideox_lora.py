@@ -260,10 +260,17 @@ def plan_memory(args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, d
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def read_listed(
-    args: argparse.Namespace, base: BaseModel
-) -> tuple[Path, list[listing.Clip], list[str], frames.View, Path]:
-    """Returns the dataset's folder, its clips and problems as listed, the model's view of them, and the cache."""
+class Listed(NamedTuple):
+    """The dataset as its files list it, and how the model is to see it."""
+
+    root: Path
+    clips: list[listing.Clip]
+    problems: list[str]
+    view: frames.View
+    cache: Path
+
+
+def read_listed(args: argparse.Namespace, base: BaseModel) -> Listed:
     root = args.instance_data_root or listing.download_dataset(args.dataset_name, args.cache_dir)
     clips, problems = listing.read_clips(
         root, args.caption_column, args.video_column, image_file=args.image_column, id_token=args.id_token
@@ -271,7 +278,7 @@ def read_listed(
     count_held_out(args.validation_split, len(clips))  # before hours of encoding
     problems += image_problems([image for image in validation.images(args) if image], "--validation_images")
     view = frames.view_of(args, with_image=base.takes_image, whole=base.fixed_size is not None)
-    return root, clips, problems, view, args.latents_cache_dir or root / ".cogvideox_cache"
+    return Listed(root, clips, problems, view, cache=args.latents_cache_dir or root / ".cogvideox_cache")
 
 
 def prepare_data(
@@ -568,14 +575,16 @@ def announce(run: Run) -> float | None:
     """Describes the run in the terminal, args.json and the trackers; returns the smoothed loss of a resumed run."""
     args, accelerator, base, timeline = run.args, run.accelerator, run.base, run.timeline
     level, num_trained = run.memory_plan.gradient_checkpointing, lora.count_trained(run.state.transformer)
-    data = describe_data(run.data, run.held_out)
-    lines = describe_run(args, accelerator, base, data=data, timeline=timeline, level=level, num_trained=num_trained)
+    on_data = describe_data(run.data, run.held_out)
+    lines = describe_run(
+        args, accelerator, base, on_data=on_data, timeline=timeline, level=level, num_trained=num_trained
+    )
     accelerator.print(*lines, sep="\n")
     record = {
         "checkpoint": base.describe(),
         "clips": len(run.data.shapes),
         "processes": run.ranks.count,
-        "data": data,
+        "data": on_data,
         "memory_plan": run.memory_plan.as_json(),
         "options": vars(args),
     }
@@ -592,7 +601,7 @@ def describe_run(
     accelerator: Accelerator,
     base: BaseModel,
     *,
-    data: list[str],
+    on_data: list[str],
     timeline: Timeline,
     level: str,
     num_trained: int,
@@ -601,7 +610,7 @@ def describe_run(
     device = torch.device("cuda") if args.dry_run_gib else accelerator.device
     return [
         base.describe(),
-        *data,
+        *on_data,
         f"{args.training_type}, {num_trained / 1e6:.4g} million weights, learning rate {args.learning_rate:g}",
         compute.describe(level, compute.options_of(args), DTYPES[accelerator.mixed_precision], device),
         timeline.summary(args.train_batch_size),
@@ -628,8 +637,15 @@ def report_dry_run(
         num_checkpoints=timeline.count_checkpoints(args.checkpointing_steps, args.checkpoints_total_limit),
     )
     dry_run.check_disk(outlook, cache=cache, output_dir=args.output_dir)
-    data, num_trained = describe_data(data, held_out), outlook.num_trained
-    lines = describe_run(args, accelerator, base, data=data, timeline=timeline, level=level, num_trained=num_trained)
+    lines = describe_run(
+        args,
+        accelerator,
+        base,
+        on_data=describe_data(data, held_out),
+        timeline=timeline,
+        level=level,
+        num_trained=outlook.num_trained,
+    )
     accelerator.print(*lines, *dry_run.describe(outlook, memory_plan.phases), sep="\n")
 
 

@@ -122,7 +122,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> Work:
     view = frames.view_of(args, with_image=False, whole=False)
     make_example.make_tokenizer(folder / "tokenizer", MAX_LENGTH)
     vae, text_encoder = random_models(args)
-    return Work(clips, view, vae, AutoTokenizer.from_pretrained(folder / "tokenizer"), text_encoder)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    return Work(folder=clips, view=view, vae=vae, tokenizer=tokenizer, text_encoder=text_encoder)
 
 
 def random_models(args: argparse.Namespace) -> tuple[AutoencoderKLCogVideoX, T5EncoderModel]:

@@ -43,7 +43,7 @@ from cogvideox.base_model import BaseModel, check_training, empty_transformer
 from cogvideox.budget import GIB, MemoryPlan
 from cogvideox.lora import add_lora, count_trained, lora_of, trained_parameters
 from cogvideox.rehearsal import models_of, rehearse
-from files import write_json
+from files import at_least, write_json
 from run import checkpoints, processes, run_directory
 from run.optimizers import WeightAverage
 
@@ -111,10 +111,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     what = parser.add_argument_group("what is measured").add_argument
     what("--model", choices=list(MODELS), default="2b", help="1.5 is CogVideoX1.5-5B; tiny is for a CPU")
-    what("--num_layers", type=int, metavar="N", help="transformer blocks (default: the model's)")
-    what("--steps", type=int, default=10, metavar="N", help="updates that are measured")
-    what("--warmup", type=int, default=3, metavar="N", help="updates before them, for kernels and memory to settle")
-    what("--profile", type=int, default=0, metavar="N", help="updates after them, to tell the time of each kernel")
+    what("--num_layers", type=at_least(1), metavar="N", help="transformer blocks (default: the model's)")
+    what("--steps", type=at_least(1), default=10, metavar="N", help="updates that are measured")
+    warmup = "updates before them, for kernels and memory to settle"
+    profile = "updates after them, to tell the time of each kernel"
+    what("--warmup", type=at_least(0), default=3, metavar="N", help=warmup)
+    what("--profile", type=at_least(0), default=0, metavar="N", help=profile)
     what("--output", type=Path, metavar="FILE", help="also write the JSON there")
 
     same = parser.add_argument_group("as in train_cogvideox_lora.py").add_argument
@@ -132,9 +134,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.gradient_checkpointing == "auto":
         parser.error("--gradient_checkpointing auto: pass the level that is to be measured: none, attention or full")
-    for name, lowest in {"steps": 1, "warmup": 0, "num_layers": 1, "profile": 0}.items():
-        if (value := getattr(options, name)) is not None and value < lowest:
-            parser.error(f"--{name} {value}: must be at least {lowest}")
     return options
 
 
@@ -148,7 +147,9 @@ def training_args(options: argparse.Namespace) -> argparse.Namespace:
     line = ["--pretrained_model_name_or_path", options.model, "--instance_data_root", "."]
     for name, value in values.items():
         line += [f"--{name}", str(value)]
-    return train.parse_args(line + ["--compile"] * options.compile)
+    if options.compile:
+        line.append("--compile")
+    return train.parse_args(line)
 
 
 # ---- a base model and a cache in memory ------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def choose_frames(timestamps: np.ndarray, view: View) -> list[int]:
 def open_video(video: Path) -> tuple[decord.VideoReader, np.ndarray]:
     """Returns a reader of the file's frames, and the time of each of them in seconds, in float64.
 
-    It reads to the end of the file. A damaged file raises one of `UNREADABLE`, here or in the reader.
+    Opening reads to the end of the file. A damaged file raises one of `UNREADABLE`, here or in the reader.
     """
     reader = decord.VideoReader(str(video))
     return reader, reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
@@ -185,7 +185,7 @@ def _crop_position(video: Path, view: View) -> tuple[float, float]:
 
 
 def read_image(path: Path, height: int, width: int, crop_position: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
-    """Returns an image, scaled and cropped as frames are, uint8 [H, W, C]; raises a ValueError if it is none."""
+    """Returns an image, scaled and cropped as frames are, uint8 [H, W, C]; raises a ValueError if there is none."""
     if not path.is_file():
         raise ValueError("no such image; correct the path")
     try:

@@ -32,7 +32,7 @@ class Ranks(NamedTuple):
 
 
 def count_held_out(held_out: float, videos: int) -> int:
-    """Returns how many of the videos `--validation_split` holds out, below 1 a share; refuses to hold out all."""
+    """Returns how many videos `--validation_split` holds out (below 1 it is a share); refuses to hold out all."""
     count = round(held_out) if held_out >= 1 or not held_out else max(1, round(held_out * videos))
     if 0 < videos <= count:
         raise ValueError(f"--validation_split {held_out:g}: holds out all of the {videos} videos; hold out fewer")

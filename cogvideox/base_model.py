@@ -19,7 +19,6 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, O
 from huggingface_hub.utils import httpx
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-OPTION = "--pretrained_model_name_or_path"  # where training takes its base model
 PIPELINE_NAMES = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline")
 SCHEDULERS = {"CogVideoXDDIMScheduler": CogVideoXDDIMScheduler, "CogVideoXDPMScheduler": CogVideoXDPMScheduler}
 HUB_ERRORS = {
@@ -149,7 +148,11 @@ def published_like(transformer: dict) -> Published:
 
 
 def read_base_model(
-    name: str, revision: str | None = None, variant: str | None = None, cache_dir=None, option: str = OPTION
+    name: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir=None,
+    option: str = "--pretrained_model_name_or_path",
 ) -> BaseModel:
     """Reads the configs from a folder or a hub repository; raises ValueError if no complete CogVideoX is there.
 
@@ -166,17 +169,21 @@ def read_base_model(
         raise ValueError(f"{name}: found no model_index.json there ({_why_no_index(error, local)}); {rule}") from error
     if index.get("_class_name") not in PIPELINE_NAMES:
         raise ValueError(f"{name}: holds a {index.get('_class_name')}, not a CogVideoX pipeline; {rule}")
+    scheduler = index.get("scheduler", [None, None])[1]
+    if scheduler not in SCHEDULERS:
+        wrong = f"the scheduler in model_index.json is {scheduler}, not {' or '.join(SCHEDULERS)}"
+        raise ValueError(f"{name}: {wrong}; take model_index.json and scheduler/ from the published model")
     try:
         transformer = CogVideoXTransformer3DModel.load_config(name, subfolder="transformer", **hub)
         return BaseModel(
             name=name,
             transformer=dict(empty_transformer(transformer).config),
             vae=AutoencoderKLCogVideoX.load_config(name, subfolder="vae", **hub),
-            scheduler=SCHEDULERS[index["scheduler"][1]].from_pretrained(name, subfolder="scheduler", **hub),
+            scheduler=SCHEDULERS[scheduler].from_pretrained(name, subfolder="scheduler", **hub),
             hub=hub | {"variant": variant},
             folder=local if local.is_dir() else None,
         )
-    except (OSError, KeyError) as error:
+    except OSError as error:
         raise ValueError(f"{name}: the base model is not complete ({error}); download it again") from error
 
 

@@ -34,7 +34,11 @@ class Encoder(NamedTuple):
 def encoders(
     base: BaseModel, dtype, device, *, tiling: bool, slicing: bool, text_precision: str = "bf16", text_device=None
 ) -> tuple[Encoder, Encoder]:
-    """Returns the video encoder, and the caption encoder on `text_device` (default: `device`), not loaded yet."""
+    """Returns the video and the caption encoder; each loads its model when it is entered.
+
+    Args:
+        text_device: where captions are encoded; None: `device`.
+    """
     video = partial(video_encoder, base, dtype, device, tiling=tiling, slicing=slicing)
     caption = partial(caption_encoder, base, dtype, text_device or device, text_precision)
     max_length = base.transformer["max_text_seq_length"]
@@ -89,7 +93,7 @@ def video_encoder(base: BaseModel, dtype, device, *, tiling: bool, slicing: bool
 
 @contextmanager
 def image_encoder(base: BaseModel, dtype, device, *, tiling: bool, slicing: bool) -> Iterator[Callable | None]:
-    """Yields `encode_images` with half a VAE, its encoder, for the length of a `with` block; None for text-to-video."""
+    """Yields `encode_images` with the VAE's encoder half for the length of a `with` block; None for text-to-video."""
     if not base.takes_image:
         yield None
         return

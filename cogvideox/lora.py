@@ -92,7 +92,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
     """Refuses values and combinations that cannot work; `refuse` ends the program with a message."""
-    names = (*OPTIONS, "lora_path", "lora_dropout", "ema_decay")
+    names = (*OPTIONS, "lora_path", "lora_dropout")
     given = [name for name in names if getattr(args, name) not in (None, 0, "default", "bf16")]
     if args.training_type == "sft" and given:
         refuse(f"--{given[0]}: does nothing with --training_type sft, which trains no LoRA; leave it out")
@@ -123,7 +123,7 @@ def count_trained(transformer: torch.nn.Module) -> int:
 
 
 def check_lora(base: BaseModel, lora: Lora, start: Path | None) -> None:
-    """Raises ValueError for targets that cannot have a LoRA, or a file that is no start for it; reads no weights."""
+    """Refuses targets that cannot have a LoRA, and a file that training cannot start from; reads no weights."""
     quantized.check_packages(lora.base_precision, "--base_precision")
     transformer = empty_transformer(base.transformer)
     for target in lora.lora_target_modules:

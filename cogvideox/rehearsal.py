@@ -103,7 +103,7 @@ def models_of(base: BaseModel, text_encoder: dict, make_optimizer: Callable) -> 
 
 @lru_cache(maxsize=256)
 def rehearse(phase: str, models: Models, settings: Settings) -> Phase:
-    """Rehearses one of PHASES."""
+    """Returns peak memory and FLOPs of one of PHASES."""
     return Phase(phase, *PHASES[phase](models, settings))
 
 

@@ -11,15 +11,16 @@ NUM_INFERENCE_STEPS = 50  # diffusers' default for CogVideoX
 
 
 def sample_video(
-    transformer, vae, scheduler, prompt_embeds, negative_prompt_embeds, *, image=None, **options
+    transformer, vae, scheduler, prompt_embeds, negative_prompt_embeds, *, generator, image=None, **options
 ) -> list[Image.Image]:
     """Returns the frames of one video, sampled by diffusers' pipeline with models that are loaded already.
 
     Args:
         scheduler: the base model's; a copy is used, so that training's stays as it is.
         prompt_embeds, negative_prompt_embeds: [L, D], in the transformer's dtype.
+        generator: of the initial noise, torch.Generator.
         image: the first frame, uint8 [H, W, C]; None for text-to-video.
-        options: further arguments of the pipeline's __call__, such as height, width, generator and guidance_scale.
+        options: further arguments of the pipeline's __call__, such as height, width and guidance_scale.
     """
     pipeline_class = CogVideoXPipeline if image is None else CogVideoXImageToVideoPipeline
     pipeline = pipeline_class(
@@ -34,7 +35,10 @@ def sample_video(
         options["image"] = Image.fromarray(image.numpy())
     options.setdefault("num_inference_steps", NUM_INFERENCE_STEPS)
     return pipeline(
-        prompt_embeds=prompt_embeds[None], negative_prompt_embeds=negative_prompt_embeds[None], **options
+        prompt_embeds=prompt_embeds[None],
+        negative_prompt_embeds=negative_prompt_embeds[None],
+        generator=generator,
+        **options,
     ).frames[0]
 
 

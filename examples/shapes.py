@@ -30,7 +30,8 @@ class Scene(NamedTuple):
 
 
 def random_scene(rng):
-    return Scene(*(str(rng.choice(list(words))) for words in (COLOURS, SHAPES, MOTIONS, GROUNDS)))
+    colour, shape, motion, ground = (str(rng.choice(list(words))) for words in (COLOURS, SHAPES, MOTIONS, GROUNDS))
+    return Scene(colour, shape, motion, ground)
 
 
 def coverage(shape, x, y, radius, softness=1.0):

@@ -85,9 +85,14 @@ def base_of(args: argparse.Namespace) -> BaseModel | None:
     if not args.pretrained_model_name_or_path:
         return None
     base = read_base_model(args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir)
-    images = ["--image_column"] if args.image_column else []
+    image_options = ["--image_column"] if args.image_column else []
     check_training(
-        base, torch.bfloat16, num_frames=args.max_num_frames, height=args.height, width=args.width, image_options=images
+        base,
+        torch.bfloat16,
+        num_frames=args.max_num_frames,
+        height=args.height,
+        width=args.width,
+        image_options=image_options,
     )
     return base
 

@@ -42,7 +42,7 @@ from run.run_directory import (
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _SHARDED = StateDictOptions(ignore_frozen_params=True)
-# One process needs none.
+# A run of one process needs no process group.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 

@@ -61,6 +61,8 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
         refuse(
             "--lr_warmup_steps: does nothing with --lr_scheduler constant; pass constant_with_warmup, or leave it out"
         )
+    if args.training_type == "sft" and args.ema_decay is not None:
+        refuse("--ema_decay: does nothing with --training_type sft, which trains no LoRA; leave it out")
     if args.ema_decay is not None and not 0 < args.ema_decay < 1:
         refuse(f"--ema_decay {args.ema_decay}: must be above 0 and below 1")
 
@@ -89,6 +91,8 @@ def make_optimizer(
     Raises:
         ValueError: a package is missing, or a value is out of range.
     """
+    if unknown := [name for name in prodigy_options if not name.startswith("prodigy_")]:
+        raise TypeError(f"make_optimizer() got unexpected keyword arguments {', '.join(unknown)}")
     betas = (adam_beta1, adam_beta2)
     shared = {"lr": learning_rate, "betas": betas, "eps": adam_epsilon, "weight_decay": adam_weight_decay}
     if optimizer == "prodigy":

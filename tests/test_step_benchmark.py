@@ -226,7 +226,7 @@ def public(config):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--steps", "0"], "argument --steps: 0: must be a whole number of at least 1"),
         (["--num_frames", "10"], "--max_num_frames 10: must be 4k + 1"),
         (["--model", "1.5", "--mixed_precision", "fp16"], "CogVideoX 1.5 gives NaN in float16"),
     ],
