@@ -23,8 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from clips.facts import Facts, examine, headline, list_problems, remarks
-from clips.frames import View, decode, first_image
+from clips.facts import Facts, count_clips, examine, headline, list_problems, remarks
+from clips.frames import MEND, Source, View, decode, describe_damage, first_image
 from clips.listing import Clip
 from clips.order import Ranks, Timeline, count_held_out, epoch_batches, rank_batches
 from files import file_hash, hash_of, publish
@@ -99,6 +99,7 @@ def encode_dataset(
     progress: Callable[..., Iterable],
     ranks: Ranks,
     everyone: Ranks,
+    allow_damaged: bool = False,
 ) -> Data:
     """Encodes what the cache does not hold yet, each rank its share, once everything has been checked.
 
@@ -108,6 +109,7 @@ def encode_dataset(
         progress: wraps an iterable as tqdm does, called with (items, description, unit).
         ranks: the ranks that see the same cache, and so share its work.
         everyone: all ranks; where machines do not share a disk, each must have the whole dataset.
+        allow_damaged: remark on what the decoder reports of a damaged clip instead of refusing it.
 
     Raises:
         ValueError: lists all problems that probing finds, before anything is loaded or written, or else all that
@@ -130,15 +132,27 @@ def encode_dataset(
     _refuse(root, everyone, problems)  # also keeps every rank here until all have written their share
 
     _wait_for_files(root, [path for paths in latents for path in paths] + list(captions.values()), everyone)
-    facts = [clip.facts for clip in probed]
+    shapes, damage = zip(*(_latents_header(paths[0]) for paths in latents))
+    if not allow_damaged:
+        _refuse(root, everyone, [clip.problem(f"{of_clip}; {MEND}") for clip, of_clip in zip(clips, damage) if of_clip])
+    facts = [clip.facts._replace(damage=of_clip) for clip, of_clip in zip(probed, damage)]
     return Data(
         clips=CachedClips(latents, [captions[clip.caption] for clip in clips]),
-        shapes=[_latents_shape(paths[0]) for paths in latents],
+        shapes=list(shapes),
         prompts={prompt: captions[prompt] for prompt in prompts},
         facts=facts,
         view=view,
-        remarks=tuple(remarks(clips, facts, view)),
+        remarks=(*remarks(clips, facts, view), *_on_older_cache(sum(clip.is_outdated for clip in probed))),
     )
+
+
+def _on_older_cache(count: int) -> list[str]:
+    if not count:
+        return []
+    return [
+        f"encoded again: {count_clips(count)}; their cached latents are of frames that decord read, which may be wrong "
+        "(--video_decoder decord uses those)"
+    ]
 
 
 def check_clips(
@@ -182,6 +196,7 @@ class Probed(NamedTuple):
 
     paths: list[Path]  # of the cached latents: as filmed, then mirrored if flips were requested
     missing: list[bool]  # for each of the paths
+    is_outdated: bool  # its latents are missing, but there are some of frames that decord read
     facts: Facts | None
     problem: str | None
 
@@ -196,13 +211,16 @@ def probe_clips(clips: list[Clip], view: View, *, cache: Path, encoder: str, ran
     def probe(clip: Clip) -> Probed:
         facts, problem = examine(clip, view)
         if problem:
-            return Probed([], [], None, problem)
+            return Probed([], [], False, None, problem)
         key = view.cache_key() | {"video": facts.content, "encoder": encoder}
         if view.with_image and clip.image:
             key["image"] = file_hash(clip.image)
         versions = [False, True] if random_flip else [False]
         paths = [cache_path(cache, "latents", **key, mirrored=mirrored) for mirrored in versions]
-        return Probed(paths, [not path.exists() for path in paths], facts, None)
+        missing = [not path.exists() for path in paths]
+        older = {name: value for name, value in key.items() if name != "video_decoder"}
+        is_outdated = missing[0] and cache_path(cache, "latents", **older, mirrored=False).exists()
+        return Probed(paths, missing, is_outdated, facts, None)
 
     with ThreadPoolExecutor() as threads:
         return list(threads.map(probe, clips))
@@ -212,6 +230,7 @@ class NewLatents(NamedTuple):
     """A clip to encode, and the file for its latents."""
 
     clip: Clip
+    source: Source
     mirrored: bool
     path: Path
 
@@ -222,7 +241,7 @@ def missing_latents(clips: list[Clip], probed: list[Probed]) -> list[NewLatents]
     for clip, probe in zip(clips, probed):
         for mirrored, path, missing in zip([False, True], probe.paths, probe.missing):
             if missing:
-                new[path] = len(probe.facts.indices), NewLatents(clip, mirrored, path)
+                new[path] = len(probe.facts.indices), NewLatents(clip, probe.facts.source, mirrored, path)
     return [latents for _, latents in sorted(new.values(), key=itemgetter(0))]
 
 
@@ -252,12 +271,13 @@ class Decoded(NamedTuple):
     new: NewLatents
     frames: torch.Tensor  # uint8 [F, H, W, C]
     image: torch.Tensor | None  # uint8 [H, W, C], to be stored beside the latents
+    damage: str  # what the decoder reported, to be stored as well; empty: nothing
 
 
 def cache_latents(new: list[NewLatents], view: View, encoder: "Encoder", progress: Callable) -> list[str]:
     """Encodes clips into one file each; loads the encoder only if there are any.
 
-    Threads decode the next clips and write the last ones while these are encoded: decord, torch and files release the
+    Threads decode the next clips and write the last ones while these are encoded: PyAV, torch and files release the
     interpreter lock, so processes would only add start-up time and a copy of each clip.
 
     Args:
@@ -282,29 +302,29 @@ def cache_latents(new: list[NewLatents], view: View, encoder: "Encoder", progres
             while batch := list(itertools.islice(clips_of_shape, batch_size)):
                 batch_parameters = encode(torch.stack(_filled_up([clip.frames for clip in batch], batch_size)))
                 for clip, parameters in zip(batch, batch_parameters):
-                    write(_write_latents, problems, clip.new, parameters, clip.image)
+                    write(_write_latents, problems, clip, parameters)
     return [problem for _, problem in sorted(problems)]
 
 
 def _decode(view: View, problems: list[tuple[int, str]], new: NewLatents) -> Decoded | None:
+    damage = []
     try:
-        frames = decode(new.clip, view, mirrored=new.mirrored)
+        frames = decode(new.clip, view, mirrored=new.mirrored, source=new.source, damage=damage)
     except ValueError as error:
         problems.append((new.clip.line, str(error)))
         return None
     image = first_image(new.clip, frames, view, mirrored=new.mirrored) if view.with_image else None
-    return Decoded(new, frames, image)
+    return Decoded(new, frames, image, describe_damage(damage) if damage else "")
 
 
-def _write_latents(
-    problems: list[tuple[int, str]], new: NewLatents, parameters: torch.Tensor, image: torch.Tensor | None
-) -> None:
-    parameters = parameters.cpu()
+def _write_latents(problems: list[tuple[int, str]], clip: Decoded, parameters: torch.Tensor) -> None:
+    new, parameters = clip.new, parameters.cpu()
     if not torch.isfinite(parameters).all():
         problem = "the VAE encodes it to NaN or infinity; train with --mixed_precision bf16"
         problems.append((new.clip.line, new.clip.problem(problem)))
-    else:
-        write_cached(new.path, {"parameters": parameters} | ({} if image is None else {"image": image}))
+        return
+    image = {} if clip.image is None else {"image": clip.image}
+    write_cached(new.path, {"parameters": parameters} | image, {"damage": clip.damage} if clip.damage else None)
 
 
 def _filled_up(batch: list, size: int) -> list:
@@ -363,13 +383,13 @@ def cache_path(cache: Path, kind: str, **content) -> Path:
     return cache / kind / f"{hash_of(content)}.safetensors"
 
 
-def write_cached(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_cached(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Publishes a file of tensors; raises a ValueError if the disk is full or the folder cannot be written.
 
     safetensors' own save_file is not used: it reports a full disk as an exception of its own.
     """
     try:
-        publish(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+        publish(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
     except OSError as error:
         raise ValueError(
             f"{path.parent}: cannot write the cache ({error.strerror}); it takes about 5 MB per clip and 2 MB per "
@@ -402,11 +422,11 @@ def _wait_for_files(root: Path, files: list[Path], everyone: Ranks) -> None:
             time.sleep(0.5)
 
 
-def _latents_shape(path: Path) -> tuple[int, ...]:
-    """Returns the shape (2c, f, h, w) of cached latents, from the file's header only."""
+def _latents_header(path: Path) -> tuple[tuple[int, ...], str | None]:
+    """Returns the shape (2c, f, h, w) of cached latents, and the damage of their video if there is any."""
     try:
         with safe_open(path, framework="pt") as file:
-            return tuple(file.get_slice("parameters").get_shape())
+            return tuple(file.get_slice("parameters").get_shape()), (file.metadata() or {}).get("damage")
     except SafetensorError as error:
         raise ValueError(
             f"{path}: this file of the cache is damaged ({error}); delete it, and it is encoded again"

@@ -315,6 +315,7 @@ def prepare_data(
         progress=partial(progress_bar, accelerator),
         ranks=sharing,
         everyone=ranks,
+        allow_damaged=args.allow_damaged,
     )
     if accelerator.device.type == "cuda":  # later peaks are those of training
         peak_gib = run_directory.peak_memory_gib(accelerator.device)

@@ -99,7 +99,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--reference", type=path, metavar="FILE", help="diffusers' train_cogvideox_lora.py, to compare with")
     add("--output", type=path, metavar="FILE", help="file to write the JSON to, beside printing it")
     # Options of the training script that are not varied here.
-    parser.set_defaults(fps=8, skip_frames_start=0, skip_frames_end=0, video_reshape_mode="center", seed=0)
+    varied_not = {"fps": 8, "skip_frames_start": 0, "skip_frames_end": 0, "video_reshape_mode": "center", "seed": 0}
+    parser.set_defaults(**varied_not, video_decoder="pyav")
     args = parser.parse_args(argv)
     for name, default in clip_size(args.model).items():
         setattr(args, name, getattr(args, name) or default)

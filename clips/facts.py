@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from clips.frames import SMALLEST_SIDE, UNREADABLE, View, choose_frames, covering_scale, open_video, read_image
+from clips.frames import Source, View, choose_source, covering_scale, read_image
 from clips.listing import Clip
 from files import file_hash
 
@@ -23,6 +23,8 @@ class Facts(NamedTuple):
     indices: list[int]  # of the frames that the model sees
     seen_until: float  # end of the last of them, in seconds from the start of the file
     content: str  # hash of the file
+    source: Source  # how the frames are read
+    damage: str | None = None  # "is damaged at ..."; None: it is not, or has not been decoded yet
 
     @property
     def seconds(self) -> float:
@@ -68,34 +70,22 @@ def read_facts(video: Path, view: View) -> Facts:
     """Returns the facts of an existing file; raises a ValueError if it cannot be read, or gives too little."""
     if video.stat().st_size == 0:
         raise ValueError("the file is empty; copy it again, or remove the clip from the lists")
-    try:
-        reader, timestamps = open_video(video)  # a truncated file fails here
-        indices = choose_frames(timestamps, view)
-        height, width, _ = reader[indices[-1]].shape
-    except UNREADABLE as error:
-        raise ValueError(
-            "cannot be read as a video: the file is damaged or not a video; play it to check, and re-encode it "
-            "(ffmpeg -i in -c:v libx264 out.mp4) or remove it from the lists"
-        ) from error
-    if min(height, width) < SMALLEST_SIDE:
-        raise ValueError(
-            f"is {width}x{height} pixels, and decord needs at least {SMALLEST_SIDE} on each side; enlarge it, or "
-            "remove it from the lists"
-        )
+    source, seconds, indices = choose_source(video, view)
     if view.whole and len(indices) < view.max_num_frames:
         raise ValueError(
             f"gives {len(indices)} frames at --fps {view.fps}, and this base model needs {view.max_num_frames}; use a "
             "longer clip, or remove it from the lists"
         )
-    span, intervals = timestamps[-1] - timestamps[0], len(timestamps) - 1
+    span = float(seconds[-1] - seconds[0])
     return Facts(
-        width=width,
-        height=height,
-        fps=float(intervals / span) if span else reader.get_avg_fps(),
-        num_frames=len(timestamps),
+        width=source.video.width,
+        height=source.video.height,
+        fps=(len(seconds) - 1) / span if span else float(view.fps),
+        num_frames=len(seconds),
         indices=indices,
-        seen_until=float(timestamps[indices[0]] - timestamps[0]) + len(indices) / view.fps,
+        seen_until=float(seconds[indices[0]] - seconds[0]) + len(indices) / view.fps,
         content=file_hash(video),
+        source=source,
     )
 
 
@@ -125,7 +115,19 @@ def remarks(clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
         lines.append(f"scaled up, so less sharp than others of this size: {count_clips(enlarged)}")
     if slower := sum(fact.repeats for fact in facts):
         lines.append(f"slower than {view.fps} fps, so some frames are seen twice: {count_clips(slower)}")
-    return lines + _repetitions(clips, facts)
+    return lines + _pictures(clips, facts) + _repetitions(clips, facts)
+
+
+def _pictures(clips: list[Clip], facts: list[Facts]) -> list[str]:
+    """Returns the lines on what is unusual about the pictures of some videos."""
+    lines_of_remark = {}
+    for clip, fact in zip(clips, facts):
+        for remark in (*fact.source.video.remarks, *filter(None, [fact.damage])):
+            lines_of_remark.setdefault(remark, []).append(clip.line)
+    return [
+        f"line{'s' if len(lines) > 1 else ''} {_enumeration(lines)}: {remark}"
+        for remark, lines in lines_of_remark.items()
+    ]
 
 
 def _repetitions(clips: list[Clip], facts: list[Facts]) -> list[str]:
@@ -157,7 +159,7 @@ def _enumeration(numbers: list[int]) -> str:
     if len(numbers) > 6:
         return f"{', '.join(map(str, numbers[:6]))} and {len(numbers) - 6} others"
     *first, last = map(str, numbers)
-    return f"{', '.join(first)} and {last}"
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def list_problems(root: Path, problems: list[str], consequence: str) -> str:

@@ -4,25 +4,24 @@ Shapes: F frames, H height, W width, C channels.
 """
 
 import argparse
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import decord
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from clips import decord_reader
 from clips.listing import Clip
+from clips.video import Damage, Video, examine_video, read_pictures
 from files import at_least, file_hash
 
-decord.logging.set_level(decord.logging.QUIET)
-
-SMALLEST_SIDE = 64  # decord 0.6 cannot give frames narrower than this
-UNREADABLE = (RuntimeError, decord.DECORDError)  # what decord raises for a damaged file
-FRAMES_READ_AT_ONCE = 8  # bounds the memory: frames of the file may be much larger than the model's
+MEND = "copy it again, cut the part out, or train on it as it is with --allow_damaged"
+PICTURES_AT_ONCE = 8  # bounds the memory: pictures of the file may be much larger than the model's
 
 
 class View(NamedTuple):
@@ -38,6 +37,7 @@ class View(NamedTuple):
     seed: int
     with_image: bool = False  # also cache the image that the clip starts from, for image-to-video
     whole: bool = False  # refuse a clip that gives fewer than max_num_frames
+    video_decoder: str = "pyav"  # or "decord"
 
     def cache_key(self) -> dict:
         """Returns the fields that change what is cached, so that a setting without effect reuses the cache.
@@ -50,6 +50,8 @@ class View(NamedTuple):
         for name in ("with_image", "whole"):  # absent from the keys of older caches
             if not key[name]:
                 del key[name]
+        if self.video_decoder == "decord":  # the only one of older caches
+            del key["video_decoder"]
         return key
 
 
@@ -62,11 +64,15 @@ def add_options(group: argparse._ArgumentGroup) -> None:
     data("--skip_frames_start", type=count, default=0, metavar="N", help="frames to leave out at the start of a file")
     data("--skip_frames_end", type=count, default=0, metavar="N", help="frames to leave out at the end of a file")
     data("--video_reshape_mode", choices=["center", "random"], default="center", help="crop in the centre or at random")
+    decoder = "library that reads the clips; decord: for comparing with other tools, it reads many files wrong"
+    data("--video_decoder", choices=["pyav", "decord"], default="pyav", help=decoder)
+    damaged = "train on clips that decode with errors, with a remark (default: refuse them)"
+    data("--allow_damaged", action="store_true", help=damaged)
     data("--random_flip", action="store_true", help="mirror each clip in half of its epochs; it is encoded twice")
 
 
 def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
-    """Refuses sizes that CogVideoX's VAE and transformer cannot take.
+    """Refuses sizes that CogVideoX's VAE and transformer cannot take, and a decoder that is not there.
 
     Args:
         refuse: ends the program with a message, as `parser.error` does.
@@ -77,6 +83,8 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
     if args.max_num_frames % 4 != 1:
         nearest = 8 * round((args.max_num_frames - 1) / 8) + 1
         refuse(f"--max_num_frames {args.max_num_frames}: must be 4k + 1, best 8k + 1; nearest is {nearest}")
+    if args.video_decoder == "decord" and not decord_reader.is_installed():
+        refuse("--video_decoder decord: is not installed; pip install decord==0.6.0 (x86-64 only), or leave it out")
 
 
 def view_of(args: argparse.Namespace, *, with_image: bool, whole: bool) -> View:
@@ -123,13 +131,28 @@ def choose_frames(timestamps: np.ndarray, view: View) -> list[int]:
     return [view.skip_frames_start + int(i) for i in nearest.clip(0, len(kept) - 1)]
 
 
-def open_video(video: Path) -> tuple[decord.VideoReader, np.ndarray]:
-    """Returns a reader of the file's frames, and the time of each of them in seconds, in float64.
+class Source(NamedTuple):
+    """What of a file is read."""
 
-    Opening reads to the end of the file. A damaged file raises one of `UNREADABLE`, here or in the reader.
+    video: Video
+    times: list[int]  # when the frames are shown that the model sees; decord: their numbers
+
+
+def choose_source(path: Path, view: View) -> tuple[Source, np.ndarray, list[int]]:
+    """Returns what of a file is read, the time of every frame in seconds, and which of them the model sees.
+
+    Raises:
+        ValueError: the file cannot be read, or gives no frame.
     """
-    reader = decord.VideoReader(str(video))
-    return reader, reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
+    video, times = examine_video(path)
+    seconds = (times - times[0]) * float(video.time_base)
+    if view.video_decoder == "decord":
+        seconds = decord_reader.frame_seconds(path, seconds)
+    indices = choose_frames(seconds, view)
+    end = float(times[indices[-1]] * video.time_base) + 1 / view.fps
+    video = video._replace(damage=tuple(damage for damage in video.damage if damage.seconds <= end))
+    read_by = indices if view.video_decoder == "decord" else times[indices].tolist()
+    return Source(video, read_by), seconds, indices
 
 
 def covering_scale(height: int, width: int, to_height: int, to_width: int) -> float:
@@ -137,17 +160,24 @@ def covering_scale(height: int, width: int, to_height: int, to_width: int) -> fl
     return max(to_height / height, to_width / width)
 
 
-def resize_and_crop(frames: torch.Tensor, height: int, width: int, crop_position: tuple[float, float]) -> torch.Tensor:
-    """Scales frames to cover height x width without changing their aspect ratio, then crops them.
+def resize_and_crop(
+    frames: torch.Tensor,
+    height: int,
+    width: int,
+    crop_position: tuple[float, float],
+    shown_size: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """Scales frames to cover height x width without changing the aspect ratio that they are shown with; crops them.
 
     Args:
         frames: uint8 [F, H, W, C].
         crop_position: vertical and horizontal, from 0 (top, left) to 1 (bottom, right); (0.5, 0.5) is the centre.
+        shown_size: height and width that a player shows; None: those of the frames.
     """
     video = frames.permute(0, 3, 1, 2)  # [F, C, H, W]
-    scale = covering_scale(video.shape[2], video.shape[3], height, width)
-    scaled_height = max(height, round(video.shape[2] * scale))
-    scaled_width = max(width, round(video.shape[3] * scale))
+    shown_height, shown_width = shown_size or video.shape[2:]
+    scale = covering_scale(shown_height, shown_width, height, width)
+    scaled_height, scaled_width = max(height, round(shown_height * scale)), max(width, round(shown_width * scale))
     if (scaled_height, scaled_width) != tuple(video.shape[2:]):
         video = F.interpolate(video, (scaled_height, scaled_width), mode="bicubic", antialias=True)
     top = round((scaled_height - height) * crop_position[0])
@@ -155,26 +185,47 @@ def resize_and_crop(frames: torch.Tensor, height: int, width: int, crop_position
     return video[:, :, top : top + height, left : left + width].permute(0, 2, 3, 1).contiguous()
 
 
-def read_frames(video: Path, view: View, *, mirrored: bool) -> torch.Tensor:
-    """Returns the frames that the model sees, uint8 [F, H, W, C]."""
-    reader, timestamps = open_video(video)
-    indices = choose_frames(timestamps, view)
-    position = _crop_position(video, view)
-    parts = []
-    for start in range(0, len(indices), FRAMES_READ_AT_ONCE):
-        part = torch.from_numpy(reader.get_batch(indices[start : start + FRAMES_READ_AT_ONCE]).asnumpy())
-        parts.append(resize_and_crop(part, view.height, view.width, position))
+def read_frames(
+    path: Path, view: View, *, mirrored: bool, source: Source | None = None, damage: list[Damage] | None = None
+) -> torch.Tensor:
+    """Returns the frames that the model sees, uint8 [F, H, W, C].
+
+    Args:
+        source: result of `choose_source`, where it is known already.
+        damage: receives what the decoder reports of the file; None: damage is an error.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    video, times = source or choose_source(path, view)[0]
+    reports = [] if damage is None else damage
+    reports += video.damage
+    if view.video_decoder == "decord":
+        pictures, shown_size = decord_reader.read_pictures(path, times), None
+    else:
+        pictures, shown_size = read_pictures(path, video, times, reports), (video.height, video.width)
+    position, parts = _crop_position(path, view), []
+    while pictures_of_part := list(itertools.islice(pictures, PICTURES_AT_ONCE)):
+        part = torch.from_numpy(np.stack(pictures_of_part))
+        parts.append(resize_and_crop(part, view.height, view.width, position, shown_size))
+    if reports and damage is None:
+        raise ValueError(f"{describe_damage(reports)}; {MEND}")
     frames = torch.cat(parts)
     return frames.flip(2) if mirrored else frames
 
 
-def decode(clip: Clip, view: View, *, mirrored: bool) -> torch.Tensor:
+def describe_damage(damage: list[Damage]) -> str:
+    (seconds, report), *others = damage
+    more = f", and {len(others)} more" if others else ""
+    return f"is damaged at {seconds:.2f} s ({report}{more})"
+
+
+def decode(clip: Clip, view: View, *, mirrored: bool, source: Source, damage: list[Damage]) -> torch.Tensor:
     """Returns `read_frames` of a clip's video; raises a ValueError that names the clip if decoding stops midway."""
     try:
-        return read_frames(clip.video, view, mirrored=mirrored)
-    except UNREADABLE as error:
-        problem = clip.problem(f"stopped in the middle of decoding: {str(error).splitlines()[0]}")
-        raise ValueError(problem) from error
+        return read_frames(clip.video, view, mirrored=mirrored, source=source, damage=damage)
+    except ValueError as error:
+        raise ValueError(clip.problem(str(error))) from error
 
 
 def _crop_position(video: Path, view: View) -> tuple[float, float]:
@@ -200,7 +251,7 @@ def image_problems(paths: list[Path], option: str) -> list[str]:
     problems = []
     for path in paths:
         try:
-            read_image(path, SMALLEST_SIDE, SMALLEST_SIDE)
+            read_image(path, 16, 16)
         except ValueError as error:
             problems.append(f"{option} {path}: {error}")
     return problems

@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 
 from clips import frames, listing
 from clips.facts import Facts, count_clips, examine, headline, list_problems, remarks
-from clips.frames import View, decode, first_image
+from clips.frames import MEND, View, decode, describe_damage, first_image
 from clips.listing import Clip, read_clips
+from clips.video import Damage
 from cogvideox.base_model import BaseModel, check_training, load_tokenizer, read_base_model
 from cogvideox.encoders import cut_caption
 from files import at_least, expanded_path, parse_options, publish
@@ -204,14 +205,18 @@ def thumbnail(frame: torch.Tensor) -> Image.Image:
     return image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS)
 
 
-def clip_row(root: Path, clip: Clip, fact: Facts, view: View, *, random_flip: bool) -> Row:
-    """Returns frames of a clip as training encodes them, between its image and a mirrored frame, if there are such."""
-    shown = decode(clip, view, mirrored=False)  # [F, H, W, C]
+def clip_row(root: Path, clip: Clip, fact: Facts, view: View, *, random_flip: bool, damage: list[Damage]) -> Row:
+    """Returns frames of a clip as training encodes them, between its image and a mirrored frame, if there are such.
+
+    Args:
+        damage: receives what the decoder reports.
+    """
+    shown = decode(clip, view, mirrored=False, source=fact.source, damage=damage)  # [F, H, W, C]
     cells = [(f"{i / view.fps:.2f} s", thumbnail(shown[i])) for i in evenly_spaced(len(shown), FRAMES_PER_CLIP)]
     if clip.image:
         cells.insert(0, ("image", thumbnail(first_image(clip, shown, view, mirrored=False))))
     if random_flip:
-        cells.append(("mirrored", thumbnail(decode(clip, view, mirrored=True)[0])))
+        cells.append(("mirrored", thumbnail(shown[0].flip(1))))
     size, rate, seconds, counts, *_ = _describe(fact, view)
     title = f"line {clip.line}: {_name(root, clip.video)}, {size}, {rate} fps, {seconds} s, frames {counts}"
     return Row(cells, title, clip.caption)
@@ -323,13 +328,19 @@ def _fitting_length(text: str, font: ImageFont.FreeTypeFont, width: float) -> in
 
 def write_sheet(args: argparse.Namespace, clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
     """Draws some of the clips into a file; returns a problem for each clip that cannot be decoded to its end."""
-    rows, problems = [], []
+    rows, problems, remarks_on_damage = [], [], []
     chosen = evenly_spaced(len(clips), args.clips)
     for i in tqdm(chosen, "Drawing clips", unit="clip"):
+        damage = []
         try:
-            rows.append(clip_row(args.folder, clips[i], facts[i], view, random_flip=args.random_flip))
+            row = clip_row(args.folder, clips[i], facts[i], view, random_flip=args.random_flip, damage=damage)
+            rows.append(row)
         except ValueError as error:  # decoding stopped midway
             problems.append(str(error))
+            continue
+        if damage:
+            found = remarks_on_damage if args.allow_damaged else problems
+            found.append(clips[i].problem(f"{describe_damage(damage)}; {MEND}"))
     if not rows:
         return problems
     sheet, missing = draw_sheet(rows)
@@ -343,6 +354,7 @@ def write_sheet(args: argparse.Namespace, clips: list[Clip], facts: list[Facts],
         ) from error
     left_out = f", {len(clips) - len(chosen)} left out (--clips)" if len(clips) > len(chosen) else ""
     print(f"{args.output}: {count_clips(len(rows))}{left_out}")
+    print(*remarks_on_damage, sep="\n", end="\n" * bool(remarks_on_damage))
     if missing:
         print(f"drawn as boxes, because no installed font has them: {' '.join(sorted(missing)[:40])}")
     return problems

@@ -202,7 +202,7 @@ def test_frames_read_are_the_frames_of_the_file(tmp_path):
 )
 def test_caches_of_earlier_versions_are_found(monkeypatch, changes, image, names):
     """The names were computed by the version before the modules were split into folders; users have such files."""
-    view = View(480, 720, 8, 49, 0, 0, "center", 42)._replace(**changes)
+    view = View(480, 720, 8, 49, 0, 0, "center", 42, video_decoder="decord")._replace(**changes)
     facts = SimpleNamespace(content="video content")
     monkeypatch.setattr(dataset, "examine", lambda clip, view: (facts, None))
     monkeypatch.setattr(dataset, "file_hash", lambda path: "image content")
