@@ -21,6 +21,7 @@ from clips.video import Damage, Video, examine_video, read_pictures
 from files import at_least, file_hash
 
 MEND = "copy it again, cut the part out, or train on it as it is with --allow_damaged"
+TIE_SECONDS = 1e-6  # a time halfway between two frames is the earlier's, whatever the last bits of both say
 PICTURES_AT_ONCE = 8  # bounds the memory: pictures of the file may be much larger than the model's
 
 
@@ -127,7 +128,8 @@ def choose_frames(timestamps: np.ndarray, view: View) -> list[int]:
     wanted = kept[0] + np.arange(trainable_length(available, view.max_num_frames)) / view.fps
     after = np.searchsorted(kept, wanted).clip(1, max(len(kept) - 1, 1))
     before = after - 1
-    nearest = np.where(wanted - kept[before] <= kept[np.minimum(after, len(kept) - 1)] - wanted, before, after)
+    tie = 0 if view.video_decoder == "decord" else TIE_SECONDS  # with decord, as it always was
+    nearest = np.where(wanted - kept[before] <= kept[np.minimum(after, len(kept) - 1)] - wanted + tie, before, after)
     return [view.skip_frames_start + int(i) for i in nearest.clip(0, len(kept) - 1)]
 
 

@@ -59,6 +59,15 @@ def clips(tmp_path_factory):
     return make_clips(tmp_path_factory.mktemp("clips"))
 
 
+def damage_second_clip(folder):
+    """Overwrites a part of the second video with zeros, as a bad disk does."""
+    video = folder / (folder / "videos.txt").read_text().splitlines()[1]
+    content = bytearray(video.read_bytes())
+    at = content.index(b"mdat") + 1500
+    content[at : at + 300] = bytes(300)
+    video.write_bytes(content)
+
+
 def training_options(checkpoint, clips, output_dir, **options):
     """Command line of a short run at 64x96 pixels and 9 frames; True and False stand for switches."""
     values = {

@@ -8,6 +8,7 @@ latents. What training reads lies in the cache all the same.
 
 import contextlib
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -17,6 +18,7 @@ import torch
 import train_cogvideox_lora
 from clips import facts, frames
 from clips.facts import Facts
+from clips.video import Video
 from cogvideox import encoders, objective
 from files import file_hash
 from run.run_directory import peak_memory_gib
@@ -35,8 +37,9 @@ def encoder(*_, **__):
     yield lambda frames: torch.randn(len(frames), 8, 13, 16, 24)  # 156 KiB: 1,000 of them cannot hide in the process
 
 
-facts.read_facts = lambda video, view: Facts(720, 480, 8.0, 49, [0] * 49, 6.125, file_hash(video))
-frames.read_frames = lambda video, view, mirrored: torch.zeros(1, 1, 1, 3, dtype=torch.uint8)
+source = frames.Source(Video(720, 480, Fraction(1, 8), is_numbered=False, remarks=(), damage=()), times=[0] * 49)
+facts.read_facts = lambda video, view: Facts(720, 480, 8.0, 49, [0] * 49, 6.125, file_hash(video), source)
+frames.read_frames = lambda video, view, **options: torch.zeros(1, 1, 1, 3, dtype=torch.uint8)
 encoders.video_encoder = encoder
 sample_latents = objective.sample_latents
 objective.sample_latents = lambda parameters, *others: sample_latents(parameters[..., :2, :2], *others)

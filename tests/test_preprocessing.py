@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import dataset
 import files
-from clips.frames import View, read_frames
+from clips.frames import View, choose_source, read_frames
 from clips.listing import read_clips
 from clips.order import Ranks
 from cogvideox import encoders
@@ -160,16 +160,23 @@ def test_threads_are_as_many_as_cores_and_memory_allow(monkeypatch):
     assert dataset.decoding_threads(full) == 1
 
 
+def new_latents(clips, folder):
+    return [
+        dataset.NewLatents(clip, choose_source(clip.video, VIEW)[0], False, folder / f"{clip.line}.safetensors")
+        for clip in clips
+    ]
+
+
 def test_problems_of_several_clips_are_told_in_the_order_of_the_list(tmp_path, mixed_clips, monkeypatch):
     """Problems of decoding and of the VAE, which are found at different times; the other clips are written."""
     clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt")
-    new = [dataset.NewLatents(clip, mirrored=False, path=tmp_path / f"{clip.line}.safetensors") for clip in clips]
+    new = new_latents(clips, tmp_path)
     decode = dataset.decode
 
-    def stop(clip, view, mirrored):
+    def stop(clip, view, **options):
         if clip.line in (2, 6):
             raise ValueError(f"line {clip.line}: cannot be decoded")
-        return decode(clip, view, mirrored=mirrored)
+        return decode(clip, view, **options)
 
     calls = iter(range(len(clips)))
     monkeypatch.setattr(dataset, "decode", stop)
@@ -183,7 +190,7 @@ def test_problems_of_several_clips_are_told_in_the_order_of_the_list(tmp_path, m
 
 def test_a_disk_that_fills_up_midway_ends_the_encoding_with_its_message(tmp_path, mixed_clips, monkeypatch):
     clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt")
-    new = [dataset.NewLatents(clip, mirrored=False, path=tmp_path / f"{clip.line}.safetensors") for clip in clips]
+    new = new_latents(clips, tmp_path)
 
     def full(path, content):
         if path.name.startswith("7"):  # the last: nothing is written after it that could tell
@@ -205,6 +212,6 @@ def test_frames_read_in_parts_are_those_read_at_once(tmp_path, monkeypatch):
         imageio.mimsave(path, draw_clip("circle", "blue", "up", 60, 96, 128), fps=fps, macro_block_size=1)
         view = VIEW._replace(max_num_frames=17)
         parts = read_frames(path, view, mirrored=False)
-        monkeypatch.setattr("clips.frames.FRAMES_READ_AT_ONCE", 1000)
+        monkeypatch.setattr("clips.frames.PICTURES_AT_ONCE", 1000)
         assert torch.equal(parts, read_frames(path, view, mirrored=False))
         monkeypatch.undo()

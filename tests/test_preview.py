@@ -7,7 +7,7 @@ import imageio
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, damage_second_clip
 from make_example import draw_clip, make_clips
 from PIL import Image
 
@@ -52,7 +52,7 @@ def refused(capsys, line):
 
 def test_the_picture_shows_the_model_s_own_pixels(clips):
     (clip, *_), (fact, *_), _ = read(clips)
-    sheet, missing = preview.draw_sheet([preview.clip_row(clips, clip, fact, VIEW, random_flip=True)])
+    sheet, missing = preview.draw_sheet([preview.clip_row(clips, clip, fact, VIEW, random_flip=True, damage=[])])
     shown = frames.read_frames(clip.video, VIEW, mirrored=False)
     expected = [*shown[[0, 2, 4, 6, 8]], frames.read_frames(clip.video, VIEW, mirrored=True)[0]]
     pixels = torch.from_numpy(np.array(sheet))
@@ -79,7 +79,8 @@ def test_large_frames_are_scaled_down_whole():
 def test_an_image_to_start_from_stands_before_the_frames(clips, tmp_path):
     imageio.imwrite(tmp_path / "blue.png", np.full((64, 96, 3), (0, 0, 255), np.uint8))
     (clip, *_), (fact, *_), _ = read(clips)
-    row = preview.clip_row(clips, clip._replace(image=tmp_path / "blue.png"), fact, VIEW, random_flip=False)
+    with_image = clip._replace(image=tmp_path / "blue.png")
+    row = preview.clip_row(clips, with_image, fact, VIEW, random_flip=False, damage=[])
     assert [label for label, _ in row.cells] == ["image", "0.00 s", "0.25 s", "0.50 s", "0.75 s", "1.00 s"]
     assert row.cells[0][1].getpixel((5, 5)) == (0, 0, 255)
 
@@ -206,18 +207,14 @@ def test_problems_are_told_as_training_tells_them_and_the_good_clips_shown(tmp_p
     assert (folder / "preview.png").exists()
 
 
-def test_a_video_that_stops_midway_is_told_and_the_others_shown(tmp_path, capsys, monkeypatch):
-    folder, read_frames = make_clips(tmp_path / "clips", count=2), frames.read_frames
-
-    def stop(video, view, mirrored):
-        if video.name.startswith("01"):
-            raise RuntimeError("decoder says no")
-        return read_frames(video, view, mirrored=mirrored)
-
-    monkeypatch.setattr("clips.frames.read_frames", stop)
+def test_a_damaged_video_is_shown_and_told(tmp_path, capsys):
+    folder = make_clips(tmp_path / "clips", count=2)
+    damage_second_clip(folder)
     said = refused(capsys, [folder, *SMALL])
-    assert "line 2: " in said.err and "stopped in the middle of decoding: decoder says no" in said.err
-    assert "preview.png: 1 clip" in said.out
+    assert "line 2: " in said.err and "is damaged at " in said.err and "--allow_damaged" in said.err
+    assert "preview.png: 2 clips" in said.out
+    preview.main([str(word) for word in [folder, *SMALL, "--allow_damaged"]])
+    assert "is damaged at " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from fractions import Fraction
 
 import pytest
 import step
@@ -11,7 +12,9 @@ from safetensors.torch import load_file
 
 import train_cogvideox_lora
 from clips.facts import Facts
+from clips.frames import Source
 from clips.order import Ranks
+from clips.video import Video
 from cogvideox import compute
 from cogvideox.base_model import read_base_model
 from cogvideox.lora_files import LORA_FILE
@@ -83,9 +86,10 @@ def check_training_script(monkeypatch, checkpoint, folder, **options):
     for name in ("red", "blue"):
         (clips / f"{name}.mp4").write_text(name)
     frames = torch.randint(0, 256, (9, 64, 96, 3), dtype=torch.uint8)
-    facts = Facts(96, 64, 8.0, 9, list(range(9)), 1.125, "")
+    video = Video(96, 64, Fraction(1, 8), is_numbered=False, remarks=(), damage=())
+    facts = Facts(96, 64, 8.0, 9, list(range(9)), 1.125, "", Source(video, list(range(9))))
     monkeypatch.setattr("clips.facts.read_facts", lambda video, view: facts._replace(content=video.name))
-    monkeypatch.setattr("clips.frames.read_frames", lambda video, view, mirrored: frames)
+    monkeypatch.setattr("clips.frames.read_frames", lambda video, view, **options: frames)
 
     line = training_options(checkpoint, clips, folder / "run", max_train_steps=3, **options)
     train_cogvideox_lora.main(train_cogvideox_lora.parse_args(line))
