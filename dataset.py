@@ -470,9 +470,10 @@ def micro_batches(
 
 
 if __name__ == "__main__":
-    usage = "python dataset.py preview FOLDER [options]   (see python dataset.py preview --help)"
+    programs = {"preview": "pages.preview", "check": "clips.check", "export": "clips.export"}
+    usage = "python dataset.py {preview,check,export} FOLDER [options]   (see python dataset.py check --help)"
     parser = argparse.ArgumentParser(usage=usage, description="Shows what a model will see of a dataset.")
-    parser.add_argument("command", choices=["preview"])
-    parser.parse_args(sys.argv[1:2])
+    parser.add_argument("command", choices=list(programs))
+    command = parser.parse_args(sys.argv[1:2]).command
     del sys.argv[1]
-    runpy.run_module("pages.preview", run_name="__main__")  # not imported: imports run down only
+    runpy.run_module(programs[command], run_name="__main__")  # not imported: imports run down only

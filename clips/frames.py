@@ -56,7 +56,8 @@ class View(NamedTuple):
         return key
 
 
-def add_options(group: argparse._ArgumentGroup) -> None:
+def add_options(group: argparse._ArgumentGroup, *, flips: bool = True) -> None:
+    """Adds the options that decide what of a clip a model sees; `flips`: whether mirrored clips are made, too."""
     data, count, positive = group.add_argument, at_least(0), at_least(1)
     data("--height", type=positive, default=480, help="pixels, divisible by 16; clips are scaled to fill, then cropped")
     data("--width", type=positive, default=720, help="pixels, divisible by 16")
@@ -69,7 +70,8 @@ def add_options(group: argparse._ArgumentGroup) -> None:
     data("--video_decoder", choices=["pyav", "decord"], default="pyav", help=decoder)
     damaged = "train on clips that decode with errors, with a remark (default: refuse them)"
     data("--allow_damaged", action="store_true", help=damaged)
-    data("--random_flip", action="store_true", help="mirror each clip in half of its epochs; it is encoded twice")
+    if flips:
+        data("--random_flip", action="store_true", help="mirror each clip in half of its epochs; it is encoded twice")
 
 
 def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
@@ -137,7 +139,8 @@ class Source(NamedTuple):
     """What of a file is read."""
 
     video: Video
-    times: list[int]  # when the frames are shown that the model sees; decord: their numbers
+    times: list[int]  # when the frames are shown that the model sees, in the file's units; decord: their numbers
+    seconds: list[float]  # the same, on the clock of the file
 
 
 def choose_source(path: Path, view: View) -> tuple[Source, np.ndarray, list[int]]:
@@ -153,8 +156,9 @@ def choose_source(path: Path, view: View) -> tuple[Source, np.ndarray, list[int]
     indices = choose_frames(seconds, view)
     end = float(times[indices[-1]] * video.time_base) + 1 / view.fps
     video = video._replace(damage=tuple(damage for damage in video.damage if damage.seconds <= end))
-    read_by = indices if view.video_decoder == "decord" else times[indices].tolist()
-    return Source(video, read_by), seconds, indices
+    shown = times[indices].tolist()
+    shown_seconds = [float(time * video.time_base) for time in shown]
+    return Source(video, indices if view.video_decoder == "decord" else shown, shown_seconds), seconds, indices
 
 
 def covering_scale(height: int, width: int, to_height: int, to_width: int) -> float:
@@ -199,7 +203,7 @@ def read_frames(
     Raises:
         ValueError: the file cannot be read.
     """
-    video, times = source or choose_source(path, view)[0]
+    video, times, _ = source or choose_source(path, view)[0]
     reports = [] if damage is None else damage
     reports += video.damage
     if view.video_decoder == "decord":

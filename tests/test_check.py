@@ -1,0 +1,71 @@
+"""`python dataset.py check` and `export`: what is wrong with a dataset, and the frames that a model sees of it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import damage_second_clip
+from make_example import make_clips
+from PIL import Image
+
+from clips import check, export
+from clips.frames import View, read_frames
+
+SIZE = ["--height", "64", "--width", "96", "--max_num_frames", "9"]
+VIEW = View(64, 96, 8, 9, 0, 0, "center", 42)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_clips(tmp_path / "clips", count=3)
+
+
+def refused(capsys, program, line):
+    with pytest.raises(SystemExit) as stop:
+        program.main([str(word) for word in line])
+    assert stop.value.code == 2
+    return capsys.readouterr()
+
+
+def test_a_good_dataset_passes_with_its_headline(folder, capsys):
+    before = sorted(folder.rglob("*"))
+    check.main([str(folder), *SIZE])
+    assert "3 clips of 128x96 at 24 fps -> 96x64 at 8 fps; 3 of 9 frames" in capsys.readouterr().out
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_all_problems_are_listed_damage_that_only_decoding_finds_among_them(folder, capsys):
+    damage_second_clip(folder)
+    with open(folder / "videos.txt", "a") as videos, open(folder / "prompts.txt", "a") as prompts:
+        videos.write("missing.mp4\n")
+        prompts.write("a caption\n")
+    said = refused(capsys, check, [folder, *SIZE])
+    assert "2 problems in the dataset, training refuses it" in said.err
+    assert "line 2: " in said.err and "is damaged at " in said.err and "line 4: " in said.err
+    assert "2 clips of 128x96" in said.out
+
+
+def test_damage_that_is_allowed_is_a_remark(folder, capsys):
+    damage_second_clip(folder)
+    check.main([str(folder), *SIZE, "--allow_damaged"])
+    assert "line 2: is damaged at " in capsys.readouterr().out
+
+
+def test_what_is_exported_is_what_the_model_gets(folder, tmp_path):
+    export.main([str(folder), *SIZE, "--output_dir", str(tmp_path / "seen")])
+    assert sorted(path.name for path in (tmp_path / "seen").iterdir()) == ["00001", "00002", "00003"]
+    videos, captions = ((folder / name).read_text().splitlines() for name in ("videos.txt", "prompts.txt"))
+    for number, (video, caption) in enumerate(zip(videos, captions), start=1):
+        written = tmp_path / "seen" / f"{number:05d}"
+        images = [np.array(Image.open(written / f"{i:03d}.png")) for i in range(9)]
+        assert torch.equal(torch.from_numpy(np.stack(images)), read_frames(folder / video, VIEW, mirrored=False))
+        about = json.loads((written / "frames.json").read_text())
+        assert (about["source"], about["caption"]) == (str(folder / video), caption)
+        assert about["times"] == pytest.approx([i / 8 for i in range(9)], abs=1e-3)
+        assert len(list(written.iterdir())) == 10
+
+
+def test_a_folder_with_something_in_it_is_not_written_into(folder, capsys):
+    said = refused(capsys, export, [folder, *SIZE, "--output_dir", folder])
+    assert "is not empty; pass a new folder" in said.err
