@@ -10,7 +10,7 @@ accelerate launch --quiet --config_file "$here/accelerate_config_machine_multi.y
   --main_process_ip "${MAIN_PROCESS_IP:-127.0.0.1}" --main_process_port "${MAIN_PROCESS_PORT:-29500}" \
   "$here/train_cogvideox_lora.py" \
   --pretrained_model_name_or_path "${MODEL_PATH:-THUDM/CogVideoX-2b}" \
-  --instance_data_root "${DATASET_PATH:-$HOME/disney}" --caption_column prompts.txt --video_column videos.txt \
+  --instance_data_root "${DATASET_PATH:-$HOME/disney}" \
   ${CACHE_PATH:+--cache_dir "$CACHE_PATH"} --output_dir "${OUTPUT_PATH:-cogvideox-lora-multi-gpus}" \
   --height 480 --width 720 --fps 8 --max_num_frames 49 --enable_tiling auto --gradient_checkpointing \
   --mixed_precision bf16 --train_batch_size 1 --num_train_epochs 10 --checkpointing_steps 100 \

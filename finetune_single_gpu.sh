@@ -8,7 +8,7 @@ here="$(cd "$(dirname "$0")" && pwd)"
 accelerate launch --quiet --config_file "$here/accelerate_config_machine_single.yaml" --num_processes 1 \
   "$here/train_cogvideox_lora.py" \
   --pretrained_model_name_or_path "${MODEL_PATH:-THUDM/CogVideoX-2b}" \
-  --instance_data_root "${DATASET_PATH:-$HOME/disney}" --caption_column prompts.txt --video_column videos.txt \
+  --instance_data_root "${DATASET_PATH:-$HOME/disney}" \
   ${CACHE_PATH:+--cache_dir "$CACHE_PATH"} --output_dir "${OUTPUT_PATH:-cogvideox-lora-single-gpu}" \
   --height 480 --width 720 --fps 8 --max_num_frames 49 --enable_tiling auto --gradient_checkpointing \
   --mixed_precision bf16 --train_batch_size 1 --num_train_epochs 10 --checkpointing_steps 100 \

@@ -273,7 +273,7 @@ class Listed(NamedTuple):
 def read_listed(args: argparse.Namespace, base: BaseModel) -> Listed:
     root = args.instance_data_root or listing.download_dataset(args.dataset_name, args.cache_dir)
     clips, problems = listing.read_clips(
-        root, args.caption_column, args.video_column, image_file=args.image_column, id_token=args.id_token
+        root, args.caption_column, args.video_column, args.image_column, id_token=args.id_token
     )
     count_held_out(args.validation_split, len(clips))  # before hours of encoding
     problems += image_problems([image for image in validation.images(args) if image], "--validation_images")
@@ -289,6 +289,7 @@ def prepare_data(
     T5 and the VAE are no longer in memory when it returns.
     """
     root, clips, problems, view, cache = read_listed(args, base)
+    accelerator.print(listing.describe_layout(root, args.caption_column, args.video_column))
     sharing = processes.sharing(ranks, cache, "--latents_cache_dir")
     if not base.folder:  # clips are checked before weights are downloaded
         dataset.check_clips(root, clips, problems, view, ranks=sharing, everyone=ranks)
@@ -624,6 +625,7 @@ def report_dry_run(
 ) -> None:
     """Says what the run will do and take from `position` on, once the clips and the disk space for it are checked."""
     root, clips, problems, view, cache = read_listed(args, base)
+    accelerator.print(listing.describe_layout(root, args.caption_column, args.video_column))
     facts = dataset.check_clips(root, clips, problems, view, ranks=ranks, everyone=ranks)
     data, held_out = dataset.unencoded(clips, facts, view, base.latent_shape).split(args.validation_split, args.seed)
     timeline = plan_updates(args, data, ranks, position)

@@ -92,6 +92,7 @@ def report(args: argparse.Namespace, all_seen: list[Seen], problems: list[str], 
     if usable:
         view = frames.view_of(args, with_image=False, whole=False)
         clips, facts = [seen.clip for seen in usable], [seen.facts for seen in usable]
+        print(listing.describe_layout(args.folder, args.caption_column, args.video_column))
         print(headline(facts, view), *remarks(clips, facts, view), sep="\n")
     if problems := problems + [seen.problem for seen in all_seen if seen.problem]:
         raise ValueError(list_problems(args.folder, problems, consequence))

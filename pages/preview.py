@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     about = "Shows what a model will see of a dataset: prints a table of its clips, and draws some of them."
     parser = argparse.ArgumentParser("python dataset.py preview", description=about, allow_abbrev=False)
     path = expanded_path
-    parser.add_argument("folder", type=path, metavar="FOLDER", help="folder with the two list files and the videos")
+    parser.add_argument("folder", type=path, metavar="FOLDER", help="folder with the clips and their captions")
     data = parser.add_argument_group("data")
     listing.add_options(data)
     frames.add_options(data)
@@ -373,6 +373,7 @@ def preview(args: argparse.Namespace) -> list[str]:
     with ThreadPoolExecutor() as threads:
         examined = list(threads.map(partial(examine, view=view), clips))
     problems += [problem for _, problem in examined if problem]
+    print(listing.describe_layout(args.folder, args.caption_column, args.video_column))
     print(*table(args.folder, clips, [fact for fact, _ in examined], view), sep="\n")
     usable = [(clip, fact) for clip, (fact, _) in zip(clips, examined) if fact]
     if not usable:

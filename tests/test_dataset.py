@@ -83,7 +83,7 @@ def test_the_id_token_is_put_before_each_caption_with_one_space(tmp_path):
             ["videos.txt:2: blank", "videos.txt:3: blank", "2 lines and videos.txt 4"],
         ),
         ("one\ntwo\n", "a.mp4\n", ["prompts.txt has 2 lines and videos.txt 1"]),
-        (b"ok\nna\xefve\n", "a.mp4\nb.mp4\n", ["prompts.txt:2: not UTF-8 text (byte 0xef)"]),
+        (b"ok\nna\xefve\n", "a.mp4\nb.mp4\n", ["prompts.txt:2: not UTF-8 text (byte 0xef, perhaps Windows-1252)"]),
         ("", "a.mp4\n", ["prompts.txt: the file is empty"]),
     ],
 )

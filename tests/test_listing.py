@@ -1,0 +1,156 @@
+"""Every layout of a folder gives the same clips; what does not fit is said with file and line."""
+
+import csv
+import json
+import shutil
+
+import pytest
+from conftest import training_options
+from make_example import make_clips
+from PIL import Image
+
+from clips.facts import read_facts
+from clips.frames import View
+from clips.listing import BESIDE, LISTS, SAT, find_layout, read_clips
+from cogvideox.lora_files import LORA_FILE
+
+VIEW = View(64, 96, 8, 9, 0, 0, "center", 42)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    return make_clips(tmp_path_factory.mktemp("drawn"), count=3)
+
+
+def lay_out(layout, drawn, folder):
+    """Copies the drawn clips into a new folder of another layout."""
+    folder.mkdir()
+    videos = [drawn / line for line in (drawn / "videos.txt").read_text().splitlines()]
+    captions = (drawn / "prompts.txt").read_text().splitlines()
+    (folder / "videos").mkdir()
+    rows = []
+    for video, caption in zip(videos, captions):
+        shutil.copy(video, folder / "videos" / video.name)
+        rows.append({"file_name": f"videos/{video.name}", "text": caption})
+        if layout == BESIDE:
+            (folder / "videos" / f"{video.stem}.txt").write_text(caption)
+        if layout == SAT:
+            (folder / "labels").mkdir(exist_ok=True)
+            (folder / "labels" / f"{video.stem}.txt").write_text(caption)
+    if layout == LISTS:
+        (folder / "videos.txt").write_text("\n".join(row["file_name"] for row in rows))
+        (folder / "prompts.txt").write_text("\n".join(captions))
+    if layout == "metadata.jsonl":
+        (folder / layout).write_text("\n".join(map(json.dumps, rows)))
+    if layout == "metadata.csv":
+        with open(folder / layout, "w", newline="") as file:
+            writer = csv.DictWriter(file, ["file_name", "text"])
+            writer.writeheader()
+            writer.writerows(rows)
+    return folder
+
+
+LAYOUTS = [LISTS, "metadata.jsonl", "metadata.csv", BESIDE, SAT]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_gives_the_same_clips(layout, drawn, tmp_path):
+    folder = lay_out(layout, drawn, tmp_path / "clips")
+    assert find_layout(folder) == layout
+    clips, problems = read_clips(folder, id_token="DISNEY")
+    expected = (drawn / "prompts.txt").read_text().splitlines()
+    assert problems == [] and [clip.caption for clip in clips] == [f"DISNEY {caption}" for caption in expected]
+    assert [clip.video.read_bytes() for clip in clips] == [
+        (drawn / line).read_bytes() for line in (drawn / "videos.txt").read_text().splitlines()
+    ]
+    assert [clip.line for clip in clips] == [1, 2, 3]
+
+
+def test_a_parquet_table_is_read(drawn, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is optional: the message says how to install it")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    folder = lay_out("no captions", drawn, tmp_path / "clips")
+    names = sorted(path.name for path in (folder / "videos").iterdir())
+    table = pyarrow.table({"file_name": [f"videos/{name}" for name in names], "caption": names})
+    parquet.write_table(table, folder / "metadata.parquet")
+    assert [clip.caption for clip in read_clips(folder)[0]] == names
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_each_layout_trains_a_lora(layout, drawn, tmp_path, tiny_checkpoint):
+    from conftest import reset_accelerate
+
+    import train_cogvideox_lora as script
+
+    folder = lay_out(layout, drawn, tmp_path / "clips")
+    script.main(script.parse_args(training_options(tiny_checkpoint, folder, tmp_path / "run", max_train_steps=1)))
+    reset_accelerate()
+    assert (tmp_path / "run" / LORA_FILE).is_file()
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_an_image_is_a_clip_of_one_frame(tmp_path, suffix):
+    Image.new("RGB", (96, 64), "red").save(tmp_path / f"still.{suffix}")
+    (tmp_path / "still.txt").write_text("a red picture")
+    (clip,), problems = read_clips(tmp_path)
+    facts = read_facts(clip.video, VIEW)
+    assert problems == [] and (facts.width, facts.height, facts.num_frames, facts.indices) == (96, 64, 1, [0])
+
+
+@pytest.mark.parametrize("other", LAYOUTS[1:])
+def test_two_layouts_at_once_are_refused_unless_one_is_named(other, drawn, tmp_path):
+    folder = lay_out(other, drawn, tmp_path / "clips")
+    for name in ("videos.txt", "prompts.txt"):
+        shutil.copy(drawn / name, folder)
+    with pytest.raises(ValueError, match="fits 2 layouts .*two lists.*--caption_column"):
+        read_clips(folder)
+    assert len(read_clips(folder, "prompts.txt", "videos.txt")[0]) == 3
+
+
+MISTAKES = {
+    "no row": ({"metadata.jsonl": ""}, "metadata.jsonl: the table is empty"),
+    "no json": ({"metadata.jsonl": "{}\nhello\n"}, "metadata.jsonl:2: not JSON"),
+    "a list": ({"metadata.jsonl": "[1]\n"}, "metadata.jsonl:1: is a list; write one object per line"),
+    "no caption column": ({"metadata.csv": "file_name,words\na.mp4,x\n"}, "has none of text, caption, prompt"),
+    "two caption columns": (
+        {"metadata.csv": "file_name,text,prompt\na.mp4,x,y\n"},
+        "has more than one of text, prompt; pass the column of the captions as --caption_column",
+    ),
+    "no file column": ({"metadata.csv": "video,text\na.mp4,x\n"}, "no column file_name; it has video, text"),
+    "an empty caption": (
+        {"metadata.jsonl": '{"file_name": "a.mp4", "text": " "}'},
+        "metadata.jsonl:1: text is ' '; write a text there",
+    ),
+    "a number": ({"metadata.jsonl": '{"file_name": "a.mp4", "text": 3}'}, "metadata.jsonl:1: text is 3"),
+    "no file in a row": ({"metadata.jsonl": '{"file_name": null, "text": "x"}'}, "metadata.jsonl:1: file_name is None"),
+    "a short row": ({"metadata.csv": "file_name,text\na.mp4\n"}, "metadata.csv:2: text is None"),
+    "UTF-16": ({"metadata.csv": "file_name,text\n".encode("utf-16")}, "metadata.csv: is UTF-16 text"),
+    "cp1252": ({"metadata.jsonl": '{"text": "caf\xe9"}'.encode("cp1252")}, "metadata.jsonl:1: not UTF-8 text"),
+    "UTF-16 lists": ({"prompts.txt": "a cat".encode("utf-16"), "videos.txt": "a.mp4"}, "prompts.txt: is UTF-16 text"),
+    "a caption missing": ({"a.mp4": "", "a.txt": "x", "b.mp4": ""}, "b.mp4: no caption: "),
+    "a caption empty": ({"a.mp4": "", "a.txt": " \n"}, "a.txt is empty; write the caption"),
+    "a label missing": ({"videos/a.mp4": "", "labels/b.txt": "x"}, "a.mp4: no caption: "),
+    "no videos": ({"videos/a.doc": "", "labels/a.txt": "x"}, "no videos or images in it"),
+    "nothing": ({}, "prompts.txt: no such file; write it, name another file"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_the_listing_is_said_with_its_place(name, tmp_path):
+    files, message = MISTAKES[name]
+    for file, content in files.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    _, problems = read_clips(tmp_path)
+    assert any(message in problem for problem in problems), problems
+
+
+def test_images_to_start_from_can_be_a_column_but_not_a_file_beside_a_clip(drawn, tmp_path):
+    folder = lay_out("no captions", drawn, tmp_path / "clips")
+    row = {"file_name": "videos/x.mp4", "text": "a cat", "image": "x.png"}
+    (folder / "metadata.jsonl").write_text(json.dumps(row))
+    (clip,), _ = read_clips(folder, image_column="image")
+    assert clip.image == folder / "x.png" and clip.place == "metadata.jsonl:1"
+    beside = lay_out(BESIDE, drawn, tmp_path / "beside")
+    with pytest.raises(ValueError, match="--image_column image: needs a list or a table"):
+        read_clips(beside, image_column="image")
