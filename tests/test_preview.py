@@ -186,7 +186,7 @@ def test_the_command_shows_a_dataset(tmp_path, tiny_checkpoint):
 
 def test_without_a_command_its_usage_is_shown():
     result = subprocess.run([sys.executable, ROOT / "dataset.py"], capture_output=True, text=True)
-    assert result.returncode == 2 and "usage: python dataset.py preview FOLDER" in result.stderr
+    assert result.returncode == 2 and "usage: python dataset.py {preview,check,export} FOLDER" in result.stderr
 
 
 def test_problems_are_told_as_training_tells_them_and_the_good_clips_shown(tmp_path, capsys):
