@@ -109,6 +109,8 @@ def train(side: Path, case: Case, world: Path, output_dir: Path, cache: Path, mo
         "--output_dir": output_dir,
     }
     options = [word for pair in folders.items() for word in pair] + shlex.split(f"{COMMON} {case.flags} {more}")
+    if (side / "clips" / "decord_reader.py").exists():  # earlier commits know no other decoder than decord
+        options += ["--video_decoder", "decord"]
     run([*launcher, side / "train_cogvideox_lora.py", *options], log=output_dir.with_suffix(".log"))
 
 
