@@ -4,6 +4,7 @@ The problem of a clip is returned as a sentence, so that a person sees all probl
 """
 
 import math
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -52,8 +53,8 @@ class Facts(NamedTuple):
 def examine(clip: Clip, view: View) -> tuple[Facts | None, str | None]:
     """Returns the facts of a clip, or its problem: why the clip cannot be used."""
     for file in filter(None, (clip.video, clip.image)):
-        if not file.is_file():
-            return None, clip.problem("no such file; correct the path, which is relative to the dataset's folder", file)
+        if problem := _not_a_file(file):
+            return None, clip.problem(problem, file)
     try:
         facts = read_facts(clip.video, view)
     except ValueError as error:
@@ -64,6 +65,25 @@ def examine(clip: Clip, view: View) -> tuple[Facts | None, str | None]:
         except ValueError as error:
             return None, clip.problem(str(error), clip.image)
     return facts, None
+
+
+def _not_a_file(path: Path) -> str | None:
+    """Returns why a path is no file that can be read; None if it is one."""
+    try:
+        if path.is_file():
+            return None
+        if path.is_dir():
+            return "is a folder; give the path of a video in it"
+        if path.exists():
+            return "is not a plain file but a pipe or a device; copy its content into a file"
+    except OSError as error:  # such as a name that is too long
+        return f"{error.strerror}; correct the path"
+    forms = [Path(str(path).replace("\\", "/"))]
+    forms += [Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")]
+    there = next((form for form in forms if form.is_file()), None)
+    if there:
+        return f"no such file, but there is {there}, which is spelt with other characters; write it so"
+    return "no such file; correct the path, which is relative to the dataset's folder"
 
 
 def read_facts(video: Path, view: View) -> Facts:

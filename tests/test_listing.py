@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 
 import pytest
@@ -9,9 +10,9 @@ from conftest import training_options
 from make_example import make_clips
 from PIL import Image
 
-from clips.facts import read_facts
+from clips.facts import examine, read_facts
 from clips.frames import View
-from clips.listing import BESIDE, LISTS, SAT, find_layout, read_clips
+from clips.listing import BESIDE, LISTS, SAT, Clip, find_layout, read_clips
 from cogvideox.lora_files import LORA_FILE
 
 VIEW = View(64, 96, 8, 9, 0, 0, "center", 42)
@@ -154,3 +155,23 @@ def test_images_to_start_from_can_be_a_column_but_not_a_file_beside_a_clip(drawn
     beside = lay_out(BESIDE, drawn, tmp_path / "beside")
     with pytest.raises(ValueError, match="--image_column image: needs a list or a table"):
         read_clips(beside, image_column="image")
+
+
+def named(path):
+    return examine(Clip(path, "a cat", 1), VIEW)[1]
+
+
+def test_a_path_that_is_no_file_is_said_with_what_it_is(drawn, tmp_path):
+    (video, *_) = (drawn / line for line in (drawn / "videos.txt").read_text().splitlines())
+    composed, apart = "caf\u00e9.mp4", "cafe\u0301.mp4"
+    shutil.copy(video, tmp_path / composed)
+    (tmp_path / "videos").mkdir()
+    shutil.copy(video, tmp_path / "videos" / "a.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    assert named(tmp_path / composed) is None
+    assert f"but there is {tmp_path / composed}" in named(tmp_path / apart)
+    assert f"but there is {tmp_path / 'videos' / 'a.mp4'}" in named(tmp_path / "videos\\a.mp4")
+    assert "is a folder" in named(tmp_path / "videos")
+    assert "is not a plain file" in named(tmp_path / "pipe.mp4")
+    assert "File name too long" in named(tmp_path / ("a" * 300 + ".mp4"))
+    assert "no such file; correct the path" in named(tmp_path / "b.mp4")

@@ -47,7 +47,7 @@ def test_all_problems_of_a_dataset_are_told_together_before_a_model_loads(
         "line 4: ", "truncated.mp4: cannot be read as a video",
         "line 5: ", "random.mp4: cannot be read as a video",
         "line 7: ", "short.mp4: has 3 frames, and none is left after --skip_frames_start 5",
-        "line 8: ", "videos: no such file",
+        "line 8: ", "videos: is a folder; give the path of a video in it",
     ]  # fmt: skip
     call = lambda: train(tiny_checkpoint, tmp_path / "run", instance_data_root=folder, skip_frames_start=5)  # noqa: E731
     assert_refused(capsys, call, parts)
