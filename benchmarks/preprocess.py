@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import decord
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
@@ -239,6 +238,8 @@ def run_reference(script, work: Work) -> dict[str, float]:
             max_num_frames=view.max_num_frames,
         )
     finally:
+        import decord  # which the script needs; there are wheels for x86-64 only
+
         decord.bridge.reset_bridge()  # the script sets it to torch, for the whole process
     decoded = time.perf_counter()
     for i, video in enumerate(videos.instance_videos):
@@ -301,7 +302,7 @@ def report(args: argparse.Namespace, work: Work) -> dict:
     else:
         seconds, compared = [run_ours(work) for _ in range(args.repeats)], None
     device = work.vae.device
-    packages = ("torch", "diffusers", "transformers", "decord", "safetensors")
+    packages = ("torch", "diffusers", "transformers", "av", "safetensors")
     names = ("model", "t5_layers", "max_num_frames", "height", "width", "mixed_precision", "channels_last", "repeats")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 
-import decord
 import imageio.v3 as iio
 import pytest
 import torch
@@ -18,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_cogvideox_lora
+from clips.video import examine_video, read_pictures
 from cogvideox import lora
 from cogvideox.lora_files import LORA_FILE
 from cogvideox.sampling import sample_video
@@ -231,7 +231,8 @@ def test_images_of_a_list_train_in_place_of_the_first_frames(checkpoint_of, clip
     """And do not share their cache with them."""
     lines = []
     for i, line in enumerate((clips / "videos.txt").read_text().splitlines()):
-        iio.imwrite(tmp_path / f"{i}.png", decord.VideoReader(str(clips / line))[0].asnumpy())
+        video, times = examine_video(clips / line)
+        iio.imwrite(tmp_path / f"{i}.png", next(read_pictures(clips / line, video, times[:1].tolist(), [])))
         lines.append(str(tmp_path / f"{i}.png"))
     Image.new("RGB", (64, 64)).save(tmp_path / "5.png")
     (clips / "images.txt").write_text("\n".join(lines) + "\n")
