@@ -90,7 +90,7 @@ def test_the_loss_on_held_out_clips_is_the_training_loss_at_fixed_noise(tiny_che
 
 def cached(args, checkpoint):
     class Here:
-        device, is_main_process = torch.device("cpu"), False
+        device, is_main_process, print = torch.device("cpu"), False, staticmethod(print)
 
     whole = MemoryPlan("none", tile_encoding=False, tile_decoding=False)
     _, *data = train_cogvideox_lora.prepare_data(args, Here, Ranks(), checkpoint, torch.float32, whole)
