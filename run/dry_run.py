@@ -21,7 +21,7 @@ WHOSE_FLOPS = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument_group("before a run").add_argument
     option("--dry_run", action="store_true", help="check, say what the run will do and need, and end; writes nothing")
-    option("--dry_run_gib", type=float, metavar="N", help="dry run for a GPU with N GiB free; needs no GPU")
+    option("--dry_run_gib", type=float, metavar="N", help="with --dry_run: suppose a GPU with N GiB free; needs no GPU")
     option("--allow_oversubscription", action="store_true", help="start even if the predicted memory is not there")
 
 
