@@ -5,7 +5,6 @@ Shapes: F frames, H height, W width, C channels; lower-case f c h w are latent s
 
 import argparse
 import itertools
-import os
 import random
 import runpy
 import sys
@@ -24,15 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from clips.facts import Facts, count_clips, examine, headline, list_problems, remarks
-from clips.frames import MEND, Source, View, decode, describe_damage, first_image
+from clips.frames import MEND, Source, View, decode, decoding_threads, describe_damage, first_image
 from clips.listing import Clip
 from clips.order import Ranks, Timeline, count_held_out, epoch_batches, rank_batches
-from files import file_hash, hash_of, publish
+from files import file_hash, hash_of, map_ahead, publish
 
 if TYPE_CHECKING:  # encoders are passed in: this module needs no model library
     from cogvideox.encoders import Encoder
 
-BYTES_DECODED_AHEAD = 2**30  # of all clips that are decoded before the encoder asks for them
 WRITES_WAITING = 16  # bounds the memory of encoded clips that wait for the disk
 SECONDS_TO_APPEAR = 90  # for a file that another machine has written
 
@@ -294,7 +292,7 @@ def cache_latents(new: list[NewLatents], view: View, encoder: "Encoder", progres
     with (
         encoder.load() as encode,
         _written_behind() as write,
-        closing(_map_ahead(partial(_decode, view, problems), new, decoding_threads(view))) as decoded,
+        closing(map_ahead(partial(_decode, view, problems), new, decoding_threads(view))) as decoded,
     ):
         clips = (clip for _, clip in zip(progress(new, "Encoding clips", "clip"), decoded) if clip)
         for shape, clips_of_shape in itertools.groupby(clips, key=lambda clip: tuple(clip.frames.shape)):
@@ -334,26 +332,6 @@ def _filled_up(batch: list, size: int) -> list:
     the same bits whatever the number of ranks, and after an interruption.
     """
     return batch + batch[-1:] * (size - len(batch))
-
-
-def decoding_threads(view: View) -> int:
-    """Returns one thread per core of this process, up to eight, as far as the memory for their clips allows."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    clip_bytes = view.max_num_frames * view.height * view.width * 3
-    return max(1, min(8, cores, BYTES_DECODED_AHEAD // clip_bytes))
-
-
-def _map_ahead(function: Callable, items: Iterable, threads: int) -> Iterator:
-    """Yields `function(item)` for each item, in order; computes as many results in advance as there are threads."""
-    items, pool = iter(items), ThreadPoolExecutor(threads)
-    try:
-        waiting = deque(pool.submit(function, item) for item in itertools.islice(items, threads))
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
-            yield result
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -466,7 +444,7 @@ def micro_batches(
     )
     read = zip(numbers(), loader)
     # A thread reads the next batch while the GPU computes with this one.
-    return _map_ahead(lambda _: next(read), itertools.repeat(None), threads=1)
+    return map_ahead(lambda _: next(read), itertools.repeat(None), threads=1)
 
 
 if __name__ == "__main__":

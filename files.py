@@ -1,13 +1,16 @@
-"""Files and folders that are published whole or not at all, hashes of content, and what argparse lacks."""
+"""Files and folders that are published whole or not at all, hashes of content, and what argparse and threads lack."""
 
 import argparse
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import secrets
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -89,3 +92,19 @@ def at_least(lowest: int) -> Callable[[str], int]:
         return int(text)
 
     return whole_number
+
+
+def map_ahead(function: Callable, items: Iterable, threads: int) -> Iterator:
+    """Yields `function(item)` for each item, in order; computes as many results in advance as there are threads.
+
+    Executor.map takes all items at once; from Python 3.14 on it has `buffersize`, which can replace this.
+    """
+    items, pool = iter(items), ThreadPoolExecutor(threads)
+    try:
+        waiting = deque(pool.submit(function, item) for item in itertools.islice(items, threads))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -308,7 +308,7 @@ def report(args: argparse.Namespace, work: Work) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
-        "decoding_threads": dataset.decoding_threads(work.view),
+        "decoding_threads": frames.decoding_threads(work.view),
         "clips_at_once": clips_at_once((args.max_num_frames, args.height, args.width, 3)),
         "versions": {package: version(package) for package in packages},
         "options": {name: getattr(args, name) for name in names},

@@ -4,10 +4,9 @@ Needs no model and no GPU. The exit code is 0 if the dataset can be trained on, 
 """
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from typing import NamedTuple
 
@@ -16,11 +15,9 @@ from tqdm.auto import tqdm
 
 from clips import frames, listing
 from clips.facts import Facts, examine, headline, list_problems, remarks
-from clips.frames import MEND, View, decode, describe_damage
+from clips.frames import MEND, View, decode, decoding_threads, describe_damage
 from clips.listing import Clip, read_clips
-from files import at_least, expanded_path, parse_options
-
-THREADS = min(8, os.cpu_count() or 1)  # each holds a clip
+from files import at_least, expanded_path, map_ahead, parse_options
 
 
 class Seen(NamedTuple):
@@ -32,12 +29,12 @@ class Seen(NamedTuple):
     problem: str | None
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the folder, and the options that decide what of it a model sees."""
+def add_options(parser: argparse.ArgumentParser, *, flips: bool = False) -> None:
+    """Adds the folder, and the options that decide what of it a model sees; `flips`: also those of mirrored clips."""
     parser.add_argument("folder", type=expanded_path, metavar="FOLDER", help="folder with the clips and their captions")
     data = parser.add_argument_group("data")
     listing.add_options(data)
-    frames.add_options(data, flips=False)
+    frames.add_options(data, flips=flips)
     data.add_argument("--seed", type=at_least(0), default=42, help="decides where --video_reshape_mode random crops")
 
 
@@ -52,9 +49,9 @@ def see(args: argparse.Namespace, each: Callable[[Seen], None]) -> tuple[list[Se
     )
     view = frames.view_of(args, with_image=False, whole=False)
     all_seen = []
-    with ThreadPoolExecutor(THREADS) as threads:
-        look = partial(_look, view=view, allow_damaged=args.allow_damaged)
-        for seen in tqdm(_ahead(threads, look, clips), "Reading clips", total=len(clips), unit="clip"):
+    look = partial(_look, view=view, allow_damaged=args.allow_damaged)
+    with closing(map_ahead(look, clips, decoding_threads(view))) as looked_at:
+        for seen in tqdm(looked_at, "Reading clips", total=len(clips), unit="clip"):
             if seen.frames is not None:
                 each(seen)
             all_seen.append(seen._replace(frames=None))
@@ -74,16 +71,6 @@ def _look(clip: Clip, view: View, *, allow_damaged: bool) -> Seen:
         return Seen(clip, facts, None, clip.problem(f"{describe_damage(damage)}; {MEND}"))
     facts = facts._replace(damage=describe_damage(damage) if damage else None)
     return Seen(clip, facts, seen, None)
-
-
-def _ahead(threads: ThreadPoolExecutor, function: Callable, items: list) -> Iterator:
-    """Yields `function(item)` in order, with at most as many results waiting as there are threads."""
-    waiting = []
-    for item in items:
-        waiting.append(threads.submit(function, item))
-        if len(waiting) >= THREADS:
-            yield waiting.pop(0).result()
-    yield from (future.result() for future in waiting)
 
 
 def report(args: argparse.Namespace, all_seen: list[Seen], problems: list[str], *, consequence: str) -> None:

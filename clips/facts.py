@@ -140,14 +140,11 @@ def remarks(clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
 
 def _pictures(clips: list[Clip], facts: list[Facts]) -> list[str]:
     """Returns the lines on what is unusual about the pictures of some videos."""
-    lines_of_remark = {}
+    clips_of_remark = {}
     for clip, fact in zip(clips, facts):
         for remark in (*fact.source.video.remarks, *filter(None, [fact.damage])):
-            lines_of_remark.setdefault(remark, []).append(clip.line)
-    return [
-        f"line{'s' if len(lines) > 1 else ''} {_enumeration(lines)}: {remark}"
-        for remark, lines in lines_of_remark.items()
-    ]
+            clips_of_remark.setdefault(remark, []).append(clip)
+    return [f"{_enumeration(group)}: {remark}" for remark, group in clips_of_remark.items()]
 
 
 def _repetitions(clips: list[Clip], facts: list[Facts]) -> list[str]:
@@ -155,14 +152,14 @@ def _repetitions(clips: list[Clip], facts: list[Facts]) -> list[str]:
     videos, captions = [fact.content for fact in facts], [clip.caption for clip in clips]
     lines = []
     for kind, contents in (("video", videos), ("caption", captions)):
-        groups = {}  # content -> lines of the lists
+        groups = {}  # content -> clips
         for clip, content in zip(clips, contents):
-            groups.setdefault(content, []).append(clip.line)
+            groups.setdefault(content, []).append(clip)
         repeated = sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
         if repeated:
             more = f"; and {len(repeated) - 5} more" if len(repeated) > 5 else ""
             shown = "; ".join(_enumeration(group) for group in repeated[:5])
-            lines.append(f"the same {kind} more than once: lines {shown}{more}")
+            lines.append(f"the same {kind} more than once: {shown}{more}")
     return lines
 
 
@@ -174,12 +171,15 @@ def _range(ascending: list[str]) -> str:
     return ascending[0] if len(ascending) == 1 else f"{ascending[0]} to {ascending[-1]}"
 
 
-def _enumeration(numbers: list[int]) -> str:
-    """Returns "1, 4 and 5", with at most six of the numbers spelt out."""
-    if len(numbers) > 6:
-        return f"{', '.join(map(str, numbers[:6]))} and {len(numbers) - 6} others"
-    *first, last = map(str, numbers)
-    return f"{', '.join(first)} and {last}" if first else last
+def _enumeration(clips: list[Clip]) -> str:
+    """Returns "lines 1, 4 and 5", or the rows or files of the clips, with at most six of them spelt out."""
+    from_lists = clips[0].place is None
+    names = [str(clip.line) if from_lists else clip.named for clip in clips]
+    if len(names) > 6:
+        names = [*names[:6], f"{len(names) - 6} others"]
+    *first, last = names
+    text = f"{', '.join(first)} and {last}" if first else last
+    return f"line{'s' if first else ''} {text}" if from_lists else text
 
 
 def list_problems(root: Path, problems: list[str], consequence: str) -> str:

@@ -5,6 +5,7 @@ Shapes: F frames, H height, W width, C channels.
 
 import argparse
 import itertools
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from files import at_least, file_hash
 
 MEND = "copy it again, cut the part out, or train on it as it is with --allow_damaged"
 TIE_SECONDS = 1e-6  # a time halfway between two frames is the earlier's, whatever the last bits of both say
+BYTES_DECODED_AHEAD = 2**30  # of all clips that are decoded before they are asked for
 PICTURES_AT_ONCE = 8  # bounds the memory: pictures of the file may be much larger than the model's
 
 
@@ -224,6 +226,13 @@ def describe_damage(damage: list[Damage]) -> str:
     (seconds, report), *others = damage
     more = f", and {len(others)} more" if others else ""
     return f"is damaged at {seconds:.2f} s ({report}{more})"
+
+
+def decoding_threads(view: View) -> int:
+    """Returns one thread per core of this process, up to eight, as far as the memory for their clips allows."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    clip_bytes = view.max_num_frames * view.height * view.width * 3
+    return max(1, min(8, cores, BYTES_DECODED_AHEAD // clip_bytes))
 
 
 def decode(clip: Clip, view: View, *, mirrored: bool, source: Source, damage: list[Damage]) -> torch.Tensor:

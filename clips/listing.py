@@ -9,6 +9,7 @@ import difflib
 import io
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import NamedTuple
 from huggingface_hub import snapshot_download
 
 CAPTIONS_FILE, VIDEOS_FILE = "prompts.txt", "videos.txt"
+LISTS, BESIDE, SAT = "two lists", "a caption beside each clip", "videos/ and labels/"
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_COLUMN, CAPTION_COLUMNS = "file_name", ("text", "caption", "prompt")
 VIDEO_SUFFIXES = {
@@ -33,6 +35,11 @@ class Clip(NamedTuple):
     image: Path | None = None  # image that the video starts from; None: its own first frame
     place: str | None = None  # where it was read from, "" if its own name says it; None: line `line` of the lists
 
+    @property
+    def named(self) -> str:
+        """How a remark names this clip: its line, its row, or its file."""
+        return f"line {self.line}" if self.place is None else self.place or self.video.name
+
     def problem(self, description: str, file: Path | None = None) -> str:
         """Returns a sentence: where this clip was read from, the file (default: the video), and what is wrong."""
         place = f"line {self.line}" if self.place is None else self.place
@@ -42,9 +49,7 @@ class Clip(NamedTuple):
 def add_options(group: argparse._ArgumentGroup) -> None:
     data = group.add_argument
     captions = "list of captions, one per line, or column of the folder's table (default: what the folder has)"
-    videos = (
-        "list of videos; line n belongs to caption n; or column of the folder's table (default: what is found there)"
-    )
+    videos = "list of videos, line n belonging to caption n, or column of the folder's table (default: the same)"
     images = "image-to-video: list or column of images to start from (default: first frames)"
     data("--caption_column", metavar="NAME", help=captions)
     data("--video_column", metavar="NAME", help=videos)
@@ -103,9 +108,6 @@ def read_clips(
     return [clip._replace(caption=prefix + clip.caption) for clip in clips], problems
 
 
-LISTS, BESIDE, SAT = "two lists", "a caption beside each clip", "videos/ and labels/"
-
-
 def find_layout(root: Path, caption_column: str | None = None, video_column: str | None = None) -> str:
     """Returns how a folder tells which caption belongs to which clip: one of TABLES, LISTS, BESIDE or SAT.
 
@@ -132,12 +134,14 @@ def describe_layout(root: Path, caption_column: str | None = None, video_column:
     return f"{root}: read as {find_layout(root, caption_column, video_column)}"
 
 
-def _media(root: Path) -> Iterator[Path]:
-    """Yields the videos and images in a folder and its subfolders but for hidden ones, in the order of their names."""
-    for path in sorted(root.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if path.suffix.lower() in MEDIA_SUFFIXES and not hidden and path.is_file():
-            yield path
+def _media(root: Path) -> list[Path]:
+    """Returns the videos and images in a folder and its subfolders but for hidden ones, in the order of their names."""
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]  # not into the cache
+        paths = (Path(folder, name) for name in names if not name.startswith("."))
+        found += [path for path in paths if path.suffix.lower() in MEDIA_SUFFIXES]
+    return sorted(found)
 
 
 def _read_pairs(root: Path, layout: str) -> tuple[list[Clip], list[str]]:

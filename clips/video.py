@@ -36,6 +36,7 @@ class Video(NamedTuple):
 
     width: int  # pixels, upright and square
     height: int
+    first: int  # when the first frame is shown, in units of time_base
     time_base: Fraction  # seconds; the unit of presentation times
     is_numbered: bool  # the file has no usable times: they are the numbers of its frames, and it is read from its start
     remarks: tuple[str, ...]  # what is unusual about its picture: "is interlaced ..."
@@ -82,11 +83,24 @@ def examine_video(path: Path) -> tuple[Video, np.ndarray]:
         ordered = None not in times and all(earlier < later for earlier, later in itertools.pairwise(times))
     is_numbered = not ordered or len(set(times)) < len(times)
     if is_numbered:
+        if not rate:
+            raise ValueError(
+                "tells no times and no frame rate; re-encode it at the right one: ffmpeg -r 24 -i in out.mp4"
+            )
         times, time_base = range(len(times)), 1 / Fraction(rate)
+    times = np.array(sorted(times), np.int64)
     _refuse_hdr(first[0])
     width, height = _shown_size(first[0], pixel_shape)
-    video = Video(width, height, time_base, is_numbered, remarks=tuple(_remarks(first)), damage=tuple(damage))
-    return video, np.array(sorted(times), np.int64)
+    video = Video(
+        width=width,
+        height=height,
+        first=int(times[0]),
+        time_base=time_base,
+        is_numbered=is_numbered,
+        remarks=tuple(_remarks(first)),
+        damage=tuple(damage),
+    )
+    return video, times
 
 
 def _refuse_hdr(frame: av.VideoFrame) -> None:
@@ -126,7 +140,7 @@ def read_pictures(path: Path, video: Video, wanted: list[int], damage: list[Dama
         ValueError: no frame can be decoded.
     """
     done, known = 0, len(damage)
-    if not video.is_numbered:
+    if not video.is_numbered and wanted[0] > video.first:
         try:
             for picture in _read(path, video, wanted, damage, seek=True):
                 yield picture

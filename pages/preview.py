@@ -8,7 +8,6 @@ import bisect
 import io
 import itertools
 import os
-import sys
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
-from clips import frames, listing
+from clips import check, frames, listing
 from clips.facts import Facts, count_clips, examine, headline, list_problems, remarks
 from clips.frames import MEND, View, decode, describe_damage, first_image
 from clips.listing import Clip, read_clips
@@ -50,11 +49,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     about = "Shows what a model will see of a dataset: prints a table of its clips, and draws some of them."
     parser = argparse.ArgumentParser("python dataset.py preview", description=about, allow_abbrev=False)
     path = expanded_path
-    parser.add_argument("folder", type=path, metavar="FOLDER", help="folder with the clips and their captions")
-    data = parser.add_argument_group("data")
-    listing.add_options(data)
-    frames.add_options(data)
-    data.add_argument("--seed", type=at_least(0), default=42, help="decides where --video_reshape_mode random crops")
+    check.add_options(parser, flips=True)
     sheet = parser.add_argument_group("picture").add_argument
     sheet("--output", type=path, metavar="FILE", help=".png file to write (default: preview.png in FOLDER)")
     sheet("--clips", type=at_least(1), default=40, metavar="N", help="draw at most N clips, evenly spaced in the list")
@@ -107,7 +102,7 @@ def table(root: Path, clips: list[Clip], facts: list[Facts | None], view: View) 
     Args:
         facts: one for each clip; None for a clip that cannot be used.
     """
-    rows = [("line", "file", "pixels", "fps", "seconds", "frames", "end unseen", "cropped", "scaled")]
+    rows = [("clip", "file", "pixels", "fps", "seconds", "frames", "end unseen", "cropped", "scaled")]
     for clip, fact in zip(clips, facts):
         rows.append((str(clip.line), _name(root, clip.video), *(_describe(fact, view) if fact else ())))
     columns = itertools.zip_longest(*rows, fillvalue="")
@@ -176,7 +171,7 @@ def cut_captions(clips: list[Clip], base: BaseModel | None) -> list[str]:
         num_tokens, cut_off = cut_caption(tokenizer, clip.caption, max_length)
         longest = max(longest, num_tokens)
         if cut_off:
-            too_long.append(f"  line {clip.line}: {num_tokens} tokens, cut off: {cut_off}")
+            too_long.append(f"  {clip.named}: {num_tokens} tokens, cut off: {cut_off}")
     return [f"captions: {len(too_long)} longer than {max_length} tokens; the longest has {longest}", *too_long]
 
 
@@ -218,7 +213,7 @@ def clip_row(root: Path, clip: Clip, fact: Facts, view: View, *, random_flip: bo
     if random_flip:
         cells.append(("mirrored", thumbnail(shown[0].flip(1))))
     size, rate, seconds, counts, *_ = _describe(fact, view)
-    title = f"line {clip.line}: {_name(root, clip.video)}, {size}, {rate} fps, {seconds} s, frames {counts}"
+    title = f"{clip.line}: {_name(root, clip.video)}, {size}, {rate} fps, {seconds} s, frames {counts}"
     return Row(cells, title, clip.caption)
 
 
@@ -387,12 +382,12 @@ def preview(args: argparse.Namespace) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
-    try:
+
+    def program() -> None:
         if problems := preview(args):
             raise ValueError(list_problems(args.folder, problems, "training refuses it"))
-    except (ValueError, FileNotFoundError) as error:
-        sys.stdout.flush()
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+    check.run(parser, program)
 
 
 if __name__ == "__main__":

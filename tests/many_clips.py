@@ -38,7 +38,7 @@ def encoder(*_, **__):
 
 
 source = frames.Source(
-    Video(720, 480, Fraction(1, 8), is_numbered=False, remarks=(), damage=()), times=[0] * 49, seconds=[]
+    Video(720, 480, 0, Fraction(1, 8), is_numbered=False, remarks=(), damage=()), times=[0] * 49, seconds=[]
 )
 facts.read_facts = lambda video, view: Facts(720, 480, 8.0, 49, [0] * 49, 6.125, file_hash(video), source)
 frames.read_frames = lambda video, view, **options: torch.zeros(1, 1, 1, 3, dtype=torch.uint8)

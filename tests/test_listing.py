@@ -6,11 +6,10 @@ import os
 import shutil
 
 import pytest
-from conftest import training_options
 from make_example import make_clips
 from PIL import Image
 
-from clips.facts import examine, read_facts
+from clips.facts import examine, read_facts, remarks
 from clips.frames import View
 from clips.listing import BESIDE, LISTS, SAT, Clip, find_layout, read_clips
 from cogvideox.lora_files import LORA_FILE
@@ -78,15 +77,22 @@ def test_a_parquet_table_is_read(drawn, tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
-def test_each_layout_trains_a_lora(layout, drawn, tmp_path, tiny_checkpoint):
-    from conftest import reset_accelerate
-
-    import train_cogvideox_lora as script
-
+def test_each_layout_trains_a_lora(layout, drawn, tmp_path, tiny_checkpoint, train, capsys):
     folder = lay_out(layout, drawn, tmp_path / "clips")
-    script.main(script.parse_args(training_options(tiny_checkpoint, folder, tmp_path / "run", max_train_steps=1)))
-    reset_accelerate()
+    train(tiny_checkpoint, tmp_path / "run", instance_data_root=folder, max_train_steps=1)
     assert (tmp_path / "run" / LORA_FILE).is_file()
+    assert f"{folder}: read as {layout}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("layout", "named"), [(LISTS, "lines 1 and 2"), (BESIDE, "00.mp4 and 01.mp4")])
+def test_remarks_name_clips_as_their_layout_does(layout, named, drawn, tmp_path):
+    folder = lay_out(layout, drawn, tmp_path / "clips")
+    first, second, *_ = sorted((folder / "videos").glob("*.mp4"))
+    shutil.copy(first, second)
+    clips, _ = read_clips(folder)
+    said = remarks(clips, [read_facts(clip.video, VIEW) for clip in clips], VIEW)
+    expected = named.replace("00.mp4", first.name).replace("01.mp4", second.name)
+    assert f"the same video more than once: {expected}" in said
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import dataset
 import files
-from clips.frames import View, choose_source, read_frames
+from clips.frames import View, choose_source, decoding_threads, read_frames
 from clips.listing import read_clips
 from clips.order import Ranks
 from cogvideox import encoders
@@ -127,7 +127,7 @@ def test_a_bound_number_of_clips_is_decoded_ahead():
             started.append(item)
         return item * item
 
-    made = dataset._map_ahead(call, iter(range(20)), threads=3)
+    made = files.map_ahead(call, iter(range(20)), threads=3)
     assert next(made) == 0
     assert set(started) <= {0, 1, 2, 3}
     assert list(made) == [i * i for i in range(1, 20)]
@@ -142,7 +142,7 @@ def test_a_stopped_reader_decodes_no_further():
             stop.wait(5)
         return item
 
-    made = dataset._map_ahead(call, iter(range(20)), threads=2)
+    made = files.map_ahead(call, iter(range(20)), threads=2)
     next(made)
     stop.set()
     made.close()
@@ -152,12 +152,12 @@ def test_a_stopped_reader_decodes_no_further():
 def test_threads_are_as_many_as_cores_and_memory_allow(monkeypatch):
     full, large = VIEW._replace(height=480, width=720, max_num_frames=49), VIEW._replace(height=4096, width=4096)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
-    assert dataset.decoding_threads(full) == 8
-    assert dataset.decoding_threads(large._replace(max_num_frames=81)) == 1
+    assert decoding_threads(full) == 8
+    assert decoding_threads(large._replace(max_num_frames=81)) == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert dataset.decoding_threads(full) == 4
+    assert decoding_threads(full) == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
-    assert dataset.decoding_threads(full) == 1
+    assert decoding_threads(full) == 1
 
 
 def new_latents(clips, folder):

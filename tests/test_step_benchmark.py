@@ -86,7 +86,7 @@ def check_training_script(monkeypatch, checkpoint, folder, **options):
     for name in ("red", "blue"):
         (clips / f"{name}.mp4").write_text(name)
     frames = torch.randint(0, 256, (9, 64, 96, 3), dtype=torch.uint8)
-    video = Video(96, 64, Fraction(1, 8), is_numbered=False, remarks=(), damage=())
+    video = Video(96, 64, 0, Fraction(1, 8), is_numbered=False, remarks=(), damage=())
     facts = Facts(96, 64, 8.0, 9, list(range(9)), 1.125, "", Source(video, list(range(9)), []))
     monkeypatch.setattr("clips.facts.read_facts", lambda video, view: facts._replace(content=video.name))
     monkeypatch.setattr("clips.frames.read_frames", lambda video, view, **options: frames)
