@@ -5,6 +5,7 @@ Shapes: F frames, H height, W width, C channels; lower-case f c h w are latent s
 
 import argparse
 import itertools
+import os
 import random
 import runpy
 import sys
@@ -22,16 +23,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
+from clips.clean import record_use
 from clips.facts import Facts, count_clips, examine, headline, list_problems, remarks
-from clips.frames import MEND, Source, View, decode, decoding_threads, describe_damage, first_image
+from clips.frames import MEND, View, decode, decoding_threads, describe_damage, first_image
+from clips.known import File, Notes, publish_in_cache
 from clips.listing import Clip
 from clips.order import Ranks, Timeline, count_held_out, epoch_batches, rank_batches
-from files import file_hash, hash_of, map_ahead, publish
+from files import hash_of, map_ahead
 
 if TYPE_CHECKING:  # encoders are passed in: this module needs no model library
     from cogvideox.encoders import Encoder
 
 WRITES_WAITING = 16  # bounds the memory of encoded clips that wait for the disk
+READING_THREADS = 8  # of one process, which wait for the disk most of the time
+SECONDS_PER_LIST = 30  # of notes on the files that are read for the first time
 SECONDS_TO_APPEAR = 90  # for a file that another machine has written
 
 
@@ -97,7 +102,9 @@ def encode_dataset(
     progress: Callable[..., Iterable],
     ranks: Ranks,
     everyone: Ranks,
+    used_by: Path,
     allow_damaged: bool = False,
+    check_all: bool = False,
 ) -> Data:
     """Encodes what the cache does not hold yet, each rank its share, once everything has been checked.
 
@@ -107,33 +114,41 @@ def encode_dataset(
         progress: wraps an iterable as tqdm does, called with (items, description, unit).
         ranks: the ranks that see the same cache, and so share its work.
         everyone: all ranks; where machines do not share a disk, each must have the whole dataset.
+        used_by: output directory of the run, for which `clips.clean` keeps these files.
         allow_damaged: remark on what the decoder reports of a damaged clip instead of refusing it.
+        check_all: read all files again, also those whose size and time of change are as they were.
 
     Raises:
         ValueError: lists all problems that probing finds, before anything is loaded or written, or else all that
             decoding and encoding find.
     """
-    vae, share = video_encoder.fingerprint, ranks.share(clips)
-    probed = ranks.gather_shares(probe_clips(share, view, cache=cache, encoder=vae, random_flip=random_flip))
-    _refuse(root, everyone, problems + [clip.problem for clip in probed if clip.problem])
+    notes, vae = Notes(cache), video_encoder.fingerprint
+    examined = examine_clips(clips, view, notes, ranks=ranks, progress=progress, check_all=check_all)
+    _refuse(root, everyone, problems + [problem for _, problem in examined if problem])
+    facts = [of_clip for of_clip, _ in examined]
+    probed = probe_cache(facts, view, cache=cache, encoder=vae, random_flip=random_flip)
 
     latents = [clip.paths for clip in probed]
     captions = {
         caption: cache_path(cache, "captions", caption=caption, encoder=text_encoder.fingerprint)
         for caption in [clip.caption for clip in clips] + prompts
     }
-    new_captions = [(caption, path) for caption, path in captions.items() if not path.exists()]
-    new_latents = missing_latents(clips, probed)
+    there = sizes_in(cache / "captions")
+    new_captions = [(caption, path) for caption, path in captions.items() if path.name not in there]
+    new_latents = missing_latents(clips, facts, probed)
     ranks.wait()  # no rank writes before all know what is missing
     cache_captions(ranks.share(new_captions), text_encoder, progress)
     problems = cache_latents(ranks.share(new_latents), view, video_encoder, progress)
     _refuse(root, everyone, problems)  # also keeps every rank here until all have written their share
 
     _wait_for_files(root, [path for paths in latents for path in paths] + list(captions.values()), everyone)
-    shapes, damage = zip(*(_latents_header(paths[0]) for paths in latents))
+    shapes, damage = zip(*latents_headers([paths[0] for paths in latents], notes, ranks))
+    notes.publish()
+    if ranks.index == 0:
+        record_use(cache, used_by, [path for paths in latents for path in paths] + list(captions.values()))
     if not allow_damaged:
         _refuse(root, everyone, [clip.problem(f"{of_clip}; {MEND}") for clip, of_clip in zip(clips, damage) if of_clip])
-    facts = [clip.facts._replace(damage=of_clip) for clip, of_clip in zip(probed, damage)]
+    facts = [of_clip._replace(damage=found) for of_clip, found in zip(facts, damage)]
     return Data(
         clips=CachedClips(latents, [captions[clip.caption] for clip in clips]),
         shapes=list(shapes),
@@ -154,11 +169,19 @@ def _on_older_cache(count: int) -> list[str]:
 
 
 def check_clips(
-    root: Path, clips: list[Clip], problems: list[str], view: View, *, ranks: Ranks, everyone: Ranks
+    root: Path,
+    clips: list[Clip],
+    problems: list[str],
+    view: View,
+    *,
+    notes: Notes,
+    ranks: Ranks,
+    everyone: Ranks,
+    progress: Callable[..., Iterable],
+    check_all: bool = False,
 ) -> list[Facts]:
     """Returns the facts of the clips; refuses the clips that `encode_dataset` would refuse."""
-    with ThreadPoolExecutor() as threads:
-        examined = ranks.gather_shares(list(threads.map(partial(examine, view=view), ranks.share(clips))))
+    examined = examine_clips(clips, view, notes, ranks=ranks, progress=progress, check_all=check_all)
     _refuse(root, everyone, problems + [problem for _, problem in examined if problem])
     return [facts for facts, _ in examined]
 
@@ -169,10 +192,10 @@ def unencoded(clips: list[Clip], facts: list[Facts], view: View, latent_shape: C
     Args:
         latent_shape: number of frames, height, width -> (f, h, w).
     """
-    files = [[Path(f"{of_clip.content}-{clip.image}")] for clip, of_clip in zip(clips, facts)]
+    files = [[Path(f"{of_clip.file.content}-{of_clip.image}")] for clip, of_clip in zip(clips, facts)]
     return Data(
         clips=CachedClips(files, [Path(clip.caption) for clip in clips]),
-        shapes=[latent_shape(len(of_clip.indices), view.height, view.width) for of_clip in facts],
+        shapes=[latent_shape(of_clip.num_seen, view.height, view.width) for of_clip in facts],
         prompts={},
         facts=facts,
         view=view,
@@ -189,57 +212,67 @@ def _refuse(root: Path, everyone: Ranks, problems: list[str]) -> None:
 # ---- what the cache does not hold ------------------------------------------------------------------------------------
 
 
+def examine_clips(
+    clips: list[Clip], view: View, notes: Notes, *, ranks: Ranks, progress: Callable[..., Iterable], check_all: bool
+) -> list[tuple[Facts | None, str | None]]:
+    """Returns the facts or the problem of each clip; each rank reads its share of the files that are not known."""
+    share, examined = ranks.share(clips), []
+    look = partial(examine, view=view, notes=notes, again=check_all)
+    published = time.monotonic()
+    with closing(map_ahead(look, share, READING_THREADS)) as looked_at:
+        for _, result in zip(progress(share, "Reading clips", "clip"), looked_at):
+            examined.append(result)
+            if time.monotonic() > published + SECONDS_PER_LIST:  # a first start may be stopped after hours
+                notes.publish()
+                published = time.monotonic()
+    notes.publish()
+    return ranks.gather_shares(examined)
+
+
 class Probed(NamedTuple):
-    """What is known of a clip before it is encoded: where its latents belong, or why it cannot be used."""
+    """What the cache holds of a clip."""
 
     paths: list[Path]  # of the cached latents: as filmed, then mirrored if flips were requested
     missing: list[bool]  # for each of the paths
     is_outdated: bool  # its latents are missing, but there are some of frames that decord read
-    facts: Facts | None
-    problem: str | None
 
 
-def probe_clips(clips: list[Clip], view: View, *, cache: Path, encoder: str, random_flip: bool) -> list[Probed]:
-    """Examines clips in parallel, and looks up their latents in the cache.
+def probe_cache(facts: list[Facts], view: View, *, cache: Path, encoder: str, random_flip: bool) -> list[Probed]:
+    """Looks up the latents of clips.
 
     Args:
         encoder: fingerprint of the VAE.
     """
-
-    def probe(clip: Clip) -> Probed:
-        facts, problem = examine(clip, view)
-        if problem:
-            return Probed([], [], False, None, problem)
-        key = view.cache_key() | {"video": facts.content, "encoder": encoder}
-        if view.with_image and clip.image:
-            key["image"] = file_hash(clip.image)
-        versions = [False, True] if random_flip else [False]
+    there, probed = sizes_in(cache / "latents"), []
+    versions = [False, True] if random_flip else [False]
+    for of_clip in facts:
+        key = view.cache_key() | {"video": of_clip.file.content, "encoder": encoder}
+        if view.with_image and of_clip.image:
+            key["image"] = of_clip.image
         paths = [cache_path(cache, "latents", **key, mirrored=mirrored) for mirrored in versions]
-        missing = [not path.exists() for path in paths]
+        missing = [path.name not in there for path in paths]
         older = {name: value for name, value in key.items() if name != "video_decoder"}
-        is_outdated = missing[0] and cache_path(cache, "latents", **older, mirrored=False).exists()
-        return Probed(paths, missing, is_outdated, facts, None)
-
-    with ThreadPoolExecutor() as threads:
-        return list(threads.map(probe, clips))
+        is_outdated = missing[0] and cache_path(cache, "latents", **older, mirrored=False).name in there
+        probed.append(Probed(paths, missing, is_outdated))
+    return probed
 
 
 class NewLatents(NamedTuple):
     """A clip to encode, and the file for its latents."""
 
     clip: Clip
-    source: Source
+    file: File
     mirrored: bool
     path: Path
 
 
-def missing_latents(clips: list[Clip], probed: list[Probed]) -> list[NewLatents]:
+def missing_latents(clips: list[Clip], facts: list[Facts], probed: list[Probed]) -> list[NewLatents]:
     """Returns what is to be encoded, clips of one length together; a video that is listed twice is encoded once."""
     new = {}
-    for clip, probe in zip(clips, probed):
+    for clip, of_clip, probe in zip(clips, facts, probed):
         for mirrored, path, missing in zip([False, True], probe.paths, probe.missing):
             if missing:
-                new[path] = len(probe.facts.indices), NewLatents(clip, probe.facts.source, mirrored, path)
+                new[path] = of_clip.num_seen, NewLatents(clip, of_clip.file, mirrored, path)
     return [latents for _, latents in sorted(new.values(), key=itemgetter(0))]
 
 
@@ -307,11 +340,13 @@ def cache_latents(new: list[NewLatents], view: View, encoder: "Encoder", progres
 def _decode(view: View, problems: list[tuple[int, str]], new: NewLatents) -> Decoded | None:
     damage = []
     try:
-        frames = decode(new.clip, view, mirrored=new.mirrored, source=new.source, damage=damage)
+        frames = decode(new.clip, view, mirrored=new.mirrored, file=new.file, damage=damage)
     except ValueError as error:
         problems.append((new.clip.line, str(error)))
         return None
-    image = first_image(new.clip, frames, view, mirrored=new.mirrored) if view.with_image else None
+    image = None
+    if view.with_image:
+        image = first_image(new.clip, frames, view, mirrored=new.mirrored, file=new.file)
     return Decoded(new, frames, image, describe_damage(damage) if damage else "")
 
 
@@ -362,17 +397,11 @@ def cache_path(cache: Path, kind: str, **content) -> Path:
 
 
 def write_cached(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Publishes a file of tensors; raises a ValueError if the disk is full or the folder cannot be written.
+    """Publishes a file of tensors.
 
     safetensors' own save_file is not used: it reports a full disk as an exception of its own.
     """
-    try:
-        publish(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
-    except OSError as error:
-        raise ValueError(
-            f"{path.parent}: cannot write the cache ({error.strerror}); it takes about 5 MB per clip and 2 MB per "
-            "caption: make room, or pass a writable folder as --latents_cache_dir; what has been encoded is kept"
-        ) from error
+    publish_in_cache(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
 
 
 def load_prompt_embeds(path: Path) -> torch.Tensor:
@@ -388,7 +417,8 @@ def _wait_for_files(root: Path, files: list[Path], everyone: Ranks) -> None:
         raise ValueError(
             f"{root}: the machines of this run see different clips or captions there; copy one to all machines"
         )
-    for path in files:
+    there = {folder: sizes_in(folder) for folder in {path.parent for path in files}}
+    for path in (path for path in files if path.name not in there[path.parent]):
         deadline = time.monotonic() + SECONDS_TO_APPEAR
         while not path.exists():
             if time.monotonic() > deadline:
@@ -398,6 +428,29 @@ def _wait_for_files(root: Path, files: list[Path], everyone: Ranks) -> None:
                     "on another disk"
                 )
             time.sleep(0.5)
+
+
+def sizes_in(folder: Path) -> dict[str, int]:
+    """Returns the names and sizes in bytes of the files in a folder, which need not exist."""
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if not entry.name.startswith(".")}
+
+
+def latents_headers(paths: list[Path], notes: Notes, ranks: Ranks) -> list[tuple[tuple[int, ...], str | None]]:
+    """Returns what `_latents_header` does of each file; each rank reads its share of those that are not known."""
+    there = {folder: sizes_in(folder) for folder in {path.parent for path in paths}}
+    headers = []
+    for path in ranks.share(paths):
+        key = ["latents", path.name, there[path.parent].get(path.name)]
+        header = notes.get(key)
+        if not header:
+            header = _latents_header(path)
+            notes.add(key, header)
+        shape, damage = header
+        headers.append((tuple(shape), damage))
+    return ranks.gather_shares(headers)
 
 
 def _latents_header(path: Path) -> tuple[tuple[int, ...], str | None]:
@@ -448,9 +501,9 @@ def micro_batches(
 
 
 if __name__ == "__main__":
-    programs = {"preview": "pages.preview", "check": "clips.check", "export": "clips.export"}
-    usage = "python dataset.py {preview,check,export} FOLDER [options]   (see python dataset.py check --help)"
-    parser = argparse.ArgumentParser(usage=usage, description="Shows what a model will see of a dataset.")
+    programs = {"preview": "pages.preview", "check": "clips.check", "export": "clips.export", "clean": "clips.clean"}
+    usage = "python dataset.py {preview,check,export,clean} FOLDER [options]   (see python dataset.py check --help)"
+    parser = argparse.ArgumentParser(usage=usage, description="Shows and checks what a model will see of a dataset.")
     parser.add_argument("command", choices=list(programs))
     command = parser.parse_args(sys.argv[1:2]).command
     del sys.argv[1]

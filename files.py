@@ -78,6 +78,15 @@ def _near(name: str, known: list[str]) -> str:
     return f"did you mean {' or '.join(near[:3])}?" if near else "--help lists all of them"
 
 
+def run_command(parser: argparse.ArgumentParser, command: Callable[[], None]) -> None:
+    """Runs a command; ends with exit code 2 and its message if it refuses something."""
+    try:
+        command()
+    except (ValueError, FileNotFoundError) as error:
+        sys.stdout.flush()
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
 def expanded_path(text: str) -> Path:
     """Returns the path with ~ expanded, which a quoted path would keep."""
     return Path(text).expanduser()

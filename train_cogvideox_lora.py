@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 import dataset
 from clips import frames, listing
 from clips.frames import image_problems
+from clips.known import CACHE, Notes
 from clips.order import Ranks, Timeline, count_held_out, make_timeline
 from cogvideox import budget, compute, encoders, lora
 from cogvideox.base_model import BaseModel, check_training, download_weights, read_base_model, read_text_encoder_config
@@ -104,11 +105,15 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     source("--dataset_name", metavar="NAME", help="dataset repository on the hub, downloaded and read like a folder")
     data = group.add_argument
     cache = "folder for encoded clips and captions (default: .cogvideox_cache in the data's folder)"
+    again = "read all clips again, also those whose size and time of change are as at the last start"
+    encode = "encode what the cache lacks, and end"
     workers = "processes that read the cache; 0: a thread of the training process reads it"
     precision = "precision of T5's weights; bf16: unquantised, in the compute dtype; int8: half the memory"
     device = "where T5 encodes captions; accelerator: the GPU if there is one; cpu: slower, without GPU memory"
     tiling = "run the VAE in tiles: less memory, slower, slightly different latents; auto: only if memory is short"
     data("--latents_cache_dir", type=expanded_path, metavar="FOLDER", help=cache)
+    data("--check_all", action="store_true", help=again)
+    data("--encode_only", action="store_true", help=encode)
     data("--dataloader_num_workers", type=at_least(0), default=0, metavar="N", help=workers)
     data("--text_encoder_precision", choices=["bf16", "int8"], default="bf16", help=precision)
     data("--text_encoder_device", choices=["accelerator", "cpu"], default="accelerator", help=device)
@@ -252,7 +257,7 @@ def plan_memory(args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, d
     if accelerator.is_fsdp2:  # the rehearsal does not model shards; tiles are on the safe side
         plan = plan._replace(phases=())
     accelerator.print(*budget.describe(plan), sep="\n")
-    if plan.impossible and not args.allow_oversubscription:
+    if plan.impossible and not (args.allow_oversubscription or args.encode_only):
         raise ValueError(budget.refusal(plan))
     return plan
 
@@ -278,7 +283,7 @@ def read_listed(args: argparse.Namespace, base: BaseModel) -> Listed:
     count_held_out(args.validation_split, len(clips))  # before hours of encoding
     problems += image_problems([image for image in validation.images(args) if image], "--validation_images")
     view = frames.view_of(args, with_image=base.takes_image, whole=base.fixed_size is not None)
-    return Listed(root, clips, problems, view, cache=args.latents_cache_dir or root / ".cogvideox_cache")
+    return Listed(root, clips, problems, view, cache=args.latents_cache_dir or root / CACHE)
 
 
 def prepare_data(
@@ -292,7 +297,17 @@ def prepare_data(
     accelerator.print(listing.describe_layout(root, args.caption_column, args.video_column))
     sharing = processes.sharing(ranks, cache, "--latents_cache_dir")
     if not base.folder:  # clips are checked before weights are downloaded
-        dataset.check_clips(root, clips, problems, view, ranks=sharing, everyone=ranks)
+        dataset.check_clips(
+            root,
+            clips,
+            problems,
+            view,
+            notes=Notes(cache),
+            ranks=sharing,
+            everyone=ranks,
+            progress=partial(progress_bar, accelerator),
+            check_all=args.check_all,
+        )
     base = download_weights(base)
     video_encoder, text_encoder = encoders.encoders(
         base,
@@ -316,6 +331,8 @@ def prepare_data(
         progress=partial(progress_bar, accelerator),
         ranks=sharing,
         everyone=ranks,
+        used_by=args.output_dir,
+        check_all=args.check_all,
         allow_damaged=args.allow_damaged,
     )
     if accelerator.device.type == "cuda":  # later peaks are those of training
@@ -338,7 +355,8 @@ def plan_updates(args, data: Data, ranks: Ranks, position: dict) -> Timeline:
 
 
 def progress_bar(accelerator: Accelerator, items: Iterable | None, description: str, unit: str, **options) -> tqdm:
-    return tqdm(items, description, unit=unit, disable=not accelerator.is_main_process, **options)
+    is_shown = accelerator.is_main_process
+    return tqdm(items, description, unit=unit, disable=not is_shown, delay=1 if items else 0, **options)
 
 
 # ---- what is trained -------------------------------------------------------------------------------------------------
@@ -626,7 +644,17 @@ def report_dry_run(
     """Says what the run will do and take from `position` on, once the clips and the disk space for it are checked."""
     root, clips, problems, view, cache = read_listed(args, base)
     accelerator.print(listing.describe_layout(root, args.caption_column, args.video_column))
-    facts = dataset.check_clips(root, clips, problems, view, ranks=ranks, everyone=ranks)
+    facts = dataset.check_clips(
+        root,
+        clips,
+        problems,
+        view,
+        notes=Notes(cache, read_only=True),
+        ranks=ranks,
+        everyone=ranks,
+        progress=partial(progress_bar, accelerator),
+        check_all=args.check_all,
+    )
     data, held_out = dataset.unencoded(clips, facts, view, base.latent_shape).split(args.validation_split, args.seed)
     timeline = plan_updates(args, data, ranks, position)
     level = memory_plan.gradient_checkpointing
@@ -669,7 +697,7 @@ def main(args: argparse.Namespace) -> None:
             lambda: checkpoints.starting_point(args.output_dir, args.resume_from_checkpoint, fixed, derived_options),
         )
         make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], batches_per_step=1)  # refuses missing packages
-        uploads = args.push_to_hub and not args.dry_run
+        uploads = args.push_to_hub and not args.dry_run and not args.encode_only
         if uploads:
             hub_repo = processes.from_main(accelerator, partial(hub.create_hub_repo, args.hub_model_id, args.hub_token))
         memory_plan = plan_memory(args, accelerator, ranks, base, dtype)
@@ -680,6 +708,10 @@ def main(args: argparse.Namespace) -> None:
 
         # Data: read, checked and encoded, before the transformer comes in.
         base, data, held_out = prepare_data(args, accelerator, ranks, base=base, dtype=dtype, memory_plan=memory_plan)
+        if args.encode_only:
+            accelerator.print(*describe_data(data, held_out), "encoded: nothing was trained (--encode_only)", sep="\n")
+            end(accelerator)
+            return
         timeline = plan_updates(args, data, ranks, position)
 
         # What is trained is in float32, what is frozen in the compute dtype.

@@ -59,7 +59,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 MAX_LENGTH = 226  # tokens of a caption
 # Functions that are timed separately: module, name, and name in the result.
 STAGES = (
-    (dataset, "probe_clips", "probe"),
+    (dataset, "examine_clips", "probe"),
     (frames, "read_frames", "decode"),  # includes resizing, which is subtracted later
     (frames, "resize_and_crop", "resize"),
     (dataset, "write_cached", "write"),
@@ -175,6 +175,7 @@ def preprocess(work: Work, cache: Path, encode_videos: Callable, encode_captions
         progress=lambda items, *_: items,
         ranks=Ranks(),
         everyone=Ranks(),
+        used_by=cache,
     )
 
 

@@ -4,7 +4,6 @@ Needs no model and no GPU. The exit code is 0 if the dataset can be trained on, 
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -17,7 +16,7 @@ from clips import frames, listing
 from clips.facts import Facts, examine, headline, list_problems, remarks
 from clips.frames import MEND, View, decode, decoding_threads, describe_damage
 from clips.listing import Clip, read_clips
-from files import at_least, expanded_path, map_ahead, parse_options
+from files import at_least, expanded_path, map_ahead, parse_options, run_command
 
 
 class Seen(NamedTuple):
@@ -64,7 +63,7 @@ def _look(clip: Clip, view: View, *, allow_damaged: bool) -> Seen:
         return Seen(clip, None, None, problem)
     damage = []
     try:
-        seen = decode(clip, view, mirrored=False, source=facts.source, damage=damage)
+        seen = decode(clip, view, mirrored=False, file=facts.file, damage=damage)
     except ValueError as error:
         return Seen(clip, facts, None, str(error))
     if damage and not allow_damaged:
@@ -85,15 +84,6 @@ def report(args: argparse.Namespace, all_seen: list[Seen], problems: list[str], 
         raise ValueError(list_problems(args.folder, problems, consequence))
 
 
-def run(parser: argparse.ArgumentParser, program: Callable[[], None]) -> None:
-    """Runs a program; ends with exit code 2 and its message if it refuses something."""
-    try:
-        program()
-    except (ValueError, FileNotFoundError) as error:
-        sys.stdout.flush()
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-
-
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     about = "Reads all that a model would see of a dataset, and says what is wrong with it; exit code 0 or 2."
     parser = argparse.ArgumentParser("python dataset.py check", description=about, allow_abbrev=False)
@@ -109,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     def check() -> None:
         report(args, *see(args, each=lambda seen: None), consequence="training refuses it")
 
-    run(parser, check)
+    run_command(parser, check)
 
 
 if __name__ == "__main__":

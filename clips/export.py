@@ -11,14 +11,16 @@ from PIL import Image
 
 from clips import check, frames
 from clips.check import Seen
-from files import expanded_path, parse_options, write_json
+from clips.frames import View, choose_source
+from files import expanded_path, parse_options, run_command, write_json
 
 
-def write_clip(folder: Path, seen: Seen) -> None:
+def write_clip(folder: Path, seen: Seen, view: View) -> None:
     folder.mkdir(parents=True)
     for number, frame in enumerate(seen.frames.numpy()):
         Image.fromarray(frame).save(folder / f"{number:03d}.png")
-    about = {"source": str(seen.clip.video), "caption": seen.clip.caption, "times": seen.facts.source.seconds}
+    seconds = choose_source(seen.clip.video, seen.facts.file, view).seconds
+    about = {"source": str(seen.clip.video), "caption": seen.clip.caption, "times": seconds}
     write_json(folder / "frames.json", about)
 
 
@@ -39,11 +41,12 @@ def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
 
     def export() -> None:
-        write = lambda seen: write_clip(args.output_dir / f"{seen.clip.line:05d}", seen)  # noqa: E731
+        view = frames.view_of(args, with_image=False, whole=False)
+        write = lambda seen: write_clip(args.output_dir / f"{seen.clip.line:05d}", seen, view)  # noqa: E731
         all_seen, problems = check.see(args, each=write)
         check.report(args, all_seen, problems, consequence="the other clips are written")
 
-    check.run(parser, export)
+    run_command(parser, export)
 
 
 if __name__ == "__main__":

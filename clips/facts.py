@@ -9,7 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from clips.frames import Source, View, choose_source, covering_scale, read_image
+from clips.frames import View, choose_source, covering_scale, read_image
+from clips.known import File, Notes, file_key, look_at
 from clips.listing import Clip
 from files import file_hash
 
@@ -21,10 +22,11 @@ class Facts(NamedTuple):
     height: int
     fps: float  # mean, where frames are unevenly spaced
     num_frames: int
-    indices: list[int]  # of the frames that the model sees
+    num_seen: int  # frames that the model sees
+    num_distinct: int  # of them: fewer where the file has fewer frames per second than the model
     seen_until: float  # end of the last of them, in seconds from the start of the file
-    content: str  # hash of the file
-    source: Source  # how the frames are read
+    file: File
+    image: str | None = None  # hash of the image that the video starts from
     damage: str | None = None  # "is damaged at ..."; None: it is not, or has not been decoded yet
 
     @property
@@ -36,11 +38,6 @@ class Facts(NamedTuple):
         """Seconds at the end that the model does not see; frames skipped at the start are not counted."""
         return max(self.seconds - self.seen_until, 0)
 
-    @property
-    def repeats(self) -> bool:
-        """Whether the model sees a frame twice, because the file has fewer frames per second than the model."""
-        return len(set(self.indices)) < len(self.indices)
-
     def scale(self, view: View) -> float:
         """Returns the factor by which frames are resized; above 1 they are enlarged."""
         return covering_scale(self.height, self.width, view.height, view.width)
@@ -50,20 +47,29 @@ class Facts(NamedTuple):
         return 1 - view.height * view.width / (self.height * self.width * self.scale(view) ** 2)
 
 
-def examine(clip: Clip, view: View) -> tuple[Facts | None, str | None]:
-    """Returns the facts of a clip, or its problem: why the clip cannot be used."""
+def examine(
+    clip: Clip, view: View, notes: Notes | None = None, *, again: bool = False
+) -> tuple[Facts | None, str | None]:
+    """Returns the facts of a clip, or its problem: why the clip cannot be used.
+
+    Args:
+        notes: what is known of its files, which need not be read then, and where what is found out is added.
+        again: read them all the same.
+    """
+    notes = notes or Notes()
     for file in filter(None, (clip.video, clip.image)):
         if problem := _not_a_file(file):
             return None, clip.problem(problem, file)
     try:
-        facts = read_facts(clip.video, view)
+        facts = facts_of(clip.video, look_at(clip.video, notes, again=again), view)
     except ValueError as error:
         return None, clip.problem(str(error))
     if clip.image:
         try:
-            read_image(clip.image, view.height, view.width)
+            image = _image_hash(clip.image, notes, again=again)
         except ValueError as error:
             return None, clip.problem(str(error), clip.image)
+        facts = facts._replace(image=image)
     return facts, None
 
 
@@ -86,11 +92,20 @@ def _not_a_file(path: Path) -> str | None:
     return "no such file; correct the path, which is relative to the dataset's folder"
 
 
-def read_facts(video: Path, view: View) -> Facts:
-    """Returns the facts of an existing file; raises a ValueError if it cannot be read, or gives too little."""
-    if video.stat().st_size == 0:
-        raise ValueError("the file is empty; copy it again, or remove the clip from the lists")
-    source, seconds, indices = choose_source(video, view)
+def _image_hash(path: Path, notes: Notes, *, again: bool) -> str:
+    """Returns the hash of an image file; raises a ValueError if it cannot be read as an image."""
+    key = file_key("image", path)
+    content = None if again else notes.get(key)
+    if not content:
+        read_image(path, 16, 16)
+        content = file_hash(path)
+        notes.add(key, content)
+    return content
+
+
+def facts_of(path: Path, file: File, view: View) -> Facts:
+    """Returns the facts of a file; raises a ValueError if it gives too few frames."""
+    video, indices, _, seconds = choose_source(path, file, view)
     if view.whole and len(indices) < view.max_num_frames:
         raise ValueError(
             f"gives {len(indices)} frames at --fps {view.fps}, and this base model needs {view.max_num_frames}; use a "
@@ -98,14 +113,14 @@ def read_facts(video: Path, view: View) -> Facts:
         )
     span = float(seconds[-1] - seconds[0])
     return Facts(
-        width=source.video.width,
-        height=source.video.height,
+        width=video.width,
+        height=video.height,
         fps=(len(seconds) - 1) / span if span else float(view.fps),
         num_frames=len(seconds),
-        indices=indices,
+        num_seen=len(indices),
+        num_distinct=len(set(indices)),
         seen_until=float(seconds[indices[0]] - seconds[0]) + len(indices) / view.fps,
-        content=file_hash(video),
-        source=source,
+        file=file,
     )
 
 
@@ -113,7 +128,7 @@ def headline(facts: list[Facts], view: View) -> str:
     """Returns one line on the sizes, rates and lengths of all clips, in the files and as the model sees them."""
     sizes = sorted({(fact.width, fact.height) for fact in facts}, key=math.prod)
     rates = sorted({round(fact.fps, 2) for fact in facts})
-    (longest, count), *others = sorted(Counter(len(fact.indices) for fact in facts).items(), reverse=True)
+    (longest, count), *others = sorted(Counter(fact.num_seen for fact in facts).items(), reverse=True)
     lengths = [f"{count} of {longest} frames", *(f"{count} of {length}" for length, count in others)]
     return (
         f"{count_clips(len(facts))} of {_range([f'{width}x{height}' for width, height in sizes])} at "
@@ -133,7 +148,7 @@ def remarks(clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
         lines.append(f"not seen: {', '.join(not_seen)}")
     if enlarged := sum(fact.scale(view) > 1 for fact in facts):
         lines.append(f"scaled up, so less sharp than others of this size: {count_clips(enlarged)}")
-    if slower := sum(fact.repeats for fact in facts):
+    if slower := sum(fact.num_distinct < fact.num_seen for fact in facts):
         lines.append(f"slower than {view.fps} fps, so some frames are seen twice: {count_clips(slower)}")
     return lines + _pictures(clips, facts) + _repetitions(clips, facts)
 
@@ -142,14 +157,14 @@ def _pictures(clips: list[Clip], facts: list[Facts]) -> list[str]:
     """Returns the lines on what is unusual about the pictures of some videos."""
     clips_of_remark = {}
     for clip, fact in zip(clips, facts):
-        for remark in (*fact.source.video.remarks, *filter(None, [fact.damage])):
+        for remark in (*fact.file.video.remarks, *filter(None, [fact.damage])):
             clips_of_remark.setdefault(remark, []).append(clip)
     return [f"{_enumeration(group)}: {remark}" for remark, group in clips_of_remark.items()]
 
 
 def _repetitions(clips: list[Clip], facts: list[Facts]) -> list[str]:
     """Returns the lines on videos and captions that are listed more than once, the most frequent first."""
-    videos, captions = [fact.content for fact in facts], [clip.caption for clip in clips]
+    videos, captions = [fact.file.content for fact in facts], [clip.caption for clip in clips]
     lines = []
     for kind, contents in (("video", videos), ("caption", captions)):
         groups = {}  # content -> clips

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from clips import decord_reader
+from clips.known import File, look_at
 from clips.listing import Clip
-from clips.video import Damage, Video, examine_video, read_pictures
-from files import at_least, file_hash
+from clips.video import Damage, Video, read_pictures
+from files import at_least
 
 MEND = "copy it again, cut the part out, or train on it as it is with --allow_damaged"
 TIE_SECONDS = 1e-6  # a time halfway between two frames is the earlier's, whatever the last bits of both say
@@ -141,26 +142,30 @@ class Source(NamedTuple):
     """What of a file is read."""
 
     video: Video
-    times: list[int]  # when the frames are shown that the model sees, in the file's units; decord: their numbers
-    seconds: list[float]  # the same, on the clock of the file
+    indices: list[int]  # of the frames that the model sees
+    times: list[int]  # when they are shown, in units of video.time_base
+    file_seconds: np.ndarray  # when each frame of the file is shown, from the first on
+
+    @property
+    def seconds(self) -> list[float]:
+        """When the frames that the model sees are shown, on the clock of the file, which may start late."""
+        return [float(time * self.video.time_base) for time in self.times]
 
 
-def choose_source(path: Path, view: View) -> tuple[Source, np.ndarray, list[int]]:
-    """Returns what of a file is read, the time of every frame in seconds, and which of them the model sees.
+def choose_source(path: Path, file: File, view: View) -> Source:
+    """Returns what of a file is read.
 
     Raises:
-        ValueError: the file cannot be read, or gives no frame.
+        ValueError: nothing is left after the skips, or decord reads the file wrong.
     """
-    video, times = examine_video(path)
+    video, times = file.video, file.times
     seconds = (times - times[0]) * float(video.time_base)
     if view.video_decoder == "decord":
         seconds = decord_reader.frame_seconds(path, seconds)
     indices = choose_frames(seconds, view)
     end = float(times[indices[-1]] * video.time_base) + 1 / view.fps
     video = video._replace(damage=tuple(damage for damage in video.damage if damage.seconds <= end))
-    shown = times[indices].tolist()
-    shown_seconds = [float(time * video.time_base) for time in shown]
-    return Source(video, indices if view.video_decoder == "decord" else shown, shown_seconds), seconds, indices
+    return Source(video, indices, times[indices].tolist(), seconds)
 
 
 def covering_scale(height: int, width: int, to_height: int, to_width: int) -> float:
@@ -194,25 +199,26 @@ def resize_and_crop(
 
 
 def read_frames(
-    path: Path, view: View, *, mirrored: bool, source: Source | None = None, damage: list[Damage] | None = None
+    path: Path, view: View, *, mirrored: bool, file: File | None = None, damage: list[Damage] | None = None
 ) -> torch.Tensor:
     """Returns the frames that the model sees, uint8 [F, H, W, C].
 
     Args:
-        source: result of `choose_source`, where it is known already.
+        file: what it holds, where that is known already.
         damage: receives what the decoder reports of the file; None: damage is an error.
 
     Raises:
         ValueError: the file cannot be read.
     """
-    video, times, _ = source or choose_source(path, view)[0]
+    file = file or look_at(path)
+    video, indices, times, _ = choose_source(path, file, view)
     reports = [] if damage is None else damage
     reports += video.damage
     if view.video_decoder == "decord":
-        pictures, shown_size = decord_reader.read_pictures(path, times), None
+        pictures, shown_size = decord_reader.read_pictures(path, indices), None
     else:
         pictures, shown_size = read_pictures(path, video, times, reports), (video.height, video.width)
-    position, parts = _crop_position(path, view), []
+    position, parts = _crop_position(file, view), []
     while pictures_of_part := list(itertools.islice(pictures, PICTURES_AT_ONCE)):
         part = torch.from_numpy(np.stack(pictures_of_part))
         parts.append(resize_and_crop(part, view.height, view.width, position, shown_size))
@@ -235,18 +241,18 @@ def decoding_threads(view: View) -> int:
     return max(1, min(8, cores, BYTES_DECODED_AHEAD // clip_bytes))
 
 
-def decode(clip: Clip, view: View, *, mirrored: bool, source: Source, damage: list[Damage]) -> torch.Tensor:
+def decode(clip: Clip, view: View, *, mirrored: bool, file: File, damage: list[Damage]) -> torch.Tensor:
     """Returns `read_frames` of a clip's video; raises a ValueError that names the clip if decoding stops midway."""
     try:
-        return read_frames(clip.video, view, mirrored=mirrored, source=source, damage=damage)
+        return read_frames(clip.video, view, mirrored=mirrored, file=file, damage=damage)
     except ValueError as error:
         raise ValueError(clip.problem(str(error))) from error
 
 
-def _crop_position(video: Path, view: View) -> tuple[float, float]:
+def _crop_position(file: File, view: View) -> tuple[float, float]:
     if view.crop == "center":
         return 0.5, 0.5
-    draw = random.Random(f"{view.seed} {file_hash(video)}")
+    draw = random.Random(f"{view.seed} {file.content}")
     return draw.random(), draw.random()
 
 
@@ -272,9 +278,9 @@ def image_problems(paths: list[Path], option: str) -> list[str]:
     return problems
 
 
-def first_image(clip: Clip, frames: torch.Tensor, view: View, *, mirrored: bool) -> torch.Tensor:
+def first_image(clip: Clip, frames: torch.Tensor, view: View, *, mirrored: bool, file: File) -> torch.Tensor:
     """Returns the image that an image-to-video model starts from, uint8 [H, W, C]; `frames` are from `decode`."""
     if clip.image is None:
         return frames[0]
-    image = read_image(clip.image, view.height, view.width, _crop_position(clip.video, view))
+    image = read_image(clip.image, view.height, view.width, _crop_position(file, view))
     return image.flip(1) if mirrored else image

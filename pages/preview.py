@@ -27,7 +27,7 @@ from clips.listing import Clip, read_clips
 from clips.video import Damage
 from cogvideox.base_model import BaseModel, check_training, load_tokenizer, read_base_model
 from cogvideox.encoders import cut_caption
-from files import at_least, expanded_path, parse_options, publish
+from files import at_least, expanded_path, parse_options, publish, run_command
 
 FRAMES_PER_CLIP = 5  # among them the first and the last
 CELL, GAP, MARGIN = 240, 6, 16  # pixels: longest side of a frame in the sheet, between frames, around rows
@@ -128,7 +128,7 @@ def _describe(fact: Facts, view: View) -> tuple[str, ...]:
         f"{fact.width}x{fact.height}",
         f"{round(fact.fps, 2):g}",
         f"{fact.seconds:.2f}",
-        f"{fact.num_frames} -> {len(fact.indices)}",
+        f"{fact.num_frames} -> {fact.num_seen}",
         f"{unseen:.2f} s" if unseen >= 0.005 else "-",
         f"{100 * fact.cropped(view):.0f} %" if fact.cropped(view) >= 0.005 else "-",
         f"to {100 * scale:.0f} %" if scale != 1 else "-",
@@ -145,7 +145,7 @@ def spread(facts: list[Facts]) -> list[str]:
     sizes = Counter(f"{fact.width}x{fact.height}" for fact in facts)
     rates = Counter(f"{round(fact.fps, 2):g}" for fact in facts)
     seconds = [fact.seconds for fact in facts]
-    buckets = Counter(len(fact.indices) for fact in facts)
+    buckets = Counter(fact.num_seen for fact in facts)
     return [
         f"pixels: {_counts(sizes)}",
         f"fps: {_counts(rates)}",
@@ -206,10 +206,10 @@ def clip_row(root: Path, clip: Clip, fact: Facts, view: View, *, random_flip: bo
     Args:
         damage: receives what the decoder reports.
     """
-    shown = decode(clip, view, mirrored=False, source=fact.source, damage=damage)  # [F, H, W, C]
+    shown = decode(clip, view, mirrored=False, file=fact.file, damage=damage)  # [F, H, W, C]
     cells = [(f"{i / view.fps:.2f} s", thumbnail(shown[i])) for i in evenly_spaced(len(shown), FRAMES_PER_CLIP)]
     if clip.image:
-        cells.insert(0, ("image", thumbnail(first_image(clip, shown, view, mirrored=False))))
+        cells.insert(0, ("image", thumbnail(first_image(clip, shown, view, mirrored=False, file=fact.file))))
     if random_flip:
         cells.append(("mirrored", thumbnail(shown[0].flip(1))))
     size, rate, seconds, counts, *_ = _describe(fact, view)
@@ -387,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
         if problems := preview(args):
             raise ValueError(list_problems(args.folder, problems, "training refuses it"))
 
-    check.run(parser, program)
+    run_command(parser, program)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def look_ahead(
     """
     base, itemsize = models.base, settings.dtype.itemsize
     config, cache = base.transformer, 0
-    for num_frames in {of_clip.content: len(of_clip.indices) for of_clip in facts}.values():  # each video once
+    for num_frames in {of_clip.file.content: of_clip.num_seen for of_clip in facts}.values():  # each video once
         f, h, w = base.latent_shape(num_frames, settings.height, settings.width)
         cache += views * 2 * config["out_channels"] * f * h * w * itemsize
         if base.takes_image:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dataset
+from clips.facts import examine
 from clips.frames import View, choose_frames, read_frames, resize_and_crop, trainable_length
 from clips.listing import Clip, read_clips
 from clips.order import Ranks, epoch_batches, make_timeline, rank_batches
@@ -200,14 +201,12 @@ def test_frames_read_are_the_frames_of_the_file(tmp_path):
     ],
     ids=["as filmed and mirrored", "the seed does nothing", "random crop", "image-to-video", "an image of its own"],
 )
-def test_caches_of_earlier_versions_are_found(monkeypatch, changes, image, names):
+def test_caches_of_earlier_versions_are_found(changes, image, names):
     """The names were computed by the version before the modules were split into folders; users have such files."""
     view = View(480, 720, 8, 49, 0, 0, "center", 42, video_decoder="decord")._replace(**changes)
-    facts = SimpleNamespace(content="video content")
-    monkeypatch.setattr(dataset, "examine", lambda clip, view: (facts, None))
-    monkeypatch.setattr(dataset, "file_hash", lambda path: "image content")
-    clip = Clip(Path("a.mp4"), "a cat", 1, image)
-    (probed,) = dataset.probe_clips([clip], view, cache=Path("cache"), encoder="encoder", random_flip=len(names) == 2)
+    facts = SimpleNamespace(file=SimpleNamespace(content="video content"), image=image and "image content")
+    flip = len(names) == 2
+    (probed,) = dataset.probe_cache([facts], view, cache=Path("cache"), encoder="encoder", random_flip=flip)
     assert probed.paths == [Path(f"cache/latents/{name}.safetensors") for name in names]
 
 
@@ -218,7 +217,8 @@ def test_captions_cached_by_earlier_versions_are_found():
 
 def test_whatever_changes_the_frames_changes_the_place_in_the_cache(tmp_path):
     def path(clip, view=VIEW, encoder="vae", random_flip=False):
-        return dataset.probe_clips([clip], view, cache=tmp_path, encoder=encoder, random_flip=random_flip)[0].paths
+        facts, _ = examine(clip, view)
+        return dataset.probe_cache([facts], view, cache=tmp_path, encoder=encoder, random_flip=random_flip)[0].paths
 
     clip = Clip(make_video(tmp_path / "a.mp4"), "a", 1)
     other = Clip(make_video(tmp_path / "b.mp4", num_frames=17), "b", 2)
@@ -234,9 +234,10 @@ def test_what_does_not_change_the_frames_does_not(tmp_path):
     copy = tmp_path / "another name.mp4"
     copy.write_bytes(original.read_bytes())
     clips = [Clip(original, "a", 1), Clip(copy, "b", 2)]
-    probe = partial(dataset.probe_clips, cache=tmp_path, encoder="vae", random_flip=False)
-    first, second = probe(clips, VIEW)
-    (reseeded,) = probe(clips[:1], VIEW._replace(seed=5))
+    facts = [examine(clip, VIEW)[0] for clip in clips]
+    probe = partial(dataset.probe_cache, cache=tmp_path, encoder="vae", random_flip=False)
+    first, second = probe(facts, VIEW)
+    (reseeded,) = probe(facts[:1], VIEW._replace(seed=5))
     assert first.paths == second.paths == reseeded.paths
 
 
@@ -268,7 +269,7 @@ def test_an_interrupted_encoding_pass_continues_where_it_was(tmp_path):
             tmp_path, clips, [], VIEW, cache=tmp_path / "cache", prompts=[""], random_flip=False,
             video_encoder=Encoder("v", load, lambda shape: 1),
             text_encoder=Encoder("t", lambda: _Context(lambda texts: torch.zeros(1, 3, 2)), lambda shape: 1),
-            progress=lambda items, *_: items, ranks=Ranks(), everyone=Ranks(),
+            progress=lambda items, *_: items, ranks=Ranks(), everyone=Ranks(), used_by=tmp_path,
         )  # fmt: skip
 
     with pytest.raises(KeyboardInterrupt):

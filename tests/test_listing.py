@@ -9,7 +9,7 @@ import pytest
 from make_example import make_clips
 from PIL import Image
 
-from clips.facts import examine, read_facts, remarks
+from clips.facts import examine, remarks
 from clips.frames import View
 from clips.listing import BESIDE, LISTS, SAT, Clip, find_layout, read_clips
 from cogvideox.lora_files import LORA_FILE
@@ -90,7 +90,7 @@ def test_remarks_name_clips_as_their_layout_does(layout, named, drawn, tmp_path)
     first, second, *_ = sorted((folder / "videos").glob("*.mp4"))
     shutil.copy(first, second)
     clips, _ = read_clips(folder)
-    said = remarks(clips, [read_facts(clip.video, VIEW) for clip in clips], VIEW)
+    said = remarks(clips, [examine(clip, VIEW)[0] for clip in clips], VIEW)
     expected = named.replace("00.mp4", first.name).replace("01.mp4", second.name)
     assert f"the same video more than once: {expected}" in said
 
@@ -100,8 +100,8 @@ def test_an_image_is_a_clip_of_one_frame(tmp_path, suffix):
     Image.new("RGB", (96, 64), "red").save(tmp_path / f"still.{suffix}")
     (tmp_path / "still.txt").write_text("a red picture")
     (clip,), problems = read_clips(tmp_path)
-    facts = read_facts(clip.video, VIEW)
-    assert problems == [] and (facts.width, facts.height, facts.num_frames, facts.indices) == (96, 64, 1, [0])
+    facts, _ = examine(clip, VIEW)
+    assert problems == [] and (facts.width, facts.height, facts.num_frames, facts.num_seen) == (96, 64, 1, 1)
 
 
 @pytest.mark.parametrize("other", LAYOUTS[1:])

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 import dataset
 import files
-from clips.frames import View, choose_source, decoding_threads, read_frames
+from clips.facts import examine
+from clips.frames import View, decoding_threads, read_frames
+from clips.known import look_at
 from clips.listing import read_clips
 from clips.order import Ranks
 from cogvideox import encoders
@@ -31,7 +33,7 @@ def encode(folder, checkpoint, cache, dtype=torch.float32, slicing=False, view=V
     data = dataset.encode_dataset(
         folder, clips, problems, view, cache=cache, prompts=[""], random_flip=False,
         video_encoder=video_encoder, text_encoder=text_encoder, progress=lambda items, *_: items,
-        ranks=ranks or Ranks(), everyone=Ranks(),
+        ranks=ranks or Ranks(), everyone=Ranks(), used_by=cache,
     )  # fmt: skip
     cached = [data.clips[i, False] for i in range(len(clips))]
     return [item["parameters"] for item in cached], [item["prompt_embeds"] for item in cached]
@@ -82,8 +84,9 @@ def test_what_is_cached_does_not_depend_on_what_is_encoded_with_it(tiny_checkpoi
     """Bit for bit: by three ranks, and by a run that finds some of it done."""
     alone, _ = encode(mixed_clips, tiny_checkpoint, tmp_path / "alone")
     clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt")
-    probed = dataset.probe_clips(clips, VIEW, cache=tmp_path / "shared", encoder="v", random_flip=False)
-    new = dataset.missing_latents(clips, probed)
+    facts = [examine(clip, VIEW)[0] for clip in clips]
+    probed = dataset.probe_cache(facts, VIEW, cache=tmp_path / "shared", encoder="v", random_flip=False)
+    new = dataset.missing_latents(clips, facts, probed)
     shares = [Ranks(index, 3).share(new) for index in range(3)]
     checkpoint = read_base_model(str(tiny_checkpoint))
     load = partial(encoders.video_encoder, checkpoint, torch.float32, "cpu", tiling=False, slicing=False)
@@ -161,10 +164,7 @@ def test_threads_are_as_many_as_cores_and_memory_allow(monkeypatch):
 
 
 def new_latents(clips, folder):
-    return [
-        dataset.NewLatents(clip, choose_source(clip.video, VIEW)[0], False, folder / f"{clip.line}.safetensors")
-        for clip in clips
-    ]
+    return [dataset.NewLatents(clip, look_at(clip.video), False, folder / f"{clip.line}.safetensors") for clip in clips]
 
 
 def test_problems_of_several_clips_are_told_in_the_order_of_the_list(tmp_path, mixed_clips, monkeypatch):
@@ -197,7 +197,7 @@ def test_a_disk_that_fills_up_midway_ends_the_encoding_with_its_message(tmp_path
             raise OSError(28, "No space left on device")
         files.publish(path, content)
 
-    monkeypatch.setattr(dataset, "publish", full)
+    monkeypatch.setattr("clips.known.publish", full)
     encode_videos = lambda frames: torch.zeros(len(frames), 2, 3, 2, 2)  # noqa: E731
     encoder = Encoder("v", lambda: nullcontext(encode_videos), lambda shape: 1)
     with pytest.raises(ValueError, match="cannot write the cache .No space left on device"):

@@ -12,8 +12,8 @@ from make_example import draw_clip, make_clips
 from PIL import Image
 
 from clips import frames
-from clips.facts import examine, headline, read_facts, remarks
-from clips.frames import View, choose_frames
+from clips.facts import examine, facts_of, headline, remarks
+from clips.frames import View, choose_frames, choose_source
 from clips.listing import Clip, read_clips
 from cogvideox.base_model import load_tokenizer, read_base_model
 from cogvideox.encoders import cut_caption
@@ -148,10 +148,10 @@ def test_what_is_lost_and_what_looks_like_an_oversight_is_summed_up(tmp_path):
 
 
 def test_facts_end_where_the_model_s_frames_do(tmp_path):
-    clips, (fact,), _ = read(make_dataset(tmp_path / "clips", [("a.mp4", 64, 30, 96, 128)]), VIEW)
-    assert fact.indices == choose_frames(np.arange(64) / 30, VIEW)
+    (clip,), (fact,), _ = read(make_dataset(tmp_path / "clips", [("a.mp4", 64, 30, 96, 128)]), VIEW)
+    assert choose_source(clip.video, fact.file, VIEW).indices == choose_frames(np.arange(64) / 30, VIEW)
     assert (fact.seconds, fact.seen_until) == pytest.approx((64 / 30, 9 / 8))
-    later = read_facts(clips[0].video, VIEW._replace(skip_frames_start=15))
+    later = facts_of(clip.video, fact.file, VIEW._replace(skip_frames_start=15))
     assert later.seen_until == pytest.approx(0.5 + 9 / 8)
 
 
@@ -186,7 +186,7 @@ def test_the_command_shows_a_dataset(tmp_path, tiny_checkpoint):
 
 def test_without_a_command_its_usage_is_shown():
     result = subprocess.run([sys.executable, ROOT / "dataset.py"], capture_output=True, text=True)
-    assert result.returncode == 2 and "usage: python dataset.py {preview,check,export} FOLDER" in result.stderr
+    assert result.returncode == 2 and "usage: python dataset.py {preview,check,export,clean} FOLDER" in result.stderr
 
 
 def test_problems_are_told_as_training_tells_them_and_the_good_clips_shown(tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import step
 import torch
@@ -11,8 +12,6 @@ from conftest import training_options
 from safetensors.torch import load_file
 
 import train_cogvideox_lora
-from clips.facts import Facts
-from clips.frames import Source
 from clips.order import Ranks
 from clips.video import Video
 from cogvideox import compute
@@ -87,8 +86,7 @@ def check_training_script(monkeypatch, checkpoint, folder, **options):
         (clips / f"{name}.mp4").write_text(name)
     frames = torch.randint(0, 256, (9, 64, 96, 3), dtype=torch.uint8)
     video = Video(96, 64, 0, Fraction(1, 8), is_numbered=False, remarks=(), damage=())
-    facts = Facts(96, 64, 8.0, 9, list(range(9)), 1.125, "", Source(video, list(range(9)), []))
-    monkeypatch.setattr("clips.facts.read_facts", lambda video, view: facts._replace(content=video.name))
+    monkeypatch.setattr("clips.known.examine_video", lambda path: (video, np.arange(9)))
     monkeypatch.setattr("clips.frames.read_frames", lambda video, view, **options: frames)
 
     line = training_options(checkpoint, clips, folder / "run", max_train_steps=3, **options)

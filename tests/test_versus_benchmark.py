@@ -93,7 +93,8 @@ def test_the_base_model_is_stored_as_the_other_script_loads_it_and_shows_all_its
     shared = train_cogvideox_lora.parse_args(versus.shared_options(parse("--size", "overhead"), updates=9))
     facts, problem = examine(clips[0], view_of(shared, with_image=False, whole=False))
     assert problem is None
-    assert (facts.height, facts.width, facts.indices) == (size.height, size.width, list(range(size.max_num_frames)))
+    assert (facts.height, facts.width, facts.num_seen) == (size.height, size.width, size.max_num_frames)
+    assert facts.num_frames == facts.num_distinct == size.max_num_frames
 
 
 # ---- the gate --------------------------------------------------------------------------------------------------------

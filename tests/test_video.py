@@ -10,6 +10,7 @@ import pytest
 
 from clips import video
 from clips.frames import View, choose_source, read_frames
+from clips.known import look_at
 from clips.video import examine_video, read_pictures
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
@@ -234,4 +235,4 @@ def test_decord_reads_what_both_time_alike_and_refuses_the_rest(media):
     assert (plain[0] - plain[1]).abs().float().mean() < 1
     for name in ("cut.mp4", "h264.avi", "av1.mp4"):
         with pytest.raises(ValueError, match="--video_decoder pyav"):
-            choose_source(media(name), by_decord)
+            choose_source(media(name), look_at(media(name)), by_decord)

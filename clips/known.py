@@ -1,0 +1,142 @@
+"""Remembers what was found out about files, so that a second start over many clips need not open them.
+
+Notes are text in `known/` of the cache, a line each: a key and what is known, both as JSON. The key of a file holds its
+path, its size and the time of its last change in nanoseconds. Each process publishes what it has found out as a further
+list; lists are never changed.
+"""
+
+import base64
+import json
+import os
+import secrets
+import zlib
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from clips.video import Damage, Video, examine_video
+from files import file_hash, publish
+
+FORMAT = 1  # of a note on a file: notes of other formats are not found
+CACHE = ".cogvideox_cache"  # where no other is named, in the first of the dataset's folders
+KNOWN = "known"  # folder of the lists, in the cache
+
+
+class File(NamedTuple):
+    """What a video file holds."""
+
+    content: str  # hash of the file
+    video: Video
+    packed_times: str  # when each frame is shown; packed, because there may be many files
+
+    @property
+    def times(self) -> np.ndarray:
+        """When each frame is shown, ascending, in units of video.time_base, int64 [F]."""
+        steps = np.frombuffer(zlib.decompress(base64.b64decode(self.packed_times)), np.int64)
+        return self.video.first + np.concatenate([[0], np.cumsum(steps)])
+
+
+class Notes:
+    """Notes of earlier starts, and those that this process has added."""
+
+    def __init__(self, cache: Path | None = None, *, read_only: bool = False):
+        """Reads the notes in a cache.
+
+        Args:
+            cache: None if nothing is to be remembered.
+            read_only: whether `publish` writes nothing.
+        """
+        self.folder, self.read_only, self.known, self.new = cache and cache / KNOWN, read_only, {}, {}
+        for path in sorted(self.folder.glob("*.txt")) if cache else ():
+            for line in path.read_text().splitlines():
+                key, _, note = line.partition("\t")  # JSON writes a tab in a path as \t
+                self.known[key] = note
+
+    def get(self, key: list):
+        """Returns what is known under a key, or None."""
+        text = json.dumps(key)
+        note = self.new.get(text) or self.known.get(text)
+        return json.loads(note) if note else None
+
+    def add(self, key: list, note) -> None:
+        self.new[json.dumps(key)] = json.dumps(note)
+
+    def publish(self) -> None:
+        """Writes the notes that were added since the last call, if there are any."""
+        new, self.new = self.new, {}
+        if new and self.folder and not self.read_only:
+            lines = "".join(f"{key}\t{note}\n" for key, note in new.items())
+            publish_in_cache(self.folder / f"{secrets.token_hex(8)}.txt", lines.encode())
+        self.known |= new
+
+    def keep_current(self) -> None:
+        """Takes all notes for new ones, without those on files that are gone or have changed."""
+        for key, note in self.known.items():
+            kind, *_ = parts = json.loads(key)
+            if kind == "latents" or _is_current(*parts):
+                self.new[key] = note
+        self.known = {}
+
+
+def _is_current(kind: str, _format: int, path: str, size: int, mtime_ns: int) -> bool:
+    try:
+        return file_key(kind, Path(path)) == [kind, _format, path, size, mtime_ns]
+    except OSError:
+        return False
+
+
+def publish_in_cache(path: Path, content: bytes) -> None:
+    """Publishes a file of the cache; raises a ValueError if the disk is full or the folder cannot be written."""
+    try:
+        publish(path, content)
+    except OSError as error:
+        raise ValueError(
+            f"{path.parent}: cannot write the cache ({error.strerror}); it takes about 5 MB per clip and 2 MB per "
+            "caption: make room, or pass a writable folder as --latents_cache_dir; what has been encoded is kept"
+        ) from error
+
+
+def look_at(path: Path, notes: Notes | None = None, *, again: bool = False) -> File:
+    """Returns what a video file holds, from the notes if it has not changed since they were made.
+
+    Args:
+        again: read the file even if it is known.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    notes = notes or Notes()
+    key = file_key("video", path)
+    if not again and (note := notes.get(key)):
+        return _from_note(note)
+    if not path.stat().st_size:
+        raise ValueError("the file is empty; copy it again, or remove the clip from the lists")
+    video, times = examine_video(path)
+    packed = base64.b64encode(zlib.compress(np.diff(times).tobytes())).decode()
+    file = File(file_hash(path), video, packed)
+    notes.add(key, _to_note(file))
+    return file
+
+
+def file_key(kind: str, path: Path) -> list:
+    """Returns the key of a note on a file, which changes when the file does."""
+    status = path.stat()
+    return [kind, FORMAT, os.path.abspath(path), status.st_size, status.st_mtime_ns]
+
+
+def _to_note(file: File) -> list:
+    video = file.video._replace(time_base=file.video.time_base.as_integer_ratio())
+    return [file.content, video, file.packed_times]
+
+
+def _from_note(note: list) -> File:
+    content, video, packed_times = note
+    video = Video(*video)
+    video = video._replace(
+        time_base=Fraction(*video.time_base),
+        remarks=tuple(video.remarks),
+        damage=tuple(Damage(*damage) for damage in video.damage),
+    )
+    return File(content, video, packed_times)

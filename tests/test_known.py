@@ -1,0 +1,196 @@
+"""What is known of files is used as long as they do not change, and only then."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from make_example import make_clips
+from PIL import Image
+
+from clips import facts, known
+from clips.clean import clean, record_use
+from clips.facts import examine
+from clips.frames import View
+from clips.known import CACHE, File, Notes, look_at
+from clips.listing import read_clips
+from clips.video import Damage, examine_video
+
+VIEW = View(64, 96, 8, 9, 0, 0, "center", 42)
+
+
+@pytest.fixture
+def clips(tmp_path):
+    return read_clips(make_clips(tmp_path / "clips", count=3))[0]
+
+
+@pytest.fixture
+def read_files(monkeypatch):
+    """The videos that are read, in order."""
+    read = []
+
+    def examine_and_tell(path):
+        read.append(path)
+        return examine_video(path)
+
+    monkeypatch.setattr(known, "examine_video", examine_and_tell)
+    return read
+
+
+def test_a_known_file_is_not_read_and_gives_the_same_facts(clips, tmp_path, read_files):
+    notes = Notes(tmp_path / "cache")
+    first = [examine(clip, VIEW, notes) for clip in clips]
+    notes.publish()
+    assert read_files == [clip.video for clip in clips]
+    later = Notes(tmp_path / "cache")
+    assert [examine(clip, VIEW, later) for clip in clips] == first
+    assert [examine(clip, VIEW._replace(fps=4), later)[0].num_seen for clip in clips] == [5, 5, 5]
+    assert len(read_files) == 3
+    examine(clips[0], VIEW, later, again=True)
+    assert len(read_files) == 4
+
+
+@pytest.mark.parametrize("change", ["content", "time", "name"])
+def test_a_file_that_changed_is_read_again(clips, tmp_path, read_files, change):
+    notes, video = Notes(tmp_path / "cache"), clips[0].video
+    look_at(video, notes)
+    if change == "content":
+        video.write_bytes(clips[1].video.read_bytes())
+    if change == "time":
+        status = video.stat()
+        os.utime(video, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    if change == "name":
+        video = video.rename(video.with_name("b\tc\n.mp4"))
+    file = look_at(video, notes)
+    notes.publish()
+    assert len(read_files) == 2 and look_at(video, Notes(tmp_path / "cache")) == file
+
+
+def test_everything_about_a_file_survives_a_note(tmp_path, clips, monkeypatch):
+    video, _ = examine_video(clips[0].video)
+    video = video._replace(first=-7, remarks=("is interlaced",), damage=(Damage(0.5, "lost"),))
+    times = np.cumsum(np.random.default_rng(0).integers(1, 2**40, 1000)) - 7
+    times -= times[0] + 7
+    monkeypatch.setattr(known, "examine_video", lambda path: (video, times))
+    notes = Notes(tmp_path)
+    file = look_at(clips[0].video, notes)
+    notes.publish()
+    later = look_at(clips[0].video, Notes(tmp_path))
+    assert later == file == File(file.content, video, file.packed_times) and (later.times == times).all()
+
+
+def test_an_image_to_start_from_is_known_as_well(clips, tmp_path, monkeypatch):
+    Image.new("RGB", (96, 64)).save(tmp_path / "a.png")
+    notes, clip = Notes(), clips[0]._replace(image=tmp_path / "a.png")
+    first = examine(clip, VIEW, notes)
+    monkeypatch.setattr(facts, "read_image", lambda *_: pytest.fail("read again"))
+    assert examine(clip, VIEW, notes) == first and first[0].image
+
+
+def test_notes_that_are_only_read_are_not_written(clips, tmp_path):
+    notes = Notes(tmp_path / "cache", read_only=True)
+    look_at(clips[0].video, notes)
+    notes.publish()
+    assert not (tmp_path / "cache").exists()
+
+
+# ---- clean
+
+
+def write(path, days_old=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * 1000)
+    age(path, days_old)
+    return path
+
+
+def age(path, days):
+    seconds = path.stat().st_mtime - days * 86400
+    os.utime(path, (seconds, seconds))
+
+
+def names(cache):
+    return sorted(path.name for folder in ("latents", "captions") for path in (cache / folder).glob("*"))
+
+
+def test_clean_keeps_what_a_run_uses_that_exists_and_what_is_new(tmp_path, clips):
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    run.mkdir()
+    used, caption = write(cache / "latents" / "used.safetensors", 90), write(cache / "captions" / "c.safetensors", 90)
+    gone = write(cache / "latents" / "gone.safetensors", 90)
+    write(cache / "latents" / "never.safetensors", 90)
+    write(cache / "latents" / "new.safetensors", 2)
+    write(cache / "latents" / ".leftover.safetensors.ab12", 90)
+    record_use(cache, run, [used, caption])
+    record_use(cache, tmp_path / "deleted", [gone])
+    assert "2 files, 0.00 GiB" in clean(cache, unused_days=30, dry_run=True)  # the deleted run started just now
+    for use in (cache / "uses").iterdir():
+        age(use, 90)
+    assert "to be dropped: 4 files" in clean(cache, unused_days=30, dry_run=True)
+    assert len(names(cache)) == 6
+    assert clean(cache, unused_days=30, dry_run=False).endswith("dropped: 4 files, 0.00 GiB; encoded files there: 3")
+    assert names(cache) == ["c.safetensors", "new.safetensors", "used.safetensors"]
+    assert len(list((cache / "uses").iterdir())) == 1
+    clean(cache, unused_days=0, dry_run=False)
+    assert names(cache) == ["c.safetensors", "used.safetensors"]
+
+
+def test_a_run_that_starts_again_refers_to_what_it_uses_now(tmp_path):
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    run.mkdir()
+    first, second = (write(cache / "latents" / f"{name}.safetensors", 90) for name in ("first", "second"))
+    record_use(cache, run, [first])
+    record_use(cache, run, [second])
+    clean(cache, unused_days=30, dry_run=False)
+    assert names(cache) == ["second.safetensors"]
+
+
+def test_clean_forgets_files_that_are_gone(tmp_path, clips):
+    cache = tmp_path / "cache"
+    for clip in clips:
+        notes = Notes(cache)
+        look_at(clip.video, notes)
+        notes.publish()
+    clips[0].video.unlink()
+    assert len(Notes(cache).known) == 3
+    clean(cache, unused_days=30, dry_run=False)
+    assert len(list((cache / "known").iterdir())) == 1 and len(Notes(cache).known) == 2
+
+
+def test_clean_without_a_cache_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such cache; pass the dataset's folder, or --latents_cache_dir"):
+        clean(tmp_path / "cache", unused_days=30, dry_run=False)
+
+
+# ---- training
+
+
+def test_encode_only_fills_the_cache_and_a_later_run_encodes_and_reads_nothing(
+    tiny_checkpoint, tmp_path, train, capsys, monkeypatch
+):
+    folder, run = make_clips(tmp_path / "clips", count=2), tmp_path / "run"
+    train(tiny_checkpoint, run, instance_data_root=folder, encode_only=True)
+    said = capsys.readouterr().out
+    assert "encoded: nothing was trained" in said and "2 clips of 128x96" in said
+    assert not run.exists() and len(list((folder / CACHE / "latents").iterdir())) == 2
+    with monkeypatch.context() as patched:
+        for name in ("clips.known.examine_video", "cogvideox.encoders.video_encoder", "dataset.safe_open"):
+            patched.setattr(name, lambda *_, **__: pytest.fail("read or encoded again"))
+        assert len(train(tiny_checkpoint, run, instance_data_root=folder, max_train_steps=1)) == 1
+    use = json.loads(next((folder / CACHE / "uses").iterdir()).read_text())
+    assert use["output_dir"] == str(run) and len(use["files"]) == 2 + 3
+
+
+def test_check_all_finds_a_change_that_size_and_time_hide(tiny_checkpoint, tmp_path, train, capsys):
+    folder = make_clips(tmp_path / "clips", count=1)
+    video = folder / (folder / "videos.txt").read_text().strip()
+    train(tiny_checkpoint, tmp_path / "a", instance_data_root=folder, encode_only=True)
+    status, content = video.stat(), bytearray(video.read_bytes())
+    content[-1] ^= 1  # in the encoder's name at the end of the file
+    video.write_bytes(content)
+    os.utime(video, ns=(status.st_atime_ns, status.st_mtime_ns))
+    latents = folder / CACHE / "latents"
+    train(tiny_checkpoint, tmp_path / "a", instance_data_root=folder, encode_only=True)
+    assert len(list(latents.iterdir())) == 1
+    train(tiny_checkpoint, tmp_path / "a", instance_data_root=folder, encode_only=True, check_all=True)
+    assert len(list(latents.iterdir())) == 2
