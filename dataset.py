@@ -27,7 +27,7 @@ from clips.clean import record_use
 from clips.facts import Facts, count_clips, examine, headline, list_problems, remarks
 from clips.frames import MEND, View, decode, decoding_threads, describe_damage, first_image
 from clips.known import File, Notes, publish_in_cache
-from clips.listing import Clip
+from clips.listing import Clip, Listing
 from clips.order import Ranks, Timeline, count_held_out, epoch_batches, rank_batches
 from files import hash_of, map_ahead
 
@@ -46,7 +46,8 @@ class Data(NamedTuple):
     clips: "CachedClips"
     shapes: list[tuple[int, ...]]  # of each clip's cached latents, (2c, f, h, w)
     prompts: dict[str, Path]  # embeddings of the validation prompts, and of ""
-    facts: Sequence[Facts] = ()  # of each clip; none where clips are made up
+    times: Sequence[int] = ()  # how often an epoch shows each clip; empty: once
+    facts: Sequence[Facts] = ()  # of each clip, however often it is shown; none where clips are made up
     view: View | None = None
     remarks: tuple[str, ...] = ()  # on the dataset as a whole
 
@@ -71,13 +72,16 @@ class Data(NamedTuple):
         chosen = set(random.Random(f"{seed} held out").sample(videos, count_held_out(held_out, len(videos))))
         training = [clip for clip, video in enumerate(video_of_clip) if video not in chosen]
         validation = [clip for clip, video in enumerate(video_of_clip) if video in chosen]
-        return self._take(training), self._take(validation)._replace(remarks=())
+        return self._take(training, self.times), self._take(validation)._replace(remarks=())
 
-    def _take(self, clips: list[int]) -> "Data":
+    def _take(self, clips: list[int], times: Sequence[int] | None = None) -> "Data":
+        """Returns some of the clips, each as often as `times` tells, by default once."""
         latents, captions = self.clips.latents, self.clips.captions
+        shown = [clip for clip in clips for _ in range(times[clip] if times else 1)]
         return self._replace(
-            clips=CachedClips([latents[clip] for clip in clips], [captions[clip] for clip in clips]),
-            shapes=[self.shapes[clip] for clip in clips],
+            clips=CachedClips([latents[clip] for clip in shown], [captions[clip] for clip in shown]),
+            shapes=[self.shapes[clip] for clip in shown],
+            times=(),
             facts=[self.facts[clip] for clip in clips] if self.facts else (),
         )
 
@@ -89,9 +93,7 @@ class Data(NamedTuple):
 
 
 def encode_dataset(
-    root: Path,
-    clips: list[Clip],
-    problems: list[str],
+    listing: Listing,
     view: View,
     *,
     cache: Path,
@@ -109,7 +111,6 @@ def encode_dataset(
     """Encodes what the cache does not hold yet, each rank its share, once everything has been checked.
 
     Args:
-        clips, problems: results of `read_clips`.
         prompts: further captions to encode, for validation.
         progress: wraps an iterable as tqdm does, called with (items, description, unit).
         ranks: the ranks that see the same cache, and so share its work.
@@ -122,36 +123,30 @@ def encode_dataset(
         ValueError: lists all problems that probing finds, before anything is loaded or written, or else all that
             decoding and encoding find.
     """
-    notes, vae = Notes(cache), video_encoder.fingerprint
-    examined = examine_clips(clips, view, notes, ranks=ranks, progress=progress, check_all=check_all)
-    _refuse(root, everyone, problems + [problem for _, problem in examined if problem])
-    facts = [of_clip for of_clip, _ in examined]
-    probed = probe_cache(facts, view, cache=cache, encoder=vae, random_flip=random_flip)
-
+    clips, notes, encoder = listing.clips, Notes(cache), video_encoder.fingerprint
+    among = {"ranks": ranks, "everyone": everyone, "progress": progress}
+    facts = check_clips(listing, view, notes, check_all=check_all, **among)
+    probed = probe_cache(facts, view, cache=cache, encoder=encoder, random_flip=random_flip)
     latents = [clip.paths for clip in probed]
-    captions = {
-        caption: cache_path(cache, "captions", caption=caption, encoder=text_encoder.fingerprint)
-        for caption in [clip.caption for clip in clips] + prompts
-    }
-    there = sizes_in(cache / "captions")
-    new_captions = [(caption, path) for caption, path in captions.items() if path.name not in there]
-    new_latents = missing_latents(clips, facts, probed)
+    captions = caption_paths([*(clip.caption for clip in clips), *prompts], cache, text_encoder.fingerprint)
+    new_captions, new_latents = missing_captions(captions, cache), missing_latents(clips, facts, probed)
     ranks.wait()  # no rank writes before all know what is missing
     cache_captions(ranks.share(new_captions), text_encoder, progress)
     problems = cache_latents(ranks.share(new_latents), view, video_encoder, progress)
-    _refuse(root, everyone, problems)  # also keeps every rank here until all have written their share
+    _refuse(listing, everyone, problems)  # also keeps every rank here until all have written their share
 
-    _wait_for_files(root, [path for paths in latents for path in paths] + list(captions.values()), everyone)
-    shapes, damage = zip(*latents_headers([paths[0] for paths in latents], notes, ranks))
-    notes.publish()
+    files = list(itertools.chain(*latents, captions.values()))
+    _wait_for_files(listing, files, everyone)
     if ranks.index == 0:
-        record_use(cache, used_by, [path for paths in latents for path in paths] + list(captions.values()))
-    if not allow_damaged:
-        _refuse(root, everyone, [clip.problem(f"{of_clip}; {MEND}") for clip, of_clip in zip(clips, damage) if of_clip])
+        record_use(cache, used_by, files)
+    shapes, damage = zip(*latents_headers([paths[0] for paths in latents], notes, ranks))
+    damaged = [clip.problem(f"{of_clip}; {MEND}") for clip, of_clip in zip(clips, damage) if of_clip]
+    _refuse(listing, everyone, [] if allow_damaged else damaged)
     facts = [of_clip._replace(damage=found) for of_clip, found in zip(facts, damage)]
     return Data(
         clips=CachedClips(latents, [captions[clip.caption] for clip in clips]),
         shapes=list(shapes),
+        times=[clip.times for clip in clips],
         prompts={prompt: captions[prompt] for prompt in prompts},
         facts=facts,
         view=view,
@@ -169,20 +164,18 @@ def _on_older_cache(count: int) -> list[str]:
 
 
 def check_clips(
-    root: Path,
-    clips: list[Clip],
-    problems: list[str],
+    listing: Listing,
     view: View,
-    *,
     notes: Notes,
+    *,
     ranks: Ranks,
     everyone: Ranks,
     progress: Callable[..., Iterable],
     check_all: bool = False,
 ) -> list[Facts]:
     """Returns the facts of the clips; refuses the clips that `encode_dataset` would refuse."""
-    examined = examine_clips(clips, view, notes, ranks=ranks, progress=progress, check_all=check_all)
-    _refuse(root, everyone, problems + [problem for _, problem in examined if problem])
+    examined = examine_clips(listing.clips, view, notes, ranks=ranks, progress=progress, check_all=check_all)
+    _refuse(listing, everyone, listing.problems + [problem for _, problem in examined if problem])
     return [facts for facts, _ in examined]
 
 
@@ -196,6 +189,7 @@ def unencoded(clips: list[Clip], facts: list[Facts], view: View, latent_shape: C
     return Data(
         clips=CachedClips(files, [Path(clip.caption) for clip in clips]),
         shapes=[latent_shape(of_clip.num_seen, view.height, view.width) for of_clip in facts],
+        times=[clip.times for clip in clips],
         prompts={},
         facts=facts,
         view=view,
@@ -203,10 +197,10 @@ def unencoded(clips: list[Clip], facts: list[Facts], view: View, latent_shape: C
     )
 
 
-def _refuse(root: Path, everyone: Ranks, problems: list[str]) -> None:
+def _refuse(listing: Listing, everyone: Ranks, problems: list[str]) -> None:
     """Raises the problems of all ranks on each of them, if there are any; each problem is listed once."""
     if problems := list(dict.fromkeys(everyone.gather(problems))):
-        raise ValueError(list_problems(root, problems, "nothing is trained"))
+        raise ValueError(list_problems(listing.name, problems, "nothing is trained"))
 
 
 # ---- what the cache does not hold ------------------------------------------------------------------------------------
@@ -255,6 +249,15 @@ def probe_cache(facts: list[Facts], view: View, *, cache: Path, encoder: str, ra
         is_outdated = missing[0] and cache_path(cache, "latents", **older, mirrored=False).name in there
         probed.append(Probed(paths, missing, is_outdated))
     return probed
+
+
+def caption_paths(captions: Iterable[str], cache: Path, encoder: str) -> dict[str, Path]:
+    return {caption: cache_path(cache, "captions", caption=caption, encoder=encoder) for caption in captions}
+
+
+def missing_captions(captions: dict[str, Path], cache: Path) -> list[tuple[str, Path]]:
+    there = sizes_in(cache / "captions")
+    return [(caption, path) for caption, path in captions.items() if path.name not in there]
 
 
 class NewLatents(NamedTuple):
@@ -408,14 +411,14 @@ def load_prompt_embeds(path: Path) -> torch.Tensor:
     return load_file(path)["prompt_embeds"]  # [L, D]
 
 
-def _wait_for_files(root: Path, files: list[Path], everyone: Ranks) -> None:
-    """Waits until this machine sees what all ranks have written for the dataset at `root`.
+def _wait_for_files(listing: Listing, files: list[Path], everyone: Ranks) -> None:
+    """Waits until this machine sees what all ranks have written for the dataset.
 
     A network disk may show a file late: NFS caches for up to a minute that it does not exist.
     """
     if len(set(everyone.gather([hash_of([path.name for path in files])]))) > 1:
         raise ValueError(
-            f"{root}: the machines of this run see different clips or captions there; copy one to all machines"
+            f"{listing.name}: the machines of this run see different clips or captions there; copy one to all machines"
         )
     there = {folder: sizes_in(folder) for folder in {path.parent for path in files}}
     for path in (path for path in files if path.name not in there[path.parent]):
@@ -439,7 +442,7 @@ def sizes_in(folder: Path) -> dict[str, int]:
 
 
 def latents_headers(paths: list[Path], notes: Notes, ranks: Ranks) -> list[tuple[tuple[int, ...], str | None]]:
-    """Returns what `_latents_header` does of each file; each rank reads its share of those that are not known."""
+    """Returns `_latents_header` of each file; each rank reads its share of the files that are not known."""
     there = {folder: sizes_in(folder) for folder in {path.parent for path in paths}}
     headers = []
     for path in ranks.share(paths):
@@ -450,6 +453,7 @@ def latents_headers(paths: list[Path], notes: Notes, ranks: Ranks) -> list[tuple
             notes.add(key, header)
         shape, damage = header
         headers.append((tuple(shape), damage))
+    notes.publish()
     return ranks.gather_shares(headers)
 
 

@@ -27,6 +27,7 @@ import dataset
 from clips import frames, listing
 from clips.frames import image_problems
 from clips.known import CACHE, Notes
+from clips.listing import Listing
 from clips.order import Ranks, Timeline, count_held_out, make_timeline
 from cogvideox import budget, compute, encoders, lora
 from cogvideox.base_model import BaseModel, check_training, download_weights, read_base_model, read_text_encoder_config
@@ -100,8 +101,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     listing.add_options(group)
     frames.add_options(group)
     source = group.add_mutually_exclusive_group(required=True).add_argument
-    root = "folder with the clips and their captions"
-    source("--instance_data_root", type=expanded_path, metavar="FOLDER", help=root)
+    root = "folder with the clips and their captions, or several; FOLDER=2 shows its clips twice an epoch"
+    source("--instance_data_root", type=listing.folder_option, nargs="+", metavar="FOLDER", help=root)
     source("--dataset_name", metavar="NAME", help="dataset repository on the hub, downloaded and read like a folder")
     data = group.add_argument
     cache = "folder for encoded clips and captions (default: .cogvideox_cache in the data's folder)"
@@ -265,25 +266,25 @@ def plan_memory(args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, d
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-class Listed(NamedTuple):
-    """The dataset as its files list it, and how the model is to see it."""
-
-    root: Path
-    clips: list[listing.Clip]
-    problems: list[str]
-    view: frames.View
-    cache: Path
-
-
-def read_listed(args: argparse.Namespace, base: BaseModel) -> Listed:
-    root = args.instance_data_root or listing.download_dataset(args.dataset_name, args.cache_dir)
-    clips, problems = listing.read_clips(
-        root, args.caption_column, args.video_column, args.image_column, id_token=args.id_token
+def read_listing(args: argparse.Namespace) -> Listing:
+    folders = args.instance_data_root
+    if args.dataset_name:
+        folders = [listing.Folder(listing.download_dataset(args.dataset_name, args.cache_dir))]
+    listed = listing.read_listing(
+        folders, args.caption_column, args.video_column, args.image_column, id_token=args.id_token
     )
-    count_held_out(args.validation_split, len(clips))  # before hours of encoding
-    problems += image_problems([image for image in validation.images(args) if image], "--validation_images")
-    view = frames.view_of(args, with_image=base.takes_image, whole=base.fixed_size is not None)
-    return Listed(root, clips, problems, view, cache=args.latents_cache_dir or root / CACHE)
+    count_held_out(args.validation_split, len(listed.clips))  # before hours of encoding
+    images = [image for image in validation.images(args) if image]
+    listed.problems.extend(image_problems(images, "--validation_images"))
+    return listed
+
+
+def view_of(args: argparse.Namespace, base: BaseModel) -> frames.View:
+    return frames.view_of(args, with_image=base.takes_image, whole=base.fixed_size is not None)
+
+
+def cache_of(args: argparse.Namespace, listed: Listing) -> Path:
+    return args.latents_cache_dir or listed.folders[0].path / CACHE
 
 
 def prepare_data(
@@ -293,16 +294,15 @@ def prepare_data(
 
     T5 and the VAE are no longer in memory when it returns.
     """
-    root, clips, problems, view, cache = read_listed(args, base)
-    accelerator.print(listing.describe_layout(root, args.caption_column, args.video_column))
+    listed, view = read_listing(args), view_of(args, base)
+    cache = cache_of(args, listed)
+    accelerator.print(listed.describe())
     sharing = processes.sharing(ranks, cache, "--latents_cache_dir")
     if not base.folder:  # clips are checked before weights are downloaded
         dataset.check_clips(
-            root,
-            clips,
-            problems,
+            listed,
             view,
-            notes=Notes(cache),
+            Notes(cache),
             ranks=sharing,
             everyone=ranks,
             progress=partial(progress_bar, accelerator),
@@ -319,9 +319,7 @@ def prepare_data(
         text_device="cpu" if args.text_encoder_device == "cpu" else accelerator.device,
     )
     data = dataset.encode_dataset(
-        root,
-        clips,
-        problems,
+        listed,
         view,
         cache=cache,
         prompts=[*validation.prompts(args), ""],  # "" is the unconditional prompt of guidance
@@ -642,14 +640,13 @@ def report_dry_run(
     args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, *, memory_plan: MemoryPlan, position: dict
 ) -> None:
     """Says what the run will do and take from `position` on, once the clips and the disk space for it are checked."""
-    root, clips, problems, view, cache = read_listed(args, base)
-    accelerator.print(listing.describe_layout(root, args.caption_column, args.video_column))
+    listed, view = read_listing(args), view_of(args, base)
+    cache, clips = cache_of(args, listed), listed.clips
+    accelerator.print(listed.describe())
     facts = dataset.check_clips(
-        root,
-        clips,
-        problems,
+        listed,
         view,
-        notes=Notes(cache, read_only=True),
+        Notes(cache, read_only=True),
         ranks=ranks,
         everyone=ranks,
         progress=partial(progress_bar, accelerator),

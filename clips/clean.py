@@ -1,8 +1,8 @@
 """Drops from a cache what nothing refers to: `python dataset.py clean FOLDER`.
 
 Each start of a training records in `uses/` of the cache which of its files it uses, under the name of its output
-directory. A use counts as long as that directory exists; a file or a use of the last days stays in any case, for it may
-be that of another machine, or of a run that has only encoded yet.
+directory. A use counts as long as that directory exists. Files and uses of the last days stay in any case: another
+machine, or a run that has only encoded so far, may need them.
 """
 
 import argparse

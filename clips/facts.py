@@ -197,7 +197,7 @@ def _enumeration(clips: list[Clip]) -> str:
     return f"line{'s' if first else ''} {text}" if from_lists else text
 
 
-def list_problems(root: Path, problems: list[str], consequence: str) -> str:
+def list_problems(root: Path | str, problems: list[str], consequence: str) -> str:
     """Returns the error message for problems whose consequence is, for example, "nothing is trained"."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return f"{root}: {count} in the dataset, {consequence}:\n  " + "\n  ".join(problems)

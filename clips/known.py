@@ -39,7 +39,7 @@ class File(NamedTuple):
 
 
 class Notes:
-    """Notes of earlier starts, and those that this process has added."""
+    """Notes of earlier starts, and new ones of this process."""
 
     def __init__(self, cache: Path | None = None, *, read_only: bool = False):
         """Reads the notes in a cache.

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ class Clip(NamedTuple):
     line: int  # of the lists or the table, or the place in the order of names, counted from 1
     image: Path | None = None  # image that the video starts from; None: its own first frame
     place: str | None = None  # where it was read from, "" if its own name says it; None: line `line` of the lists
+    times: int = 1  # how often an epoch shows it
 
     @property
     def named(self) -> str:
@@ -44,6 +46,44 @@ class Clip(NamedTuple):
         """Returns a sentence: where this clip was read from, the file (default: the video), and what is wrong."""
         place = f"line {self.line}" if self.place is None else self.place
         return ": ".join(filter(None, [place, str(file or self.video), description]))
+
+
+@dataclass(frozen=True)  # no tuple: as JSON it is its text
+class Folder:
+    """A folder of a dataset, as an option names it: FOLDER, or FOLDER=N."""
+
+    path: Path
+    times: int = 1  # how often an epoch shows its clips
+
+    def __str__(self) -> str:
+        return str(self.path) if self.times == 1 else f"{self.path}={self.times}"
+
+
+class Listing(NamedTuple):
+    """A dataset as its folders list it."""
+
+    folders: list[Folder]
+    layouts: list[str]  # of each folder
+    clips: list[Clip]
+    problems: list[str]
+
+    @property
+    def name(self) -> str:
+        return ", ".join(map(str, self.folders))
+
+    def describe(self) -> str:
+        return "\n".join(f"{folder}: read as {layout}" for folder, layout in zip(self.folders, self.layouts))
+
+
+def folder_option(text: str) -> Folder:
+    """Returns the folder that FOLDER or FOLDER=N names; a type for argparse."""
+    path, _, times = text.rpartition("=")
+    if not path or Path(text).expanduser().is_dir():
+        return Folder(Path(text).expanduser())
+    if not times.isdigit() or not int(times):
+        rule = "FOLDER=N shows its clips N times an epoch, N a whole number of at least 1"
+        raise argparse.ArgumentTypeError(f"{text}: {rule}; there is no folder of the name {text} either")
+    return Folder(Path(path).expanduser(), int(times))
 
 
 def add_options(group: argparse._ArgumentGroup) -> None:
@@ -70,6 +110,35 @@ def download_dataset(name: str, cache_dir: Path | None) -> Path:
             f"--dataset_name {name}: cannot be downloaded ({str(error).strip().splitlines()[0]}); check the name and "
             "`hf auth login`, or download it yourself and pass its folder as --instance_data_root"
         ) from error
+
+
+def read_listing(
+    folders: list[Folder],
+    caption_column: str | None = None,
+    video_column: str | None = None,
+    image_column: str | None = None,
+    id_token: str | None = None,
+) -> Listing:
+    """Returns the clips of all folders, in the order of the folders; the arguments are those of `read_clips`.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        ValueError: a folder is named twice, or fits more than one layout.
+    """
+    listing = Listing(folders, [], [], [])
+    paths = [os.path.realpath(folder.path) for folder in folders]
+    for folder, path in zip(folders, paths):
+        if paths.count(path) > 1:
+            raise ValueError(f"{folder.path}: is named twice; name it once, with =2 to show its clips twice an epoch")
+        clips, problems = read_clips(folder.path, caption_column, video_column, image_column, id_token)
+        if len(folders) > 1:  # lines and files of the same name may be in each of them
+            problems = [f"{folder.path}: {problem}" for problem in problems]
+            count = itertools.count(len(listing.clips) + 1)
+            clips = [clip._replace(line=next(count), place=f"{folder.path}, {clip.named}") for clip in clips]
+        listing.layouts.append(find_layout(folder.path, caption_column, video_column))
+        listing.problems.extend(problems)
+        listing.clips.extend(clip._replace(times=folder.times) for clip in clips)
+    return listing
 
 
 def read_clips(

@@ -17,7 +17,7 @@ from test_options import launched
 
 import cli_demo
 import train_cogvideox_lora
-from clips import check, export
+from clips import check, clean, export
 from pages import preview, report
 
 DOORS = ["README.md", "README_ja.md", "README_zh.md"]
@@ -166,7 +166,7 @@ def test_the_pages_have_the_commands_that_they_are_for():
 def known_options():
     scripts = ["preprocess", "step", "table", "versus", "same_bits", "compare", "make_example", "pretrain"]
     mains = [train_cogvideox_lora.parse_args, cli_demo.parse_args, preview.parse_args, report.main]
-    mains += [check.parse_args, export.parse_args]
+    mains += [check.parse_args, export.parse_args, clean.parse_args]
     parsers = [options_page.parser_of(main, []) for main in mains] + [parser_of_script(name) for name in scripts]
     known = {option for parser in [*parsers, launch_command_parser()] for option in parser._option_string_actions}
     suite = set(re.findall(r"--\w+", read("benchmarks/gpu_suite.sh")))

@@ -1,9 +1,11 @@
 """Every layout of a folder gives the same clips; what does not fit is said with file and line."""
 
+import argparse
 import csv
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from make_example import make_clips
@@ -11,8 +13,9 @@ from PIL import Image
 
 from clips.facts import examine, remarks
 from clips.frames import View
-from clips.listing import BESIDE, LISTS, SAT, Clip, find_layout, read_clips
+from clips.listing import BESIDE, LISTS, SAT, Clip, Folder, find_layout, folder_option, read_clips, read_listing
 from cogvideox.lora_files import LORA_FILE
+from dataset import CachedClips, Data
 
 VIEW = View(64, 96, 8, 9, 0, 0, "center", 42)
 
@@ -181,3 +184,66 @@ def test_a_path_that_is_no_file_is_said_with_what_it_is(drawn, tmp_path):
     assert "is not a plain file" in named(tmp_path / "pipe.mp4")
     assert "File name too long" in named(tmp_path / ("a" * 300 + ".mp4"))
     assert "no such file; correct the path" in named(tmp_path / "b.mp4")
+
+
+# ---- several folders
+
+
+def test_several_folders_are_one_dataset_and_each_clip_names_its_folder(drawn, tmp_path):
+    lists, beside = lay_out(LISTS, drawn, tmp_path / "lists"), lay_out(BESIDE, drawn, tmp_path / "beside")
+    table = lay_out("metadata.jsonl", drawn, tmp_path / "table")
+    listing = read_listing([Folder(lists), Folder(beside, times=2), Folder(table)], id_token="DISNEY")
+    assert listing.layouts == [LISTS, BESIDE, "metadata.jsonl"] and listing.problems == []
+    assert listing.name == f"{lists}, {beside}=2, {table}"
+    assert [clip.line for clip in listing.clips] == list(range(1, 10))
+    assert [clip.times for clip in listing.clips] == [1] * 3 + [2] * 3 + [1] * 3
+    first, beside_clip, row = listing.clips[0], listing.clips[3], listing.clips[8]
+    assert first.problem("x").startswith(f"{lists}, line 1: ") and row.named == f"{table}, metadata.jsonl:3"
+    assert beside_clip.named == f"{beside}, {beside_clip.video.name}"
+    said = remarks(listing.clips, [examine(clip, VIEW)[0] for clip in listing.clips], VIEW)
+    assert any(line.startswith(f"the same video more than once: {lists}, line 1, {beside}, ") for line in said)
+
+
+def test_problems_of_several_folders_name_the_folder(drawn, tmp_path):
+    lists, beside = lay_out(LISTS, drawn, tmp_path / "lists"), lay_out(BESIDE, drawn, tmp_path / "beside")
+    (lists / "prompts.txt").write_text("a\n\nc\n")
+    assert read_listing([Folder(beside), Folder(lists)]).problems[0].startswith(f"{lists}: prompts.txt:2: blank line")
+
+
+def test_a_folder_with_a_number_is_shown_so_often(tmp_path):
+    (tmp_path / "a=2").mkdir()
+    assert folder_option(f"{tmp_path}/a=2") == Folder(tmp_path / "a=2")
+    assert folder_option(f"{tmp_path}/a=2=3") == Folder(tmp_path / "a=2", 3)
+    assert folder_option("a") == Folder(Path("a"))
+    assert folder_option("~/a=3") == Folder(Path.home() / "a", 3)
+    for text in ("a=0", "a=b", "a=-1", "a=1.5"):
+        with pytest.raises(argparse.ArgumentTypeError, match="FOLDER=N shows its clips N times"):
+            folder_option(text)
+    with pytest.raises(ValueError, match="is named twice; name it once, with =2"):
+        read_listing([Folder(tmp_path), Folder(tmp_path / "a=2" / "..")])
+
+
+def test_an_epoch_shows_each_folder_as_often_as_it_is_to(drawn, tmp_path, tiny_checkpoint, train, capsys):
+    first, second = lay_out(LISTS, drawn, tmp_path / "a"), lay_out(BESIDE, drawn, tmp_path / "b")
+    for video in (second / "videos").glob("*.mp4"):  # other clips than those of the first folder
+        video.write_bytes(video.read_bytes() + bytes(8))
+    roots = [first, f"{second}=2"]
+    rows = train(tiny_checkpoint, tmp_path / "run", instance_data_root=roots, num_train_epochs=1)
+    assert len(rows) == 3 + 2 * 3
+    said = capsys.readouterr().out
+    assert (
+        f"{first}: read as two lists\n{second}=2: read as a caption beside each clip" in said and "6 clips of" in said
+    )
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert record["options"]["instance_data_root"] == list(map(str, roots)) and record["clips"] == 9
+    assert len(list((first / ".cogvideox_cache" / "latents").iterdir())) == 6
+
+
+def test_a_held_out_clip_is_measured_once_however_often_others_are_shown():
+    files = [[Path(f"{clip}")] for clip in range(4)]
+    data = Data(CachedClips(files, [Path("c")] * 4), [(1,)] * 4, prompts={}, times=[2, 2, 1, 3])
+    training, held_out = data.split(1, seed=0)
+    assert len(held_out.shapes) == 1
+    (out,) = (int(paths[0].name) for paths in held_out.clips.latents)
+    shown = [int(paths[0].name) for paths in training.clips.latents]
+    assert shown == [clip for clip in range(4) if clip != out for _ in range([2, 2, 1, 3][clip])]

@@ -52,7 +52,7 @@ def parse(*options, **changes):
 def test_the_reference_command_means_what_it_meant(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     args = train_cogvideox_lora.parse_args(shlex.split(REFERENCE))
-    assert str(args.instance_data_root) == "/home/someone/disney" and str(args.cache_dir) == "/home/someone/.cache"
+    assert str(*args.instance_data_root) == "/home/someone/disney" and str(args.cache_dir) == "/home/someone/.cache"
     assert args.optimizer == "adamw" and args.lora_alpha == args.rank == 128
     assert validation.prompts(args) == ["Mickey with the captain and friends", "Mickey and the bear"]
 
@@ -178,7 +178,7 @@ def test_the_single_gpu_script_starts_one_process_with_its_defaults(tmp_path):
     assert launch.num_processes == 1 and not launch.multi_gpu
     assert launch.config_file == str(ROOT / "accelerate_config_machine_single.yaml")
     assert launch.training_script == str(ROOT / "train_cogvideox_lora.py")
-    assert str(args.instance_data_root) == "/home/some one/disney"
+    assert str(*args.instance_data_root) == "/home/some one/disney"
     assert (args.height, args.width, args.max_num_frames, args.rank) == (480, 720, 49, 128)
 
 
@@ -193,7 +193,7 @@ def test_values_of_the_scripts_can_be_overridden_and_options_added(tmp_path):
         rank = [] if "sft" in script else ["--rank", "64"]
         _, args = launched(tmp_path, script, *rank, "--id_token", "BW STYLE", **environment)
         assert args.pretrained_model_name_or_path == "a b/c"
-        assert [str(p) for p in (args.instance_data_root, args.output_dir, args.cache_dir)] == [
+        assert [str(p) for p in (*args.instance_data_root, args.output_dir, args.cache_dir)] == [
             "data set",
             "out",
             "cache",

@@ -16,7 +16,7 @@ import files
 from clips.facts import examine
 from clips.frames import View, decoding_threads, read_frames
 from clips.known import look_at
-from clips.listing import read_clips
+from clips.listing import Folder, read_clips, read_listing
 from clips.order import Ranks
 from cogvideox import encoders
 from cogvideox.base_model import download_weights, read_base_model
@@ -28,14 +28,14 @@ VIEW = View(64, 96, 8, 9, 0, 0, "center", 0)
 def encode(folder, checkpoint, cache, dtype=torch.float32, slicing=False, view=VIEW, ranks=None):
     """The cached latents and embeddings of the clips in `folder`, in order."""
     checkpoint = download_weights(read_base_model(str(checkpoint)))
-    clips, problems = read_clips(folder, "prompts.txt", "videos.txt")
+    listing = read_listing([Folder(folder)], "prompts.txt", "videos.txt")
     video_encoder, text_encoder = encoders.encoders(checkpoint, dtype, "cpu", tiling=False, slicing=slicing)
     data = dataset.encode_dataset(
-        folder, clips, problems, view, cache=cache, prompts=[""], random_flip=False,
+        listing, view, cache=cache, prompts=[""], random_flip=False,
         video_encoder=video_encoder, text_encoder=text_encoder, progress=lambda items, *_: items,
         ranks=ranks or Ranks(), everyone=Ranks(), used_by=cache,
     )  # fmt: skip
-    cached = [data.clips[i, False] for i in range(len(clips))]
+    cached = [data.clips[i, False] for i in range(len(listing.clips))]
     return [item["parameters"] for item in cached], [item["prompt_embeds"] for item in cached]
 
 
