@@ -19,12 +19,26 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, O
 from huggingface_hub.utils import httpx
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-PIPELINE_NAMES = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline")
 SCHEDULERS = {"CogVideoXDDIMScheduler": CogVideoXDDIMScheduler, "CogVideoXDPMScheduler": CogVideoXDPMScheduler}
 HUB_ERRORS = {
     HFValidationError: "a hub name has the form owner/name",
     LocalEntryNotFoundError: "the hub cannot be reached, and nothing of it is in the cache",
 }
+
+
+class Kind(NamedTuple):
+    """A task, and what tells in a base model's files that it is made for it."""
+
+    task: str
+    pipelines: tuple[str, ...]  # that model_index.json may name
+    inputs: int  # the transformer's input channels, as a multiple of its output channels, which are the VAE's
+
+
+KINDS = (
+    Kind("text-to-video",  ("CogVideoXPipeline", "CogVideoXVideoToVideoPipeline"), 1),  # the noisy video
+    Kind("image-to-video", ("CogVideoXImageToVideoPipeline",),                     2),  # beside it the first image
+)  # fmt: skip
+INSTEAD = "use a base model such as THUDM/CogVideoX-2b or THUDM/CogVideoX-5b-I2V"
 
 
 class Published(NamedTuple):
@@ -76,13 +90,20 @@ class BaseModel(NamedTuple):
         return {field: self.transformer[field] for field in IDENTITY}
 
     @property
+    def kind(self) -> Kind:
+        config = self.transformer
+        return next(kind for kind in KINDS if kind.inputs * config["out_channels"] == config["in_channels"])
+
+    @property
     def published(self) -> Published:
-        return published_like(self.transformer)
+        """The first published base model of the same task and version."""
+        version = "1.5" if self.transformer["patch_size_t"] else "1.0"
+        return next(row for row in PUBLISHED if (row.task, row.version) == (self.kind.task, version))
 
     @property
     def takes_image(self) -> bool:
         """Whether the transformer's input holds the latents of a first image beside those of the noisy video."""
-        return self.published.task == "image-to-video"
+        return self.kind.task == "image-to-video"
 
     @property
     def spatial_factor(self) -> int:
@@ -140,13 +161,6 @@ def published_as(name: str) -> Published | None:
     return next((row for row in PUBLISHED if publisher in PUBLISHERS and row.name == model), None)
 
 
-def published_like(transformer: dict) -> Published:
-    """Returns the first published base model of the task and version that a transformer's config is made for."""
-    task = "image-to-video" if transformer["in_channels"] == 2 * transformer["out_channels"] else "text-to-video"
-    version = "1.5" if transformer["patch_size_t"] else "1.0"
-    return next(row for row in PUBLISHED if (row.task, row.version) == (task, version))
-
-
 def read_base_model(
     name: str,
     revision: str | None = None,
@@ -167,24 +181,75 @@ def read_base_model(
         index = DiffusionPipeline.load_config(name, **hub)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: found no model_index.json there ({_why_no_index(error, local)}); {rule}") from error
-    if index.get("_class_name") not in PIPELINE_NAMES:
-        raise ValueError(f"{name}: holds a {index.get('_class_name')}, not a CogVideoX pipeline; {rule}")
-    scheduler = index.get("scheduler", [None, None])[1]
-    if scheduler not in SCHEDULERS:
-        wrong = f"the scheduler in model_index.json is {scheduler}, not {' or '.join(SCHEDULERS)}"
-        raise ValueError(f"{name}: {wrong}; take model_index.json and scheduler/ from the published model")
+    kind = _kind_of(name, index.get("_class_name"))
     try:
         transformer = CogVideoXTransformer3DModel.load_config(name, subfolder="transformer", **hub)
+        vae = AutoencoderKLCogVideoX.load_config(name, subfolder="vae", **hub)
+        _check_transformer_class(name, transformer)
+        transformer = dict(empty_transformer(transformer).config)
+        _check_channels(name, kind, transformer, vae)
+        scheduler = _scheduler_class(name, index)
         return BaseModel(
             name=name,
-            transformer=dict(empty_transformer(transformer).config),
-            vae=AutoencoderKLCogVideoX.load_config(name, subfolder="vae", **hub),
-            scheduler=SCHEDULERS[scheduler].from_pretrained(name, subfolder="scheduler", **hub),
+            transformer=transformer,
+            vae=vae,
+            scheduler=scheduler.from_pretrained(name, subfolder="scheduler", **hub),
             hub=hub | {"variant": variant},
             folder=local if local.is_dir() else None,
         )
     except OSError as error:
         raise ValueError(f"{name}: the base model is not complete ({error}); download it again") from error
+
+
+def _kind_of(name: str, pipeline: str | None) -> Kind:
+    """Returns the kind of base model whose model_index.json names this pipeline; refuses what is in none of KINDS."""
+    kind = next((kind for kind in KINDS if pipeline in kind.pipelines), None)
+    if not kind:
+        fun = " (CogVideoX-Fun, which has other inputs)" if "Fun" in str(pipeline) else ""
+        known = " or a ".join(known for kind in KINDS for known in kind.pipelines)
+        raise ValueError(f"{name}: holds a {pipeline}{fun}, not a {known}; {INSTEAD}")
+    return kind
+
+
+def _check_transformer_class(name: str, config: dict) -> None:
+    found, wanted = config.get("_class_name"), CogVideoXTransformer3DModel.__name__
+    if found != wanted:
+        raise ValueError(f"{name}: transformer/config.json is of a {found}, not of a {wanted}; {INSTEAD}")
+
+
+def _check_channels(name: str, kind: Kind, transformer: dict, vae: dict) -> None:
+    """Refuses a transformer whose channels do not go with the pipeline of this kind, or with the VAE."""
+    inputs, outputs, latents = transformer["in_channels"], transformer["out_channels"], vae["latent_channels"]
+    if inputs != kind.inputs * outputs:
+        raise ValueError(
+            f"{name}: has a transformer of {inputs} input channels for {outputs} output channels, but model_index.json "
+            f"names a {kind.task} pipeline, which takes {kind.inputs * outputs}: probably "
+            f"{_probably(inputs, outputs)}; {INSTEAD}"
+        )
+    if latents != outputs:
+        raise ValueError(
+            f"{name}: has a VAE of {latents} latent channels, but the transformer has {outputs} output channels, "
+            "which must be as many; take vae/ and transformer/ from the same base model"
+        )
+
+
+def _probably(inputs: int, outputs: int) -> str:
+    """Returns what a transformer is whose channels do not go with its pipeline."""
+    kinds = {
+        outputs: "a text-to-video transformer with the model_index.json of another base model",
+        2 * outputs: "CogVideoX-Fun Control, which sees a second video, or an image-to-video transformer with the "
+        "model_index.json of another base model",
+        2 * outputs + 1: "CogVideoX-Fun InP, which sees a masked video and its mask",  # one channel for the mask
+    }
+    return kinds.get(inputs, "a model for another task")
+
+
+def _scheduler_class(name: str, index: dict) -> type:
+    scheduler = index.get("scheduler", [None, None])[1]
+    if scheduler not in SCHEDULERS:
+        wrong = f"the scheduler in model_index.json is {scheduler}, not {' or '.join(SCHEDULERS)}"
+        raise ValueError(f"{name}: {wrong}; take model_index.json and scheduler/ from the published model")
+    return SCHEDULERS[scheduler]
 
 
 def reaches_hub() -> bool:
@@ -257,10 +322,6 @@ def check_training(
     """
     config, name = base.transformer, base.name
     channels = f"{config['in_channels']} input channels for {config['out_channels']} output channels"
-    if not base.takes_image and config["in_channels"] != config["out_channels"]:
-        raise ValueError(
-            f"{name}: {channels}: neither text-to-video nor image-to-video, which are what can be trained; use another"
-        )
     if image_options and not base.takes_image:
         raise ValueError(
             f"{', '.join(image_options)}: {name} is a text-to-video model ({channels}) and sees no image; leave "

@@ -1,5 +1,8 @@
 """Training's formulas against diffusers' own pipelines and against the formulas of the papers."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import (
@@ -12,6 +15,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from make_example import VARIANTS, make_clips
 from PIL import Image
 
+import cli_demo
 from clips.frames import View, read_frames
 from cogvideox import base_model
 from cogvideox.base_model import (
@@ -418,11 +422,102 @@ def test_what_a_checkpoint_cannot_do_is_refused(checkpoint_of, variant, dtype, s
         check_training(checkpoint, dtype, *size, options)
 
 
-def test_a_checkpoint_with_other_conditions_is_refused(checkpoint_of):
-    checkpoint = read_base_model(str(checkpoint_of("2b")))
-    checkpoint = checkpoint._replace(transformer=checkpoint.transformer | {"in_channels": 12})
-    with pytest.raises(ValueError, match="12 input channels for 4 output channels: neither text-to-video nor image"):
-        check_training(checkpoint, torch.bfloat16, 9, 64, 96, [])
+FOREIGN = {  # name: (base model to start from, fields of its configs that are changed, parts of the message)
+    "Fun Control": (
+        "5b",
+        {"model_index": {"_class_name": "CogVideoXFunControlPipeline"}, "transformer/config": {"in_channels": 8}},
+        ["holds a CogVideoXFunControlPipeline (CogVideoX-Fun, ", "not a CogVideoXPipeline or a ", "use a base model"],
+    ),
+    "Fun Control as a text-to-video pipeline": (
+        "5b",
+        {"transformer/config": {"in_channels": 8}},
+        ["8 input channels for 4 output", "text-to-video pipeline, which takes 4", "probably CogVideoX-Fun Control"],
+    ),
+    "Fun Control as a video-to-video pipeline": (
+        "5b",
+        {"model_index": {"_class_name": "CogVideoXVideoToVideoPipeline"}, "transformer/config": {"in_channels": 8}},
+        ["8 input channels for 4 output", "which takes 4: probably CogVideoX-Fun Control, which sees a second video"],
+    ),
+    "Fun InP": (
+        "5b",
+        {"model_index": {"_class_name": "CogVideoXFunInpaintPipeline"}, "transformer/config": {"in_channels": 9}},
+        ["holds a CogVideoXFunInpaintPipeline (CogVideoX-Fun, "],
+    ),
+    "Fun InP as a text-to-video pipeline": (
+        "5b",
+        {"transformer/config": {"in_channels": 9}},
+        ["9 input channels for 4 output", "which takes 4: probably CogVideoX-Fun InP, which sees a masked video"],
+    ),
+    "Fun InP as an image-to-video pipeline, with another scheduler": (
+        "5b-I2V",
+        {"model_index": {"scheduler": ["diffusers", "DDIMScheduler"]}, "transformer/config": {"in_channels": 9}},
+        ["9 input channels for 4 output", "image-to-video pipeline, which takes 8: probably CogVideoX-Fun InP"],
+    ),
+    "text-to-video as an image-to-video pipeline": (
+        "2b",
+        {"model_index": {"_class_name": "CogVideoXImageToVideoPipeline"}},
+        ["4 input channels", "which takes 8: probably a text-to-video transformer with the model_index.json"],
+    ),
+    "image-to-video as a text-to-video pipeline": (
+        "1.5-5B-I2V",
+        {"model_index": {"_class_name": "CogVideoXPipeline"}},
+        ["8 input channels", "which takes 4: ", "or an image-to-video transformer with the model_index.json"],
+    ),
+    "three inputs": (
+        "2b",
+        {"transformer/config": {"in_channels": 12}},
+        ["12 input channels", "which takes 4: probably a model for another task; use a base model such as THUDM/"],
+    ),
+    "another VAE": (
+        "2b",
+        {"vae/config": {"latent_channels": 16}},
+        ["has a VAE of 16 latent channels, but the transformer has 4 output", "take vae/ and transformer/ from the sa"],
+    ),
+    "another transformer": (
+        "5b-I2V",
+        {"transformer/config": {"_class_name": "ConsisIDTransformer3DModel"}},
+        ["transformer/config.json is of a ConsisIDTransformer3DModel, not of a CogVideoXTransformer3DModel; use a"],
+    ),
+    "another pipeline": (
+        "5b-I2V",
+        {"model_index": {"_class_name": "ConsisIDPipeline"}},
+        ["holds a ConsisIDPipeline, not a CogVideoXPipeline or a ", "; use a base model such as THUDM/CogVideoX-2b"],
+    ),
+    "no pipeline": ("2b", {"model_index": {"_class_name": None}}, ["holds a None, not a CogVideoXPipeline or a "]),
+}  # fmt: skip
+
+
+def changed(folder, target, changes):
+    """Copies a base model with other fields in its configs; returns the copy."""
+    shutil.copytree(folder, target)
+    for name, fields in changes.items():
+        path = target / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return target
+
+
+@pytest.mark.parametrize("script", ["training", "cli_demo.py"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_another_base_model_is_refused_by_name(checkpoint_of, tmp_path, train, capsys, name, script):
+    variant, changes, parts = FOREIGN[name]
+    folder = changed(checkpoint_of(variant), tmp_path / "base", changes)
+    with pytest.raises(SystemExit) as stop:
+        if script == "training":
+            train(folder, tmp_path / "run")
+        else:
+            cli_demo.main(cli_demo.parse_args(["--prompt", "a cat", "--model_path", str(folder)]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in error
+    assert all(part in error for part in [f"{folder}: ", *parts]), error
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_save_pretrained_makes_of_a_base_model_is_read_as_the_same(checkpoint_of, tmp_path, variant):
+    pipeline = CogVideoXImageToVideoPipeline if variant.endswith("I2V") else CogVideoXVideoToVideoPipeline
+    pipeline.from_pretrained(checkpoint_of(variant)).save_pretrained(tmp_path)
+    base, again = read_base_model(str(checkpoint_of(variant))), read_base_model(str(tmp_path))
+    assert (base.identity, base.published) == (again.identity, again.published)
+    assert base.published.task == ("image-to-video" if variant.endswith("I2V") else "text-to-video")
 
 
 def test_encoders_that_encode_differently_have_different_fingerprints(checkpoint_of):
