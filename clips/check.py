@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from clips import frames, listing
 from clips.facts import Facts, examine, headline, list_problems, remarks
 from clips.frames import MEND, View, decode, decoding_threads, describe_damage
-from clips.listing import Clip, read_clips
-from files import at_least, expanded_path, map_ahead, parse_options, run_command
+from clips.listing import Clip, Listing
+from files import at_least, map_ahead, parse_options, run_command
 
 
 class Seen(NamedTuple):
@@ -30,23 +30,26 @@ class Seen(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser, *, flips: bool = False) -> None:
     """Adds the folder, and the options that decide what of it a model sees; `flips`: also those of mirrored clips."""
-    parser.add_argument("folder", type=expanded_path, metavar="FOLDER", help="folder with the clips and their captions")
+    folders = "folder with the clips and their captions, or several; FOLDER=2 is what an epoch shows twice"
+    parser.add_argument("folders", type=listing.folder_option, nargs="+", metavar="FOLDER", help=folders)
     data = parser.add_argument_group("data")
     listing.add_options(data)
     frames.add_options(data, flips=flips)
     data.add_argument("--seed", type=at_least(0), default=42, help="decides where --video_reshape_mode random crops")
 
 
-def see(args: argparse.Namespace, each: Callable[[Seen], None]) -> tuple[list[Seen], list[str]]:
-    """Reads all clips of a folder; returns what is known of each, without its frames, and the problems of the lists.
+def listing_of(args: argparse.Namespace) -> Listing:
+    return listing.read_listing(
+        args.folders, args.caption_column, args.video_column, args.image_column, id_token=args.id_token
+    )
+
+
+def see(args: argparse.Namespace, clips: list[Clip], view: View, each: Callable[[Seen], None]) -> list[Seen]:
+    """Reads clips as a model would see them; returns what is known of each, without its frames.
 
     Args:
         each: called with each clip that can be used, in order.
     """
-    clips, problems = read_clips(
-        args.folder, args.caption_column, args.video_column, args.image_column, id_token=args.id_token
-    )
-    view = frames.view_of(args, with_image=False, whole=False)
     all_seen = []
     look = partial(_look, view=view, allow_damaged=args.allow_damaged)
     with closing(map_ahead(look, clips, decoding_threads(view))) as looked_at:
@@ -54,7 +57,7 @@ def see(args: argparse.Namespace, each: Callable[[Seen], None]) -> tuple[list[Se
             if seen.frames is not None:
                 each(seen)
             all_seen.append(seen._replace(frames=None))
-    return all_seen, problems
+    return all_seen
 
 
 def _look(clip: Clip, view: View, *, allow_damaged: bool) -> Seen:
@@ -72,16 +75,14 @@ def _look(clip: Clip, view: View, *, allow_damaged: bool) -> Seen:
     return Seen(clip, facts, seen, None)
 
 
-def report(args: argparse.Namespace, all_seen: list[Seen], problems: list[str], *, consequence: str) -> None:
+def report(listed: Listing, all_seen: list[Seen], view: View, *, consequence: str) -> None:
     """Prints what is to be known of a dataset; raises a ValueError that lists its problems, if it has any."""
     usable = [seen for seen in all_seen if not seen.problem]
     if usable:
-        view = frames.view_of(args, with_image=False, whole=False)
         clips, facts = [seen.clip for seen in usable], [seen.facts for seen in usable]
-        print(listing.describe_layout(args.folder, args.caption_column, args.video_column))
-        print(headline(facts, view), *remarks(clips, facts, view), sep="\n")
-    if problems := problems + [seen.problem for seen in all_seen if seen.problem]:
-        raise ValueError(list_problems(args.folder, problems, consequence))
+        print(listed.describe(), headline(facts, view), *remarks(clips, facts, view), sep="\n")
+    if problems := listed.problems + [seen.problem for seen in all_seen if seen.problem]:
+        raise ValueError(list_problems(listed.name, problems, consequence))
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -97,7 +98,9 @@ def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
 
     def check() -> None:
-        report(args, *see(args, each=lambda seen: None), consequence="training refuses it")
+        listed, view = listing_of(args), frames.view_of(args, with_image=False, whole=False)
+        all_seen = see(args, listed.clips, view, each=lambda seen: None)
+        report(listed, all_seen, view, consequence="training refuses it")
 
     run_command(parser, check)
 

@@ -41,10 +41,10 @@ def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
 
     def export() -> None:
-        view = frames.view_of(args, with_image=False, whole=False)
+        listed, view = check.listing_of(args), frames.view_of(args, with_image=False, whole=False)
         write = lambda seen: write_clip(args.output_dir / f"{seen.clip.line:05d}", seen, view)  # noqa: E731
-        all_seen, problems = check.see(args, each=write)
-        check.report(args, all_seen, problems, consequence="the other clips are written")
+        all_seen = check.see(args, listed.clips, view, each=write)
+        check.report(listed, all_seen, view, consequence="the other clips are written")
 
     run_command(parser, export)
 

@@ -125,17 +125,17 @@ def read_listing(
         FileNotFoundError: a folder does not exist.
         ValueError: a folder is named twice, or fits more than one layout.
     """
-    listing = Listing(folders, [], [], [])
+    listing = Listing(folders, layouts=[], clips=[], problems=[])
     paths = [os.path.realpath(folder.path) for folder in folders]
     for folder, path in zip(folders, paths):
         if paths.count(path) > 1:
             raise ValueError(f"{folder.path}: is named twice; name it once, with =2 to show its clips twice an epoch")
-        clips, problems = read_clips(folder.path, caption_column, video_column, image_column, id_token)
+        layout, clips, problems = _read_folder(folder.path, caption_column, video_column, image_column, id_token)
         if len(folders) > 1:  # lines and files of the same name may be in each of them
             problems = [f"{folder.path}: {problem}" for problem in problems]
             count = itertools.count(len(listing.clips) + 1)
             clips = [clip._replace(line=next(count), place=f"{folder.path}, {clip.named}") for clip in clips]
-        listing.layouts.append(find_layout(folder.path, caption_column, video_column))
+        listing.layouts.append(layout)
         listing.problems.extend(problems)
         listing.clips.extend(clip._replace(times=folder.times) for clip in clips)
     return listing
@@ -148,7 +148,7 @@ def read_clips(
     image_column: str | None = None,
     id_token: str | None = None,
 ) -> tuple[list[Clip], list[str]]:
-    """Returns the clips in the order of the lists, of the table, or of their names, and the problems of the listing.
+    """Returns the clips of a folder, in the order of the lists, of the table, or of their names, and its problems.
 
     Args:
         caption_column, video_column, image_column: list files, or columns of the table; None: what is found.
@@ -158,6 +158,14 @@ def read_clips(
         FileNotFoundError: the folder does not exist.
         ValueError: the folder fits more than one layout.
     """
+    _, clips, problems = _read_folder(root, caption_column, video_column, image_column, id_token)
+    return clips, problems
+
+
+def _read_folder(
+    root: Path, caption_column: str | None, video_column: str | None, image_column: str | None, id_token: str | None
+) -> tuple[str, list[Clip], list[str]]:
+    """Returns a folder's layout beside the result of `read_clips`."""
     if not root.is_dir():
         raise FileNotFoundError(
             f"{root}: no such folder; pass the one that holds the clips as --instance_data_root (preview: FOLDER)"
@@ -174,7 +182,7 @@ def read_clips(
             )
         clips, problems = _read_pairs(root, layout)
     prefix = f"{id_token} " if id_token else ""
-    return [clip._replace(caption=prefix + clip.caption) for clip in clips], problems
+    return layout, [clip._replace(caption=prefix + clip.caption) for clip in clips], problems
 
 
 def find_layout(root: Path, caption_column: str | None = None, video_column: str | None = None) -> str:
@@ -199,18 +207,13 @@ def find_layout(root: Path, caption_column: str | None = None, video_column: str
     return found[0] if found else LISTS
 
 
-def describe_layout(root: Path, caption_column: str | None = None, video_column: str | None = None) -> str:
-    return f"{root}: read as {find_layout(root, caption_column, video_column)}"
-
-
-def _media(root: Path) -> list[Path]:
-    """Returns the videos and images in a folder and its subfolders but for hidden ones, in the order of their names."""
-    found = []
+def _media(root: Path) -> Iterator[Path]:
+    """Yields the videos and images in a folder and its subfolders but for hidden ones, in the order of their names."""
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]  # not into the cache
-        paths = (Path(folder, name) for name in names if not name.startswith("."))
-        found += [path for path in paths if path.suffix.lower() in MEDIA_SUFFIXES]
-    return sorted(found)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))  # not into the cache
+        for name in sorted(names):
+            if os.path.splitext(name)[1].lower() in MEDIA_SUFFIXES and not name.startswith("."):
+                yield Path(folder, name)
 
 
 def _read_pairs(root: Path, layout: str) -> tuple[list[Clip], list[str]]:

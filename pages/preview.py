@@ -20,10 +20,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
-from clips import check, frames, listing
+from clips import check, frames
 from clips.facts import Facts, count_clips, examine, headline, list_problems, remarks
 from clips.frames import MEND, View, decode, describe_damage, first_image
-from clips.listing import Clip, read_clips
+from clips.listing import Clip
 from clips.video import Damage
 from cogvideox.base_model import BaseModel, check_training, load_tokenizer, read_base_model
 from cogvideox.encoders import cut_caption
@@ -58,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     model("--revision", help="branch, tag or commit of the hub repository")
     model("--cache_dir", type=path, help="folder for downloads (default: huggingface_hub's)")
     args = parse_options(parser, argv)
-    args.output = args.output or args.folder / "preview.png"
+    args.output = args.output or args.folders[0].path / "preview.png"
     frames.check_options(args, parser.error)
     return parser, args
 
@@ -328,7 +328,7 @@ def write_sheet(args: argparse.Namespace, clips: list[Clip], facts: list[Facts],
     for i in tqdm(chosen, "Drawing clips", unit="clip"):
         damage = []
         try:
-            row = clip_row(args.folder, clips[i], facts[i], view, random_flip=args.random_flip, damage=damage)
+            row = clip_row(args.folders[0].path, clips[i], facts[i], view, random_flip=args.random_flip, damage=damage)
             rows.append(row)
         except ValueError as error:  # decoding stopped midway
             problems.append(str(error))
@@ -357,9 +357,8 @@ def write_sheet(args: argparse.Namespace, clips: list[Clip], facts: list[Facts],
 
 def preview(args: argparse.Namespace) -> list[str]:
     """Prints the table, writes the picture of the clips that can be used, and returns the problems of the others."""
-    clips, problems = read_clips(
-        args.folder, args.caption_column, args.video_column, args.image_column, id_token=args.id_token
-    )
+    listed = check.listing_of(args)
+    clips, problems = listed.clips, listed.problems
     check_output(args.output)
     base = base_of(args)
     view = frames.view_of(
@@ -368,8 +367,8 @@ def preview(args: argparse.Namespace) -> list[str]:
     with ThreadPoolExecutor() as threads:
         examined = list(threads.map(partial(examine, view=view), clips))
     problems += [problem for _, problem in examined if problem]
-    print(listing.describe_layout(args.folder, args.caption_column, args.video_column))
-    print(*table(args.folder, clips, [fact for fact, _ in examined], view), sep="\n")
+    print(listed.describe())
+    print(*table(args.folders[0].path, clips, [fact for fact, _ in examined], view), sep="\n")
     usable = [(clip, fact) for clip, (fact, _) in zip(clips, examined) if fact]
     if not usable:
         print("no picture: none of the clips can be used")
@@ -385,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def program() -> None:
         if problems := preview(args):
-            raise ValueError(list_problems(args.folder, problems, "training refuses it"))
+            raise ValueError(list_problems(", ".join(map(str, args.folders)), problems, "training refuses it"))
 
     run_command(parser, program)
 
