@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from clips.clean import record_use
-from clips.facts import Facts, count_clips, examine, headline, list_problems, remarks
+from clips.facts import Facts, count_clips, examine, headline, is_known, list_problems, remarks
 from clips.frames import MEND, View, decode, decoding_threads, describe_damage, first_image
 from clips.known import File, Notes, publish_in_cache
 from clips.listing import Clip, Listing
@@ -210,17 +210,18 @@ def examine_clips(
     clips: list[Clip], view: View, notes: Notes, *, ranks: Ranks, progress: Callable[..., Iterable], check_all: bool
 ) -> list[tuple[Facts | None, str | None]]:
     """Returns the facts or the problem of each clip; each rank reads its share of the files that are not known."""
-    share, examined = ranks.share(clips), []
+    share, examined = ranks.share(clips), {}
+    new = [number for number, clip in enumerate(share) if check_all or not is_known(clip, notes)]
     look = partial(examine, view=view, notes=notes, again=check_all)
     published = time.monotonic()
-    with closing(map_ahead(look, share, READING_THREADS)) as looked_at:
-        for _, result in zip(progress(share, "Reading clips", "clip"), looked_at):
-            examined.append(result)
+    with closing(map_ahead(look, [share[number] for number in new], READING_THREADS)) as looked_at:
+        for number, result in zip(progress(new, "Reading clips", "clip"), looked_at):
+            examined[number] = result
             if time.monotonic() > published + SECONDS_PER_LIST:  # a first start may be stopped after hours
                 notes.publish()
                 published = time.monotonic()
     notes.publish()
-    return ranks.gather_shares(examined)
+    return ranks.gather_shares([examined.get(number) or look(clip, again=False) for number, clip in enumerate(share)])
 
 
 class Probed(NamedTuple):
@@ -396,7 +397,7 @@ def _written_behind() -> Iterator[Callable]:
 
 def cache_path(cache: Path, kind: str, **content) -> Path:
     """Returns the file for what is computed from `content`, which must hold all that changes the result."""
-    return cache / kind / f"{hash_of(content)}.safetensors"
+    return Path(cache, kind, f"{hash_of(content)}.safetensors")
 
 
 def write_cached(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -22,7 +22,7 @@ GIB = 2**30
 def record_use(cache: Path, output_dir: Path, files: list[Path]) -> None:
     """Records which files of the cache the run with this output directory uses, in place of what it used before."""
     output_dir = os.path.abspath(output_dir)
-    names = [str(file.relative_to(cache)) for file in files]
+    names = [f"{file.parent.name}/{file.name}" for file in files]
     use = {"output_dir": output_dir, "files": names}
     publish_in_cache(cache / USES / f"{hash_of(output_dir)}.json", json.dumps(use).encode())
 

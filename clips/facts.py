@@ -73,6 +73,15 @@ def examine(
     return facts, None
 
 
+def is_known(clip: Clip, notes: Notes) -> bool:
+    """Returns whether `examine` need not read any file of a clip."""
+    try:
+        video, image = file_key("video", clip.video), clip.image and file_key("image", clip.image)
+    except OSError:
+        return False
+    return video in notes and (not image or image in notes)
+
+
 def _not_a_file(path: Path) -> str | None:
     """Returns why a path is no file that can be read; None if it is one."""
     try:

@@ -60,6 +60,10 @@ class Notes:
         note = self.new.get(text) or self.known.get(text)
         return json.loads(note) if note else None
 
+    def __contains__(self, key: list) -> bool:
+        text = json.dumps(key)
+        return text in self.new or text in self.known
+
     def add(self, key: list, note) -> None:
         self.new[json.dumps(key)] = json.dumps(note)
 
