@@ -4,14 +4,15 @@ The problem of a clip is returned as a sentence, so that a person sees all probl
 """
 
 import math
-import unicodedata
+import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 from clips.frames import View, choose_source, covering_scale, read_image
 from clips.known import File, Notes, file_key, look_at
-from clips.listing import Clip
+from clips.listing import LFS, Clip, is_lfs_pointer, other_spelling
 from files import file_hash
 
 
@@ -86,18 +87,21 @@ def _not_a_file(path: Path) -> str | None:
     """Returns why a path is no file that can be read; None if it is one."""
     try:
         if path.is_file():
-            return None
+            return LFS if is_lfs_pointer(path) else None
         if path.is_dir():
             return "is a folder; give the path of a video in it"
         if path.exists():
             return "is not a plain file but a pipe or a device; copy its content into a file"
+        if path.is_symlink():
+            return f"is a link to {os.readlink(path)}, which is not there; copy the file itself to where the link is"
     except OSError as error:  # such as a name that is too long
         return f"{error.strerror}; correct the path"
-    forms = [Path(str(path).replace("\\", "/"))]
-    forms += [Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")]
-    there = next((form for form in forms if form.is_file()), None)
-    if there:
+    if there := other_spelling(path):
         return f"no such file, but there is {there}, which is spelt with other characters; write it so"
+    if re.search(r"(^|/)[a-z0-9]{2,}:/", str(path)):
+        return "is an address, and clips are read from files; download it, and give the path of the file"
+    if re.search(r"(^|/)[A-Za-z]:[\\/]", str(path)):
+        return "no such file; is a path of Windows: give it relative to the dataset's folder"
     return "no such file; correct the path, which is relative to the dataset's folder"
 
 

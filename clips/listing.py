@@ -11,6 +11,8 @@ import itertools
 import json
 import os
 import re
+import reprlib
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,9 @@ VIDEO_SUFFIXES = {
     ".ogv", ".mxf", ".gif", ".apng",
 }  # fmt: skip
 MEDIA_SUFFIXES = VIDEO_SUFFIXES | {".png", ".jpg", ".jpeg", ".webp"}
+EXTRA = "(more than the header)"  # column of the fields that a row of a .csv has beyond its header
+LFS_BEGINNING = b"version https://git-lfs"
+LFS = "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull` in its repository"
 
 
 class Clip(NamedTuple):
@@ -156,7 +161,7 @@ def read_clips(
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        ValueError: the folder fits more than one layout.
+        ValueError: the folder fits more than one layout, or not what the options name.
     """
     _, clips, problems = _read_folder(root, caption_column, video_column, image_column, id_token)
     return clips, problems
@@ -167,19 +172,23 @@ def _read_folder(
 ) -> tuple[str, list[Clip], list[str]]:
     """Returns a folder's layout beside the result of `read_clips`."""
     if not root.is_dir():
+        found = "is a file, not a folder" if root.exists() else "no such folder"
         raise FileNotFoundError(
-            f"{root}: no such folder; pass the one that holds the clips as --instance_data_root (preview: FOLDER)"
+            f"{root}: {found}; pass the one that holds the clips as --instance_data_root (preview: FOLDER)"
         )
     layout = find_layout(root, caption_column, video_column)
+    options = {"--caption_column": caption_column, "--video_column": video_column, "--image_column": image_column}
+    named = {option: name for option, name in options.items() if name}
     if layout in TABLES:
-        clips, problems = _read_table(root, layout, caption_column, video_column, image_column)
+        clips, problems = _read_table(root, layout, named)
     elif layout == LISTS:
-        clips, problems = _read_lists(root, caption_column or CAPTIONS_FILE, video_column or VIDEOS_FILE, image_column)
+        clips, problems = _read_lists(root, named)
+    elif named:
+        option, name = next(iter(named.items()))
+        raise ValueError(
+            f"{option} {name}: needs a list or a table, and {root} has {layout}; write metadata.jsonl, or leave it out"
+        )
     else:
-        if image_column:
-            raise ValueError(
-                f"--image_column {image_column}: needs a list or a table; write metadata.jsonl, or leave it out"
-            )
         clips, problems = _read_pairs(root, layout)
     prefix = f"{id_token} " if id_token else ""
     return layout, [clip._replace(caption=prefix + clip.caption) for clip in clips], problems
@@ -189,13 +198,16 @@ def find_layout(root: Path, caption_column: str | None = None, video_column: str
     """Returns how a folder tells which caption belongs to which clip: one of TABLES, LISTS, BESIDE or SAT.
 
     Raises:
-        ValueError: it fits more than one.
+        ValueError: it fits more than one, or an option names a table.
     """
     named = [name for name in (caption_column, video_column) if name]
+    if tables := [name for name in named if name in TABLES]:
+        rule = "a table is found without being named, and --caption_column and --video_column name columns of it"
+        raise ValueError(f"{tables[0]}: {rule}; pass those, or leave the options out")
     if any(name.endswith(".txt") or (root / name).is_file() for name in named):
         return LISTS
     found = [name for name in TABLES if (root / name).is_file()]
-    if not named:
+    if not (named and found):
         found += [LISTS] * any((root / name).is_file() for name in (CAPTIONS_FILE, VIDEOS_FILE))
         found += [SAT] * ((root / "videos").is_dir() and (root / "labels").is_dir())
         found += [BESIDE] * any(path.with_suffix(".txt").is_file() for path in _media(root))
@@ -236,6 +248,10 @@ def _read_pairs(root: Path, layout: str) -> tuple[list[Clip], list[str]]:
 def _read_caption(path: Path) -> tuple[str, str | None]:
     """Returns the caption in a file, whose lines are joined, and its problem."""
     if not path.is_file():
+        if path.exists():
+            return "", f"no caption: {path} is not a plain file; write a text file of that name"
+        if there := other_spelling(path):
+            return "", f"no caption: {path} is missing, but there is {there}; rename it, its spelling is another"
         return "", f"no caption: {path} is missing; write it, or move the clip to another folder"
     text, problem = _decoded(path)
     caption = " ".join(text.split())
@@ -244,102 +260,168 @@ def _read_caption(path: Path) -> tuple[str, str | None]:
     return caption, problem
 
 
-def _read_table(
-    root: Path, name: str, caption_column: str | None, video_column: str | None, image_column: str | None
-) -> tuple[list[Clip], list[str]]:
-    """Reads a table with a row per clip, as the hub's VideoFolder has it."""
+def _read_table(root: Path, name: str, named: dict[str, str]) -> tuple[list[Clip], list[str]]:
+    """Reads a table with a row per clip, as the hub's VideoFolder has it; `named` holds what options name."""
     try:
         rows = list(_rows(root / name))
     except ValueError as error:
         return [], [str(error)]
     if not rows:
-        return [], [f"{name}: the table is empty; write one row per clip"]
-    columns = list(dict.fromkeys(column for _, row in rows for column in row))
-    candidates = [column for column in CAPTION_COLUMNS if column in columns]
-    wanted = {
-        "--caption_column": caption_column,
-        "--video_column": video_column or FILE_COLUMN,
-        "--image_column": image_column,
-    }
-    if not caption_column:
+        return [], [f"{name}: the table is empty; write one row per clip, in a .csv below the names of the columns"]
+    columns = [column for column in dict.fromkeys(column for _, row in rows for column in row) if column != EXTRA]
+    if not named.get("--caption_column"):
+        candidates = [column for column in CAPTION_COLUMNS if column in columns]
         if len(candidates) != 1:
-            which = (
-                f"more than one of {', '.join(candidates)}" if candidates else f"none of {', '.join(CAPTION_COLUMNS)}"
-            )
-            return [], [f"{name}: has {which}; pass the column of the captions as --caption_column"]
-        wanted["--caption_column"] = candidates[0]
-    problems = [
-        f"{name}: no column {column}; it has {', '.join(map(str, columns))}: pass one of them as {option}"
-        for option, column in wanted.items()
-        if column and column not in columns
+            has = f"more than one of {', '.join(candidates)}" if candidates else f"none of {', '.join(CAPTION_COLUMNS)}"
+            remedy = f"pass the column of the captions as --caption_column, one of {', '.join(columns)}"
+            return [], [f"{name}: has {has}; {remedy}"]
+        named = named | {"--caption_column": candidates[0]}
+    named = {"--video_column": FILE_COLUMN} | named
+    problems = _named_twice(named) + [
+        f"{name}: no column {column}; it has {', '.join(columns)}: pass one of them as {option}"
+        for option, column in named.items()
+        if column not in columns
     ]
-    if problems:
-        return [], problems
-    clips, column_of = [], list(wanted.values())
-    for number, (place, row) in enumerate(rows, start=1):
-        caption, video, image = (row.get(column) if column else None for column in column_of)
-        texts = {column_of[0]: caption, column_of[1]: video} | ({column_of[2]: image} if image_column else {})
-        empty = [column for column, text in texts.items() if not isinstance(text, str) or not text.strip()]
-        problems += [f"{place}: {column} is {texts[column]!r}; write a text there" for column in empty]
-        if column_of[1] not in empty:
-            image_path = root / Path(image).expanduser() if image_column and column_of[2] not in empty else None
-            caption = "" if column_of[0] in empty else " ".join(caption.split())
-            clips.append(Clip(root / Path(video.strip()).expanduser(), caption, number, image_path, place))
+    clips = []
+    for number, (place, row) in enumerate([] if problems else rows, start=1):
+        clip, of_row = _read_row(root, named, row, number, place)
+        problems += of_row
+        clips += [clip] if clip else []
     return clips, problems
+
+
+def _read_row(root: Path, named: dict[str, str], row: dict, number: int, place: str) -> tuple[Clip | None, list[str]]:
+    """Returns the clip of a row, None if it names no file, and the problems of the row."""
+    texts = {option: row.get(column) for option, column in named.items()}
+    wrong = [option for option, text in texts.items() if not _is_text(text)]
+    problems = [f"{place}: {named[option]} is {reprlib.repr(texts[option])}; write a text there" for option in wrong]
+    if any(row.get(EXTRA, ())):  # spreadsheets write empty fields at the end
+        more = reprlib.repr(row[EXTRA])
+        problems.append(f"{place}: has more fields than the header, {more}; put a field with a comma in double quotes")
+    caption, video, image = (
+        texts[option].strip() if option in named and option not in wrong else ""
+        for option in ("--caption_column", "--video_column", "--image_column")
+    )
+    if not video:
+        return None, problems
+    image_path = _path(root, image) if image else None
+    return Clip(_path(root, video), " ".join(caption.split()), number, image_path, place), problems
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is text that UTF-8 can write, which it can of every character but half a surrogate pair."""
+    return isinstance(value, str) and bool(value.strip()) and not re.search("[\0\ud800-\udfff]", value)
+
+
+def _path(root: Path, text: str) -> Path:
+    # Path.expanduser raises an error where there is no such user; os.path leaves the path as it is: a missing file.
+    return root / os.path.expanduser(text)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Yields the place and the columns of each row of a table; raises ValueError where it is malformed."""
     if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ValueError(f"{path.name}: needs a package (pip install pyarrow), or write metadata.jsonl") from None
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-        yield from ((f"{path.name}, row {number}", row) for number, row in enumerate(rows, start=1))
+        yield from _parquet_rows(path)
         return
     text, problem = _decoded(path)
     if problem:
         raise ValueError(problem)
     if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text), restkey="(more than the header)")
-        yield from ((f"{path.name}:{reader.line_num}", row) for row in reader)
+        yield from _csv_rows(path.name, text)
         return
     for number, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1):
         if line.strip():
             yield f"{path.name}:{number}", _parsed(line, f"{path.name}:{number}")
 
 
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    if is_lfs_pointer(path):
+        raise ValueError(f"{path.name}: {LFS}")
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path.name}: needs a package (pip install pyarrow), or write metadata.jsonl") from None
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path.name}: not Parquet ({reason}); copy it again, or write metadata.jsonl") from error
+    yield from ((f"{path.name}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _csv_rows(name: str, text: str) -> Iterator[tuple[str, dict]]:
+    reader = csv.DictReader(io.StringIO(text, newline=None), restkey=EXTRA, skipinitialspace=True, strict=True)
+    start = 1  # line where the next row begins: one with line breaks in quotes ends further down
+    try:
+        columns = reader.fieldnames or []
+        if len(columns) == 1 and (mark := re.search(r"[;\t|]", columns[0])):
+            raise ValueError(f"{name}:1: columns are separated by {mark[0]!r}; save it separated by commas")
+        if twice := [column for column in dict.fromkeys(columns) if column and columns.count(column) > 1]:
+            raise ValueError(f"{name}:1: has more than one column {twice[0]}; rename or remove all but one")
+        start = reader.line_num + 1
+        for row in reader:
+            yield f"{name}:{reader.line_num}", row
+            start = reader.line_num + 1
+    except csv.Error as error:
+        rule = "close double quotes where they open, and write those within a field twice"
+        raise ValueError(f"{name}:{start}: not CSV ({error}); {rule}") from error
+
+
 def _parsed(line: str, place: str) -> dict:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error.msg}); write one object per line") from error
+    except (ValueError, RecursionError) as error:  # besides what is no JSON: very long numbers, very deep nesting
+        reason = str(error).partition(":")[0]
+        raise ValueError(f"{place}: not JSON ({reason}); write one object per line") from error
     if not isinstance(row, dict):
         raise ValueError(f"{place}: is a {type(row).__name__}; write one object per line")
     return row
 
 
-def _read_lists(root: Path, caption_file: str, video_file: str, image_file: str | None) -> tuple[list[Clip], list[str]]:
-    """Reads clips from list files.
+def _read_lists(root: Path, named: dict[str, str]) -> tuple[list[Clip], list[str]]:
+    """Reads clips from list files; `named` holds the names that options give them.
 
     Line n of the captions belongs to line n of the videos, so a blank line is refused instead of skipped: skipping it
     would give every later video the wrong caption. Blank lines at the very end are ignored.
     """
-    captions, problems = _read_list(root, caption_file, "--caption_column")
-    videos, video_problems = _read_list(root, video_file, "--video_column")
-    images, image_problems = _read_list(root, image_file, "--image_column") if image_file else ([], [])
-    problems += video_problems + image_problems
-    lengths = {caption_file: len(captions), video_file: len(videos), image_file: len(images)}
-    problems += _unequal_lengths({name: length for name, length in lengths.items() if length})
+    names = {"--caption_column": CAPTIONS_FILE, "--video_column": VIDEOS_FILE} | named
+    if not (named or any((root / name).exists() for name in names.values())):
+        return [], [_no_layout(root)]
+    problems, lists = _named_twice(names), []
+    for option, name in names.items():
+        lines, of_list = _read_list(root, name, option, taken=set(names.values()))
+        problems += of_list
+        lists.append(lines)
+    problems += _unequal_lengths({name: len(lines) for name, lines in zip(names.values(), lists) if lines})
 
     clips = []
+    captions, videos, images = (*lists, [])[:3]
     lines = itertools.zip_longest(captions, videos, images, fillvalue="")
     for line, (caption, video, image) in enumerate(lines, start=1):
         if video:  # even without a caption, so that the problems of the video itself are reported as well
-            image_path = root / Path(image).expanduser() if image else None
-            clips.append(Clip(root / Path(video).expanduser(), caption, line, image_path))
+            clips.append(Clip(_path(root, video), caption, line, _path(root, image) if image else None))
     return clips, problems
+
+
+def _no_layout(root: Path) -> str:
+    """Returns the problem of a folder in which nothing tells the captions."""
+    others = sorted(path.name for path in root.iterdir() if not path.name.startswith(".") and path.is_file())
+    others = [name for name in others if Path(name).suffix.lower() not in MEDIA_SUFFIXES]
+    beside = f", and beside them {', '.join(others[:5])}" if others else ""
+    count = sum(1 for _ in _media(root))
+    return (
+        f"{root}: holds {count} videos and images{beside}, but no captions: no .txt file of the name of a "
+        f"clip, no {CAPTIONS_FILE} and {VIDEOS_FILE}, no {', '.join(TABLES)}, no {SAT}; write one of them: see "
+        "docs/data.md"
+    )
+
+
+def _named_twice(named: dict[str, str]) -> list[str]:
+    """Returns the problem of two options that name the same list or column, if they do."""
+    for (option, name), (other, other_name) in itertools.combinations(named.items(), 2):
+        if name == other_name:
+            return [f"{name}: is meant by {option} and by {other}; name another with one of them"]
+    return []
 
 
 def _unequal_lengths(lengths: dict[str, int]) -> list[str]:
@@ -353,14 +435,19 @@ def _unequal_lengths(lengths: dict[str, int]) -> list[str]:
     ]
 
 
-def _read_list(root: Path, name: str, option: str) -> tuple[list[str], list[str]]:
+def _read_list(root: Path, name: str, option: str, taken: set[str]) -> tuple[list[str], list[str]]:
     """Returns the stripped lines of a UTF-8 file and its problems.
 
     The file may start with a byte order mark, and have the line ends of Unix, Windows or old Macs.
+
+    Args:
+        taken: names of all lists, which are not proposed in place of a missing one.
     """
     path = root / name
     if not path.is_file():
-        return [], [f"{path}: no such file{_near_names(root, name, option)}"]
+        if path.exists():
+            return [], [f"{path}: is not a plain file; write a text file, or name another one with {option}"]
+        return [], [f"{path}: no such file{_near_names(root, name, option, taken)}"]
     text, problem = _decoded(path)
     if problem:
         return [], [problem]
@@ -378,8 +465,10 @@ def _read_list(root: Path, name: str, option: str) -> tuple[list[str], list[str]
     return lines, blank
 
 
-def _near_names(root: Path, name: str, option: str) -> str:
-    near = difflib.get_close_matches(name, [path.name for path in root.glob("*.txt")], n=1, cutoff=0.5)
+def _near_names(root: Path, name: str, option: str, taken: set[str]) -> str:
+    captions = {path.with_suffix(".txt") for path in _media(root)}  # of single clips, so no lists
+    lists = [path.name for path in root.glob("*.txt") if path not in captions and path.name not in taken]
+    near = difflib.get_close_matches(name, lists, n=1, cutoff=0.5)
     if near:
         return f", but there is {near[0]}: pass {option} {near[0]}"
     return f"; write it, name another file with {option}, or use another layout: see docs/data.md"
@@ -387,12 +476,38 @@ def _near_names(root: Path, name: str, option: str) -> str:
 
 def _decoded(path: Path) -> tuple[str, str | None]:
     """Returns a UTF-8 file's text, and its problem."""
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return "", f"{path.name}: cannot be read ({error.strerror}); copy it again, or change its permissions"
+    if content.startswith(LFS_BEGINNING):
+        return "", f"{path.name}: {LFS}"
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "", f"{path.name}: is UTF-16 text; save the file as UTF-8"
+    if b"\0" in content:
+        line = content[: content.index(b"\0")].count(b"\n") + 1
+        return "", f"{path.name}:{line}: not UTF-8 text (byte 0x00, perhaps UTF-16); save the file as UTF-8"
     try:
         return content.decode("utf-8-sig"), None
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         byte = f"byte 0x{content[error.start]:02x}"
         return "", f"{path.name}:{line}: not UTF-8 text ({byte}, perhaps Windows-1252); save the file as UTF-8"
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS leaves in place of one that it has not downloaded; larger ones are not opened."""
+    if path.stat().st_size >= 1024:  # by LFS's specification a pointer is smaller
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(LFS_BEGINNING)) == LFS_BEGINNING
+
+
+def other_spelling(path: Path) -> Path | None:
+    """Returns a file whose path looks like a missing one: other slashes, accents, suffix, quotes around it."""
+    text = str(path)
+    spellings = [text.replace("\\", "/"), f"{text}.mp4", re.sub("[\"'\ufeff\u200b]", "", text)]
+    spellings += [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
+    spellings += [str(path.with_suffix(suffix)) for suffix in (path.suffix.lower(), path.suffix.upper())]
+    spellings += [str(path.with_name(path.name.lower()))]
+    return next((Path(spelling) for spelling in spellings if os.path.isfile(spelling)), None)

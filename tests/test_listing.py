@@ -2,10 +2,13 @@
 
 import argparse
 import csv
+import io
 import json
 import os
 import shutil
+import wave
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from make_example import make_clips
@@ -13,7 +16,7 @@ from PIL import Image
 
 from clips.facts import examine, remarks
 from clips.frames import View
-from clips.listing import BESIDE, LISTS, SAT, Clip, Folder, find_layout, folder_option, read_clips, read_listing
+from clips.listing import BESIDE, LISTS, SAT, Folder, find_layout, folder_option, read_clips, read_listing
 from cogvideox.lora_files import LORA_FILE
 from dataset import CachedClips, Data
 
@@ -117,42 +120,251 @@ def test_two_layouts_at_once_are_refused_unless_one_is_named(other, drawn, tmp_p
     assert len(read_clips(folder, "prompts.txt", "videos.txt")[0]) == 3
 
 
+CLIP, FOLDER, PIPE = "a clip", "a folder", "a pipe"  # stand for what is no text
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+WEB_PAGE = "<!DOCTYPE html><html><body>404 Not Found</body></html>"
+ROW = {"file_name": "a.mp4", "text": "x"}
+BESIDE_A = {"a.mp4": CLIP, "a.txt": "x"}
+
+
+def silence():
+    """A second of it, as a .wav file."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(16000))
+    return file.getvalue()
+
+
+class Mistake(NamedTuple):
+    message: str  # a part of one of the problems; {root} is the folder
+    files: dict  # of the folder: text, bytes, one of the above, or the Path that a link points to
+    options: dict = {}
+
+
+def in_lists(message, prompts, videos, files=None, **options):
+    return Mistake(message, {"prompts.txt": prompts, "videos.txt": videos, "a.mp4": CLIP} | (files or {}), options)
+
+
+def in_json(message, *rows, files=None, **options):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    return Mistake(message, {"metadata.jsonl": "\n".join(lines), "a.mp4": CLIP} | (files or {}), options)
+
+
+def in_csv(message, table, **options):
+    return Mistake(message, {"metadata.csv": table, "a.mp4": CLIP}, options)
+
+
 MISTAKES = {
-    "no row": ({"metadata.jsonl": ""}, "metadata.jsonl: the table is empty"),
-    "no json": ({"metadata.jsonl": "{}\nhello\n"}, "metadata.jsonl:2: not JSON"),
-    "a list": ({"metadata.jsonl": "[1]\n"}, "metadata.jsonl:1: is a list; write one object per line"),
-    "no caption column": ({"metadata.csv": "file_name,words\na.mp4,x\n"}, "has none of text, caption, prompt"),
-    "two caption columns": (
-        {"metadata.csv": "file_name,text,prompt\na.mp4,x,y\n"},
+    # what a list can be
+    "UTF-16": in_lists("prompts.txt: is UTF-16 text; save", "a cat".encode("utf-16"), "a.mp4"),
+    "UTF-16 without a mark": in_lists("prompts.txt:1: not UTF-8 text (byte 0x00", "a cat".encode("utf-16-le"), "a.mp4"),
+    "cp1252": in_lists("prompts.txt:2: not UTF-8 text (byte 0xe9", "x\ncaf\xe9".encode("cp1252"), "a.mp4\na.mp4"),
+    "a blank line": in_lists("prompts.txt:2: blank line; write", "x\n\ny", "a.mp4\na.mp4\na.mp4"),
+    "a blank line at the start": in_lists("videos.txt:1: blank line; write", "x\ny", "\na.mp4"),
+    "unequal lengths": in_lists("prompts.txt has 2 lines and videos.txt 1: line n", "x\ny", "a.mp4"),
+    "no line": in_lists("prompts.txt: the file is empty; write one line per clip", " \n\n", "a.mp4"),
+    "one list": Mistake("prompts.txt: no such file; write it, name another", {"videos.txt": "a.mp4", "a.mp4": CLIP}),
+    "a list of another name": Mistake(
+        "but there is prompt.txt: pass --caption_column prompt.txt", {"prompt.txt": "x", "videos.txt": "a.mp4"}
+    ),
+    "a folder as a list": in_lists("prompts.txt: is not a plain file; write a text file", FOLDER, "a.mp4"),
+    "a pipe as a list": in_lists("prompts.txt: is not a plain file; write a text file", PIPE, "a.mp4"),
+    "a list that cannot be read": in_lists("prompts.txt: cannot be read (Input", Path("/proc/self/mem"), "a.mp4"),
+    "lists from Git LFS": in_lists("videos.txt: is a Git LFS pointer, not the file", LFS_POINTER, LFS_POINTER),
+    "one list for both": in_lists("videos.txt: is meant by --caption_col", "x", "a.mp4", caption_column="videos.txt"),
+    "no list of images": in_lists("images.txt: no such file; write", "x", "a.mp4", image_column="images.txt"),
+    "swapped lists": in_lists("line 1: {root}/x: no such file; correct the path", "a.mp4", "x"),
+    # paths
+    "a missing clip": in_lists("line 1: {root}/b.mp4: no such file; correct the path", "x", "b.mp4"),
+    "a folder": in_lists("line 1: {root}/b: is a folder; give the path", "x", "b", {"b": FOLDER}),
+    "a folder named as a clip": in_lists("{root}/b.mp4: is a folder; give the path", "x", "b.mp4", {"b.mp4": FOLDER}),
+    "a pipe": in_lists("{root}/b.mp4: is not a plain file but a pipe", "x", "b.mp4", {"b.mp4": PIPE}),
+    "a dead link": in_lists("is a link to /none.mp4, which is not", "x", "b.mp4", {"b.mp4": Path("/none.mp4")}),
+    "a name too long": in_lists("File name too long; correct the path", "x", "a" * 300),
+    "a name that is too long with accents apart": in_lists("no such file; correct the path", "x", "\xe9" * 120),
+    "a home that is nobody's": in_lists("{root}/~nobody-here/a.mp4: no such file; correct", "x", "~nobody-here/a.mp4"),
+    "an address": in_lists("is an address, and clips are read from files; download", "x", "https://host/a.mp4"),
+    "an address in a table": in_json("metadata.jsonl:1: {root}/s3:/b/a.mp4: is an", ROW | {"file_name": "s3://b/a.mp4"}),
+    "a drive of Windows": in_lists("is a path of Windows: give it relative to", "x", "C:\\clips\\a.mp4"),
+    "slashes of Windows": in_lists("but there is {root}/b/a.mp4, which is spelt", "x", "b\\a.mp4", {"b/a.mp4": CLIP}),
+    "NFD": in_lists("but there is {root}/caf\xe9.mp4", "x", "cafe\u0301.mp4", {"caf\xe9.mp4": CLIP}),
+    "NFC": in_lists("but there is {root}/cafe\u0301.mp4", "x", "caf\xe9.mp4", {"cafe\u0301.mp4": CLIP}),
+    "another case": in_lists("but there is {root}/a.mp4, which is spelt", "x", "A.MP4"),
+    "no suffix": in_lists("but there is {root}/a.mp4, which is spelt", "x", "a"),
+    "quotes": in_lists("but there is {root}/a.mp4, which is spelt", "x", '"a.mp4"'),
+    # what a file can be
+    "nothing in a video": Mistake("a.mp4: the file is empty; copy it again", {"a.mp4": "", "a.txt": "x"}),
+    "nothing in an image": Mistake("a.png: the file is empty; copy it again", {"a.png": "", "a.txt": "x"}),
+    "a web page": Mistake("a.mp4: cannot be read as a video", {"a.mp4": WEB_PAGE, "a.txt": "x"}),
+    "a web page as a picture": Mistake("a.png: holds no frame that FFmpeg can", {"a.png": WEB_PAGE, "a.txt": "x"}),
+    "a video from Git LFS": Mistake("fetch it with `git lfs pull`", {"a.mp4": LFS_POINTER, "a.txt": "x"}),
+    "only sound": Mistake("a.mp4: holds no video, only sound", {"a.mp4": silence(), "a.txt": "x"}),
+    # tables
+    "no row": Mistake("metadata.jsonl: the table is empty; write one", {"metadata.jsonl": ""}),
+    "only a header": in_csv("metadata.csv: the table is empty; write one row per clip", "file_name,text\n"),
+    "no header": in_csv("none of text, caption, prompt; pass the column of the captions", "a.mp4,x\na.mp4,y\n"),
+    "no JSON": in_json("metadata.jsonl:2: not JSON (Expecting value); write one object per line", ROW, "hello"),
+    "JSON over several lines": Mistake("jsonl:1: not JSON", {"metadata.jsonl": json.dumps([ROW], indent=1)}),
+    "two objects in a line": in_json("metadata.jsonl:1: not JSON (Extra data)", json.dumps(ROW) * 2),
+    "a path of Windows in JSON": in_json("metadata.jsonl:1: not JSON (Invalid", '{"file_name": "C:\\clips\\a.mp4"}'),
+    "JSON too deep": in_json("metadata.jsonl:1: not JSON (maximum recursion depth", "[" * 100_000),
+    "a number too long": in_json("metadata.jsonl:1: not JSON (Exceeds the limit", '{"text": ' + "1" * 5000 + "}"),
+    "a list in a line": in_json("metadata.jsonl:1: is a list; write one object per line", [1]),
+    "cp1252 in a table": Mistake(
+        "metadata.jsonl:1: not UTF-8 text", {"metadata.jsonl": '{"text": "caf\xe9"}'.encode("cp1252")}
+    ),
+    "UTF-16 in a table": in_csv("metadata.csv: is UTF-16 text; save", "file_name,text\n".encode("utf-16")),
+    "a table from Git LFS": in_csv("metadata.csv: is a Git LFS pointer", LFS_POINTER),
+    "Parquet from Git LFS": Mistake("metadata.parquet: is a Git LFS pointer", {"metadata.parquet": LFS_POINTER}),
+    "semicolons": in_csv("metadata.csv:1: columns are separated by ';'; save it", "file_name;text\na.mp4;x\n"),
+    "tabs": in_csv("metadata.csv:1: columns are separated by '\\t'; save it", "file_name\ttext\na.mp4\tx\n"),
+    "a comma in a caption": in_csv("has more fields than the header, ['runs']; put", "file_name,text\na.mp4,x, runs\n"),
+    "an open quote": in_csv("csv:3: not CSV (unexpected end", 'file_name,text\na.mp4,x\na.mp4,"y\na.mp4,z\n'),
+    "a quote in quotes": in_csv("csv:2: not CSV (',' expected after '\"')", 'file_name,text\na.mp4,"x "y" z"\n'),
+    "a field too long": in_csv("csv:2: not CSV (field larger than", "file_name,text\na.mp4," + "x" * 140_000),
+    "a short row": in_csv("metadata.csv:2: text is None; write", "file_name,text\na.mp4\n"),
+    "two columns of a name": in_csv("csv:1: has more than one column text; rename", "file_name,text,text\na.mp4,x,y\n"),
+    "no column of captions": in_csv("has none of text, caption, prompt; pass", "file_name,words\na.mp4,x\n"),
+    "two columns of captions": in_csv(
         "has more than one of text, prompt; pass the column of the captions as --caption_column",
+        "file_name,text,prompt\na.mp4,x,y\n",
     ),
-    "no file column": ({"metadata.csv": "video,text\na.mp4,x\n"}, "no column file_name; it has video, text"),
-    "an empty caption": (
-        {"metadata.jsonl": '{"file_name": "a.mp4", "text": " "}'},
-        "metadata.jsonl:1: text is ' '; write a text there",
+    "no column of files": in_csv("no column file_name; it has video, text: pass one", "video,text\na.mp4,x\n"),
+    "an empty caption": in_json("metadata.jsonl:1: text is ' '; write a text there", ROW | {"text": " "}),
+    "a number": in_json("metadata.jsonl:1: text is 3; write a text there", ROW | {"text": 3}),
+    "a nested value": in_json("metadata.jsonl:1: text is {'en': 'x'}; write a text", ROW | {"text": {"en": "x"}}),
+    "half a character": in_json("jsonl:1: text is 'a \\ud83d'; write", '{"file_name": "a.mp4", "text": "a \\ud83d"}'),
+    "no file in a row": in_json("metadata.jsonl:2: file_name is None; write", ROW, {"text": "x"}),
+    "no image in a row": in_json("image is None; write", ROW | {"image": None}, image_column="image"),
+    "a missing image": in_json("{root}/b.png: no such file", ROW | {"image": "b.png"}, image_column="image"),
+    "a video as the image": in_json("cannot be read as an image", ROW | {"image": "a.mp4"}, image_column="image"),
+    "an image from Git LFS": in_json(
+        "b.png: is a Git LFS", ROW | {"image": "b.png"}, files={"b.png": LFS_POINTER}, image_column="image"
     ),
-    "a number": ({"metadata.jsonl": '{"file_name": "a.mp4", "text": 3}'}, "metadata.jsonl:1: text is 3"),
-    "no file in a row": ({"metadata.jsonl": '{"file_name": null, "text": "x"}'}, "metadata.jsonl:1: file_name is None"),
-    "a short row": ({"metadata.csv": "file_name,text\na.mp4\n"}, "metadata.csv:2: text is None"),
-    "UTF-16": ({"metadata.csv": "file_name,text\n".encode("utf-16")}, "metadata.csv: is UTF-16 text"),
-    "cp1252": ({"metadata.jsonl": '{"text": "caf\xe9"}'.encode("cp1252")}, "metadata.jsonl:1: not UTF-8 text"),
-    "UTF-16 lists": ({"prompts.txt": "a cat".encode("utf-16"), "videos.txt": "a.mp4"}, "prompts.txt: is UTF-16 text"),
-    "a caption missing": ({"a.mp4": "", "a.txt": "x", "b.mp4": ""}, "b.mp4: no caption: "),
-    "a caption empty": ({"a.mp4": "", "a.txt": " \n"}, "a.txt is empty; write the caption"),
-    "a label missing": ({"videos/a.mp4": "", "labels/b.txt": "x"}, "a.mp4: no caption: "),
-    "no videos": ({"videos/a.doc": "", "labels/a.txt": "x"}, "no videos or images in it"),
-    "nothing": ({}, "prompts.txt: no such file; write it, name another file"),
-}
+    # columns that options name
+    "another column of captions": in_json("no column words; it has file_name, text", ROW, caption_column="words"),
+    "another column of files": in_json("pass one of them as --video_column", ROW, video_column="video"),
+    "another column of images": in_json("no column image; it has file_name, text", ROW, image_column="image"),
+    "one column for both": in_json("text: is meant by --video_column and by --capt", ROW, video_column="text"),
+    "a table as a column": in_json("a table is found without being named", ROW, caption_column="metadata.jsonl"),
+    "a column beside clips": Mistake(
+        "--caption_column text: needs a list or a table, and {root} has a caption beside each clip; write",
+        BESIDE_A,
+        {"caption_column": "text"},
+    ),
+    "a list beside clips": Mistake("words.txt: no such file; write", BESIDE_A, {"caption_column": "words.txt"}),
+    "an image column beside clips": Mistake("--image_column im: needs a list", BESIDE_A, {"image_column": "im"}),
+    "a column of labels": Mistake(
+        "--video_column file: needs a list or a table, and {root} has videos/ and labels/; write",
+        {"videos/a.mp4": CLIP, "labels/a.txt": "x"},
+        {"video_column": "file"},
+    ),
+    # a caption beside each clip, in videos/ and labels/, nowhere
+    "a caption missing": Mistake("b.mp4: no caption: {root}/b.txt is missing; write it", BESIDE_A | {"b.mp4": CLIP}),
+    "a caption empty": Mistake("a.txt is empty; write the caption", {"a.mp4": CLIP, "a.txt": " \n"}),
+    "a caption that is a folder": Mistake(
+        "b.mp4: no caption: {root}/b.txt is not a plain file; write", BESIDE_A | {"b.mp4": CLIP, "b.txt": FOLDER}
+    ),
+    "a caption in another case": Mistake(
+        "b.txt is missing, but there is {root}/b.TXT; rename", BESIDE_A | {"b.mp4": CLIP, "b.TXT": "x"}
+    ),
+    "a caption with accents apart": Mistake(
+        "but there is {root}/e\u0301.txt; rename it", BESIDE_A | {"\xe9.mp4": CLIP, "e\u0301.txt": "x"}
+    ),
+    "a caption in UTF-16": Mistake(
+        "a.mp4: a.txt: is UTF-16 text; save", {"a.mp4": CLIP, "a.txt": "x".encode("utf-16")}
+    ),
+    "a caption from Git LFS": Mistake("a.mp4: a.txt: is a Git LFS pointer", {"a.mp4": CLIP, "a.txt": LFS_POINTER}),
+    "a label missing": Mistake("a.mp4: no caption: {root}/labels/a.txt", {"videos/a.mp4": CLIP, "labels/b.txt": "x"}),
+    "no labels": Mistake("a.txt is missing; write it", {"videos/a.mp4": CLIP, "labels": FOLDER}),
+    "no videos": Mistake("videos: no videos or images in it", {"videos/a.doc": "", "labels/a.txt": "x"}),
+    "two tables": in_json("fits 2 layouts (metadata.jsonl; metadata.csv)", ROW, files={"metadata.csv": "text"}),
+    "a table and captions": in_json("fits 2 layouts (metadata.jsonl; a caption beside", ROW, files={"a.txt": "x"}),
+    "lists and labels": in_lists(
+        "fits 2 layouts (two lists; videos/ and labels/)", "x", "a.mp4", {"videos": FOLDER, "labels": FOLDER}
+    ),
+    "nothing": Mistake("{root}: holds 0 videos and images, but no captions", {}),
+    "only videos": Mistake("holds 2 videos and images, but no captions: ", {"a.mp4": CLIP, "b/b.mp4": CLIP}),
+    "a table of another name": Mistake("beside them metadata.json, but no", {"metadata.json": "[]", "a.mp4": CLIP}),
+}  # fmt: skip
+
+
+def problems_of(folder, options):
+    """Returns all that training would refuse."""
+    try:
+        clips, problems = read_clips(folder, **options)
+    except ValueError as error:
+        return [str(error)]
+    return problems + [problem for clip in clips if (problem := examine(clip, VIEW)[1])]
+
+
+def write(path, content, clip):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, Path):
+        path.symlink_to(content)
+    elif content == FOLDER:
+        path.mkdir()
+    elif content == PIPE:
+        os.mkfifo(path)
+    elif content == CLIP:
+        shutil.copy(clip, path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_in_the_listing_is_said_with_its_place(name, tmp_path):
-    files, message = MISTAKES[name]
-    for file, content in files.items():
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    _, problems = read_clips(tmp_path)
+def test_a_mistake_in_a_dataset_is_said_with_its_place_and_the_way_out(name, drawn, tmp_path):
+    mistake = MISTAKES[name]
+    for file, content in mistake.files.items():
+        write(tmp_path / file, content, next((drawn / "videos").iterdir()))
+    problems, message = problems_of(tmp_path, mistake.options), mistake.message.replace("{root}", str(tmp_path))
     assert any(message in problem for problem in problems), problems
+    assert all("; " in problem or ": pass " in problem for problem in problems)
+
+
+PARQUET_MISTAKES = {
+    "no Parquet": (b"hello", "metadata.parquet: not Parquet (Could not open"),
+    "nested": ({"file_name": ["a.mp4"], "text": [{"en": "x"}]}, "metadata.parquet, row 1: text is {'en': 'x'}; write"),
+    "no file names": ({"video": [b"\0\1"], "text": ["x"]}, "no column file_name; it has video, text: pass"),
+    "no row": ({"file_name": [], "text": []}, "metadata.parquet: the table is empty; write"),
+}
+
+
+@pytest.mark.parametrize("name", PARQUET_MISTAKES)
+def test_a_mistake_in_a_parquet_table_is_said_with_its_place(name, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is optional: the message says how to install it")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    content, message = PARQUET_MISTAKES[name]
+    if isinstance(content, bytes):
+        (tmp_path / "metadata.parquet").write_bytes(content)
+    else:
+        parquet.write_table(pyarrow.table(content), tmp_path / "metadata.parquet")
+    problems = problems_of(tmp_path, {})
+    assert any(message in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("table", "caption"),
+    [
+        (b"file_name,text\ra.mp4,x\r", "x"),
+        (b"\xef\xbb\xbffile_name, text\r\na.mp4, x\r\n", "x"),
+        (b'file_name,text\n\na.mp4,"x, ""y""\nz"\n', 'x, "y" z'),
+        (b'file_name,text\na.mp4,he says "hi"\n', 'he says "hi"'),
+        (b"file_name,text,,\na.mp4,x,,\n", "x"),
+        (b"file_name,text\na.mp4,x,,\n", "x"),
+    ],
+)
+def test_a_csv_may_have_any_line_ends_spaces_and_quotes(table, caption, tmp_path):
+    (tmp_path / "metadata.csv").write_bytes(table)
+    (clip,), problems = read_clips(tmp_path)
+    assert (clip.video, clip.caption, problems) == (tmp_path / "a.mp4", caption, [])
+
+
+def test_a_file_is_no_folder_of_clips(tmp_path):
+    (tmp_path / "clips.zip").write_text("x")
+    with pytest.raises(FileNotFoundError, match="clips.zip: is a file, not a folder; pass the one that"):
+        read_clips(tmp_path / "clips.zip")
 
 
 def test_images_to_start_from_can_be_a_column_but_not_a_file_beside_a_clip(drawn, tmp_path):
@@ -164,26 +376,6 @@ def test_images_to_start_from_can_be_a_column_but_not_a_file_beside_a_clip(drawn
     beside = lay_out(BESIDE, drawn, tmp_path / "beside")
     with pytest.raises(ValueError, match="--image_column image: needs a list or a table"):
         read_clips(beside, image_column="image")
-
-
-def named(path):
-    return examine(Clip(path, "a cat", 1), VIEW)[1]
-
-
-def test_a_path_that_is_no_file_is_said_with_what_it_is(drawn, tmp_path):
-    (video, *_) = (drawn / line for line in (drawn / "videos.txt").read_text().splitlines())
-    composed, apart = "caf\u00e9.mp4", "cafe\u0301.mp4"
-    shutil.copy(video, tmp_path / composed)
-    (tmp_path / "videos").mkdir()
-    shutil.copy(video, tmp_path / "videos" / "a.mp4")
-    os.mkfifo(tmp_path / "pipe.mp4")
-    assert named(tmp_path / composed) is None
-    assert f"but there is {tmp_path / composed}" in named(tmp_path / apart)
-    assert f"but there is {tmp_path / 'videos' / 'a.mp4'}" in named(tmp_path / "videos\\a.mp4")
-    assert "is a folder" in named(tmp_path / "videos")
-    assert "is not a plain file" in named(tmp_path / "pipe.mp4")
-    assert "File name too long" in named(tmp_path / ("a" * 300 + ".mp4"))
-    assert "no such file; correct the path" in named(tmp_path / "b.mp4")
 
 
 # ---- several folders
