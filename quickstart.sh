@@ -10,7 +10,7 @@ world=examples/world
 rm -rf "$world"
 echo "2/5 clips of a new look, into $world/film"
 python examples/make_example.py --output_dir "$world"
-python dataset.py preview "$world/film" --height 64 --width 96 --max_num_frames 17 --output "$world/preview.png" \
+python dataset.py preview "$world/film" --height 64 --width 96 --max_num_frames 17 --output "$world/preview.html" \
   --pretrained_model_name_or_path examples/small-cogvideox
 
 # In float32: without AVX-512, a processor takes seconds per clip for bfloat16 convolutions.

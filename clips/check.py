@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -24,7 +24,7 @@ class Seen(NamedTuple):
 
     clip: Clip
     facts: Facts | None
-    frames: torch.Tensor | None  # uint8 [F, H, W, C]
+    made: Any  # what was made of its frames
     problem: str | None
 
 
@@ -44,23 +44,21 @@ def listing_of(args: argparse.Namespace) -> Listing:
     )
 
 
-def see(args: argparse.Namespace, clips: list[Clip], view: View, each: Callable[[Seen], None]) -> list[Seen]:
-    """Reads clips as a model would see them; returns what is known of each, without its frames.
+def see(
+    clips: list[Clip], view: View, make: Callable[[Clip, Facts, torch.Tensor], Any], *, damaged: bool
+) -> list[Seen]:
+    """Reads clips as a model would see them, several at once; keeps none of their frames.
 
     Args:
-        each: called with each clip that can be used, in order.
+        make: called in a thread with each clip that can be used, its facts and its frames, uint8 [F, H, W, C].
+        damaged: whether clips that decode with errors can be used.
     """
-    all_seen = []
-    look = partial(_look, view=view, allow_damaged=args.allow_damaged)
+    look = partial(_look, view=view, make=make, damaged=damaged)
     with closing(map_ahead(look, clips, decoding_threads(view))) as looked_at:
-        for seen in tqdm(looked_at, "Reading clips", total=len(clips), unit="clip"):
-            if seen.frames is not None:
-                each(seen)
-            all_seen.append(seen._replace(frames=None))
-    return all_seen
+        return list(tqdm(looked_at, "Reading clips", total=len(clips), unit="clip"))
 
 
-def _look(clip: Clip, view: View, *, allow_damaged: bool) -> Seen:
+def _look(clip: Clip, view: View, make: Callable, *, damaged: bool) -> Seen:
     facts, problem = examine(clip, view)
     if problem:
         return Seen(clip, None, None, problem)
@@ -69,18 +67,24 @@ def _look(clip: Clip, view: View, *, allow_damaged: bool) -> Seen:
         seen = decode(clip, view, mirrored=False, file=facts.file, damage=damage)
     except ValueError as error:
         return Seen(clip, facts, None, str(error))
-    if damage and not allow_damaged:
-        return Seen(clip, facts, None, clip.problem(f"{describe_damage(damage)}; {MEND}"))
-    facts = facts._replace(damage=describe_damage(damage) if damage else None)
-    return Seen(clip, facts, seen, None)
+    problem = None
+    if damage:
+        facts = facts._replace(damage=describe_damage(damage))
+        problem = None if damaged else clip.problem(f"{facts.damage}; {MEND}")
+    return Seen(clip, facts, None if problem else make(clip, facts, seen), problem)
 
 
-def report(listed: Listing, all_seen: list[Seen], view: View, *, consequence: str) -> None:
-    """Prints what is to be known of a dataset; raises a ValueError that lists its problems, if it has any."""
+def describe(listed: Listing, all_seen: list[Seen], view: View) -> list[str]:
+    """Returns what is to be known of the clips that can be used; nothing if there are none."""
     usable = [seen for seen in all_seen if not seen.problem]
-    if usable:
-        clips, facts = [seen.clip for seen in usable], [seen.facts for seen in usable]
-        print(listed.describe(), headline(facts, view), *remarks(clips, facts, view), sep="\n")
+    if not usable:
+        return []
+    clips, facts = [seen.clip for seen in usable], [seen.facts for seen in usable]
+    return [listed.describe(), headline(facts, view), *remarks(clips, facts, view)]
+
+
+def refuse_problems(listed: Listing, all_seen: list[Seen], consequence: str) -> None:
+    """Raises a ValueError that lists the problems of a dataset, if it has any."""
     if problems := listed.problems + [seen.problem for seen in all_seen if seen.problem]:
         raise ValueError(list_problems(listed.name, problems, consequence))
 
@@ -99,8 +103,9 @@ def main(argv: list[str] | None = None) -> None:
 
     def check() -> None:
         listed, view = listing_of(args), frames.view_of(args, with_image=False, whole=False)
-        all_seen = see(args, listed.clips, view, each=lambda seen: None)
-        report(listed, all_seen, view, consequence="training refuses it")
+        all_seen = see(listed.clips, view, make=lambda *_: None, damaged=args.allow_damaged)
+        print(*describe(listed, all_seen, view), sep="\n")
+        refuse_problems(listed, all_seen, "training refuses it")
 
     run_command(parser, check)
 

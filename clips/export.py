@@ -5,22 +5,27 @@ where it was read from, its caption, and the time of each frame in the file, in 
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from clips import check, frames
-from clips.check import Seen
+from clips.facts import Facts
 from clips.frames import View, choose_source
+from clips.listing import Clip
 from files import expanded_path, parse_options, run_command, write_json
 
 
-def write_clip(folder: Path, seen: Seen, view: View) -> None:
+def write_clip(folder: Path, view: View, clip: Clip, facts: Facts, seen: torch.Tensor) -> None:
+    """Writes the frames of a clip, uint8 [F, H, W, C], into a folder named by the clip's place in the listing."""
+    folder = folder / f"{clip.line:05d}"
     folder.mkdir(parents=True)
-    for number, frame in enumerate(seen.frames.numpy()):
+    for number, frame in enumerate(seen.numpy()):
         Image.fromarray(frame).save(folder / f"{number:03d}.png")
-    seconds = choose_source(seen.clip.video, seen.facts.file, view).seconds
-    about = {"source": str(seen.clip.video), "caption": seen.clip.caption, "times": seconds}
+    seconds = choose_source(clip.video, facts.file, view).seconds
+    about = {"source": str(clip.video), "caption": clip.caption, "times": seconds}
     write_json(folder / "frames.json", about)
 
 
@@ -42,9 +47,10 @@ def main(argv: list[str] | None = None) -> None:
 
     def export() -> None:
         listed, view = check.listing_of(args), frames.view_of(args, with_image=False, whole=False)
-        write = lambda seen: write_clip(args.output_dir / f"{seen.clip.line:05d}", seen, view)  # noqa: E731
-        all_seen = check.see(args, listed.clips, view, each=write)
-        check.report(listed, all_seen, view, consequence="the other clips are written")
+        write = partial(write_clip, args.output_dir, view)
+        all_seen = check.see(listed.clips, view, make=write, damaged=args.allow_damaged)
+        print(*check.describe(listed, all_seen, view), sep="\n")
+        check.refuse_problems(listed, all_seen, "the other clips are written")
 
     run_command(parser, export)
 

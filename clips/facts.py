@@ -3,6 +3,7 @@
 The problem of a clip is returned as a sentence, so that a person sees all problems of a dataset at once.
 """
 
+import itertools
 import math
 import os
 import re
@@ -10,10 +11,14 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from clips.frames import View, choose_source, covering_scale, read_image
 from clips.known import File, Notes, file_key, look_at
 from clips.listing import LFS, Clip, is_lfs_pointer, other_spelling
 from files import file_hash
+
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue
 
 
 class Facts(NamedTuple):
@@ -137,6 +142,39 @@ def facts_of(path: Path, file: File, view: View) -> Facts:
     )
 
 
+def motion(frames: torch.Tensor, fps: int) -> float | None:
+    """Returns how much a second of video changes: the mean difference of successive frames times their rate.
+
+    Args:
+        frames: uint8 [F, H, W, C].
+
+    Returns:
+        Levels of 255 per second; None for a single frame.
+    """
+    if len(frames) < 2:
+        return None
+    differences = [(later.short() - frame.short()).abs().float().mean() for frame, later in itertools.pairwise(frames)]
+    return fps * float(torch.stack(differences).mean())
+
+
+def brightness(frames: torch.Tensor) -> float:
+    """Returns the mean luma (ITU-R BT.601) of frames, uint8 [F, H, W, C], from 0 to 255."""
+    means = frames.sum(dim=(0, 1, 2), dtype=torch.int64) / frames[..., 0].numel()
+    return float(means.double() @ torch.tensor(LUMA, dtype=torch.float64))
+
+
+def repetitions(clips: list[Clip], facts: list[Facts]) -> dict[str, list[list[Clip]]]:
+    """Returns the clips that have the same video or the same caption: groups of them, the largest first."""
+    contents = {"video": [fact.file.content for fact in facts], "caption": [clip.caption for clip in clips]}
+    repeated = {}
+    for kind, values in contents.items():
+        groups = {}
+        for clip, value in zip(clips, values):
+            groups.setdefault(value, []).append(clip)
+        repeated[kind] = sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
+    return repeated
+
+
 def headline(facts: list[Facts], view: View) -> str:
     """Returns one line on the sizes, rates and lengths of all clips, in the files and as the model sees them."""
     sizes = sorted({(fact.width, fact.height) for fact in facts}, key=math.prod)
@@ -177,17 +215,11 @@ def _pictures(clips: list[Clip], facts: list[Facts]) -> list[str]:
 
 def _repetitions(clips: list[Clip], facts: list[Facts]) -> list[str]:
     """Returns the lines on videos and captions that are listed more than once, the most frequent first."""
-    videos, captions = [fact.file.content for fact in facts], [clip.caption for clip in clips]
     lines = []
-    for kind, contents in (("video", videos), ("caption", captions)):
-        groups = {}  # content -> clips
-        for clip, content in zip(clips, contents):
-            groups.setdefault(content, []).append(clip)
-        repeated = sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
-        if repeated:
-            more = f"; and {len(repeated) - 5} more" if len(repeated) > 5 else ""
-            shown = "; ".join(_enumeration(group) for group in repeated[:5])
-            lines.append(f"the same {kind} more than once: {shown}{more}")
+    for kind, groups in repetitions(clips, facts).items():
+        if groups:
+            more = f"; and {len(groups) - 5} more" if len(groups) > 5 else ""
+            lines.append(f"the same {kind} more than once: {'; '.join(map(_enumeration, groups[:5]))}{more}")
     return lines
 
 
@@ -204,7 +236,8 @@ def _enumeration(clips: list[Clip]) -> str:
     from_lists = clips[0].place is None
     names = [str(clip.line) if from_lists else clip.named for clip in clips]
     if len(names) > 6:
-        names = [*names[:6], f"{len(names) - 6} others"]
+        others = len(names) - 6
+        names = [*names[:6], f"{others} other{'s' * (others > 1)}"]
     *first, last = names
     text = f"{', '.join(first)} and {last}" if first else last
     return f"line{'s' if first else ''} {text}" if from_lists else text

@@ -198,6 +198,14 @@ def resize_and_crop(
     return video[:, :, top : top + height, left : left + width].permute(0, 2, 3, 1).contiguous()
 
 
+def seen_rectangle(file: File, view: View) -> tuple[float, float, float, float]:
+    """Returns left, top, width and height of the part of the picture that is seen, as shares of the whole picture."""
+    video, (vertical, horizontal) = file.video, _crop_position(file, view)
+    scale = covering_scale(video.height, video.width, view.height, view.width)
+    height, width = min(1, view.height / (video.height * scale)), min(1, view.width / (video.width * scale))
+    return (1 - width) * horizontal, (1 - height) * vertical, width, height
+
+
 def read_frames(
     path: Path, view: View, *, mirrored: bool, file: File | None = None, damage: list[Damage] | None = None
 ) -> torch.Tensor:

@@ -13,13 +13,12 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-import jinja2
-
 from files import expanded_path, publish
+from pages.template import load_template
 from run import run_directory
 from run.run_directory import ARGS_FILE, METRICS_FILE, REPORT_FILE, ValidationVideos
 
-TEMPLATE = Path(__file__).with_name("report_template.html.jinja")
+TEMPLATE = "report_template.html.jinja"
 POINTS_PER_CURVE = 1000
 EMBEDDED_MIB = 100  # of videos; browsers give up on pages of several hundred
 RECENT_ROWS = 100  # enough for a mean loss, few enough for today's step time
@@ -30,7 +29,7 @@ def write_report(output_dir: Path) -> Path:
     run, best = run_directory.read_args(output_dir), run_directory.read_best(output_dir)
     rows = run_directory.read_metrics(output_dir)
     about = [run.get("checkpoint", ""), time.strftime("page made %Y-%m-%d %H:%M")]
-    page = load_template().render(
+    page = load_template(TEMPLATE).render(
         name=output_dir.absolute().name,
         about=" · ".join(part for part in about if part),
         progress=progress(rows, run.get("options", {}).get("max_train_steps"), best),
@@ -40,19 +39,6 @@ def write_report(output_dir: Path) -> Path:
     )
     publish(output_dir / REPORT_FILE, page.encode())
     return output_dir / REPORT_FILE
-
-
-def load_template() -> jinja2.Template:
-    """Returns the page's template, which escapes all text and refuses a value that is missing."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    return environment.get_template(TEMPLATE.name)
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------

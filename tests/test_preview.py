@@ -1,8 +1,10 @@
-"""The preview: a picture and a table of what the model will see of a dataset."""
+"""The preview: a page of what the model will see of a dataset."""
 
+import io
 import subprocess
 import sys
 
+import browser
 import imageio
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ from conftest import ROOT, damage_second_clip
 from make_example import draw_clip, make_clips
 from PIL import Image
 
-from clips import frames
-from clips.facts import examine, facts_of, headline, remarks
+from clips import check, frames
+from clips.facts import brightness, examine, facts_of, headline, motion, remarks
 from clips.frames import View, choose_frames, choose_source
 from clips.listing import Clip, read_clips
 from cogvideox.base_model import load_tokenizer, read_base_model
@@ -47,42 +49,83 @@ def refused(capsys, line):
     return capsys.readouterr()
 
 
-# ---- the picture
+# ---- pictures and measures -------------------------------------------------------------------------------------------
 
 
-def test_the_picture_shows_the_model_s_own_pixels(clips):
-    (clip, *_), (fact, *_), _ = read(clips)
-    sheet, missing = preview.draw_sheet([preview.clip_row(clips, clip, fact, VIEW, random_flip=True, damage=[])])
-    shown = frames.read_frames(clip.video, VIEW, mirrored=False)
-    expected = [*shown[[0, 2, 4, 6, 8]], frames.read_frames(clip.video, VIEW, mirrored=True)[0]]
-    pixels = torch.from_numpy(np.array(sheet))
-    for i, frame in enumerate(expected):
-        left = preview.MARGIN + i * (96 + preview.GAP)
-        assert torch.equal(pixels[preview.MARGIN : preview.MARGIN + 64, left : left + 96], frame)
-    assert missing == set()
+def drawn(clip, view=VIEW, num_frames=5, side=96):
+    facts, problem = examine(clip, view)
+    assert problem is None
+    seen = frames.read_frames(clip.video, view, mirrored=False)
+    return preview.draw(clip, facts, seen, view=view, num_frames=num_frames, side=side), facts, seen
 
 
-@pytest.mark.parametrize(("count", "columns"), [(1, 1), (5, 1), (9, 2), (40, 3), (400, 9)])
-def test_many_clips_are_drawn_in_columns_and_each_once_and_in_order(count, columns):
-    found = preview.into_columns([166] * count, 932)
-    assert len(found) == columns
-    assert [i for column in found for i in column] == list(range(count))
+def pixels(jpeg):
+    return np.array(Image.open(io.BytesIO(jpeg)), np.int16)
 
 
-def test_large_frames_are_scaled_down_whole():
-    frame = torch.from_numpy(draw_clip("circle", "red", "left", 1, 480, 720)[0])
-    small = preview.thumbnail(frame)
-    assert small.size == (240, 160)
-    assert np.abs(np.array(small, np.int16) - np.array(Image.fromarray(frame.numpy()).reduce(3))).mean() < 2
+def test_the_film_shows_the_model_s_own_frames_the_first_and_the_last_among_them(clips):
+    clip, *_ = read_clips(clips)[0]
+    made, _, seen = drawn(clip)
+    expected = np.concatenate([seen[i].numpy() for i in (0, 2, 4, 6, 8)], axis=1).astype(np.int16)
+    film = pixels(made.film)
+    assert made.film_frames == 5 and film.shape == expected.shape
+    assert np.abs(film - expected).mean() < 6  # JPEG
 
 
-def test_an_image_to_start_from_stands_before_the_frames(clips, tmp_path):
+def test_an_image_to_start_from_is_shown_where_the_model_sees_it(clips, tmp_path):
     imageio.imwrite(tmp_path / "blue.png", np.full((64, 96, 3), (0, 0, 255), np.uint8))
-    (clip, *_), (fact, *_), _ = read(clips)
-    with_image = clip._replace(image=tmp_path / "blue.png")
-    row = preview.clip_row(clips, with_image, fact, VIEW, random_flip=False, damage=[])
-    assert [label for label, _ in row.cells] == ["image", "0.00 s", "0.25 s", "0.50 s", "0.75 s", "1.00 s"]
-    assert row.cells[0][1].getpixel((5, 5)) == (0, 0, 255)
+    clip = read_clips(clips)[0][0]._replace(image=tmp_path / "blue.png")
+    assert drawn(clip)[0].image is None
+    made, *_ = drawn(clip, VIEW._replace(with_image=True))
+    assert np.abs(pixels(made.image)[5, 5] - (0, 0, 255)).max() < 6
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "rectangle"),
+    [(64, 96, (0, 0, 1, 1)), (64, 192, (0.25, 0, 0.5, 1)), (192, 96, (0, 1 / 3, 1, 1 / 3)), (32, 48, (0, 0, 1, 1))],
+    ids=["exact", "wide", "tall", "small"],
+)
+def test_the_rectangle_is_what_the_model_sees_of_the_whole_picture(tmp_path, height, width, rectangle):
+    noise = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
+    still = np.array(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
+    imageio.mimsave(tmp_path / "a.mp4", [still] * 9, fps=8, macro_block_size=1, quality=9)
+    made, facts, seen = drawn(Clip(tmp_path / "a.mp4", "a", 1), side=max(height, width))
+    found = frames.seen_rectangle(facts.file, VIEW)
+    assert found == pytest.approx(rectangle)
+    left, top, share_of_width, share_of_height = found
+    box = (left * width, top * height, (left + share_of_width) * width, (top + share_of_height) * height)
+    cropped = Image.open(io.BytesIO(made.whole)).crop([round(side) for side in box]).resize((96, 64))
+    assert np.abs(np.array(cropped, np.int16) - seen[0].numpy()).mean() < 12
+
+
+def test_a_random_crop_is_outlined_where_it_is(tmp_path):
+    imageio.mimsave(tmp_path / "a.mp4", draw_clip("circle", "red", "left", 9, 64, 192), fps=8, macro_block_size=1)
+    facts, _ = examine(Clip(tmp_path / "a.mp4", "a", 1), VIEW)
+    places = [frames.seen_rectangle(facts.file, VIEW._replace(crop="random", seed=seed)) for seed in range(8)]
+    assert len(set(places)) == 8 and all(
+        0 <= left <= 0.5 and (width, top) == (0.5, 0) for left, top, width, _ in places
+    )
+
+
+def test_motion_and_brightness_measure_what_is_seen():
+    still = torch.full((9, 8, 8, 3), 100, dtype=torch.uint8)
+    assert motion(still, 8) == 0 and brightness(still) == pytest.approx(100)
+    assert motion(still[:1], 8) is None
+    rising = torch.arange(9, dtype=torch.uint8)[:, None, None, None].expand(9, 8, 8, 3)
+    assert motion(rising * 2, 8) == pytest.approx(16) and motion(rising * 2, 16) == pytest.approx(32)
+    assert motion(rising.flip(0), 8) == pytest.approx(8)  # also where it falls
+    green = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+    green[..., 1] = 200
+    assert brightness(green) == pytest.approx(0.587 * 200)
+
+
+def test_a_value_is_placed_among_those_of_all_clips():
+    among = preview.range_of([0.0, *range(1, 10), 20.0])
+    assert (among.lowest, among.low, among.high, among.highest) == (0, 1, 9, 20)
+    assert preview.measure("motion", 5.0, among, "levels") == {
+        "name": "motion", "value": 5.0, "unit": "levels", "at": 25, "low": 5, "width": 40,
+    }  # fmt: skip
+    assert preview.range_of([3.0]).place(3.0) == 50 and preview.range_of([]) is None
 
 
 @pytest.mark.parametrize(
@@ -93,40 +136,7 @@ def test_clips_and_frames_are_picked_evenly(count, limit, indices):
     assert preview.evenly_spaced(count, limit) == indices
 
 
-@pytest.mark.parametrize("text", ["a cat sleeps " * 40, "a" * 900, "short"])
-def test_captions_are_broken_to_fit_and_lose_no_word_where_there_is_room(text):
-    font, _ = preview.font_for(text)
-    lines = preview.wrap(text, font, 300, 1000)
-    assert "".join("".join(lines).split()) == "".join(text.split())
-    assert all(font.getlength(line) <= 300 for line in lines)
-    short = preview.wrap(text, font, 300, 2)
-    assert len(short) <= 2 and short[-1].endswith("...") == (len(lines) > 2)
-    assert all(font.getlength(line) <= 300 for line in short)
-
-
-def test_characters_that_no_font_has_are_told(clips, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(preview, "FONTS", ())
-    preview.fonts.cache_clear()
-    folder = make_dataset(tmp_path / "clips", [("a.mp4", 9, 8, 96, 128)], ["a cat 猫"])
-    preview.main([str(folder), *SMALL])
-    preview.fonts.cache_clear()
-    assert "because no installed font has them: 猫" in capsys.readouterr().out
-
-
-# ---- the table
-
-
-def test_the_table_tells_sizes_rates_and_what_is_cut(tmp_path):
-    videos = [("wide.mp4", 64, 30, 90, 160), ("exact.mp4", 9, 8, 64, 96), ("large.mp4", 75, 25, 128, 192)]
-    clips, facts, problems = read(make_dataset(tmp_path / "clips", videos))
-    assert problems == []
-    _, *rows = [line.split("  ") for line in preview.table(tmp_path / "clips", clips, facts, VIEW)]
-    rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
-    assert rows == [
-        ["1", "wide.mp4", "160x90", "30", "2.13", "64 -> 9", "1.01 s", "16 %", "to 71 %"],
-        ["2", "exact.mp4", "96x64", "8", "1.12", "9 -> 9", "-", "-", "-"],
-        ["3", "large.mp4", "192x128", "25", "3.00", "75 -> 9", "1.88 s", "-", "to 50 %"],
-    ]
+# ---- facts -----------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_lost_and_what_looks_like_an_oversight_is_summed_up(tmp_path):
@@ -165,11 +175,13 @@ def test_the_words_that_are_cut_off_are_those_whose_tokens_are(tiny_checkpoint):
     assert num_tokens == len(tokenizer(caption, verbose=False).input_ids) > 226
     assert cut and (seen + cut).replace(" ", "") == caption.replace(" ", "")
     assert cut_caption(tokenizer, "a red circle", 226)[1] == ""
-    line = preview.cut_captions([Clip(None, caption, 7)], base)[1]
-    assert line == f"  line 7: {num_tokens} tokens, cut off: {cut}"
+    shown = preview.caption_of(Clip(None, caption, 7), tokenizer, base)
+    assert shown["read"] + shown["cut_off"] == caption.strip() and shown["cut_off"] == cut
+    assert shown["tokens"] == num_tokens
+    assert preview.cut_captions([shown], base) == f"captions: 1 longer than 226 tokens; the longest has {num_tokens}"
 
 
-# ---- the command
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def test_the_command_shows_a_dataset(tmp_path, tiny_checkpoint):
@@ -180,8 +192,9 @@ def test_the_command_shows_a_dataset(tmp_path, tiny_checkpoint):
     assert result.returncode == 0, result.stderr
     assert "3 clips of 128x96 at 24 fps -> 96x64 at 8 fps; 3 of 9 frames" in result.stdout
     assert "captions: 0 longer than 226 tokens" in result.stdout
-    assert f"{folder / 'preview.png'}: 2 clips, 1 left out" in result.stdout
-    assert Image.open(folder / "preview.png").width == preview.LEAST_WIDTH + 2 * preview.MARGIN
+    assert f"{folder / 'preview.html'}: 2 clips, 1 left out (--clips), " in result.stdout
+    page = (folder / "preview.html").read_text()
+    assert page.count("<article") == 2 and page.count("STYLE ") == 2 and "1 more clips are not shown" in page
 
 
 def test_without_a_command_its_usage_is_shown():
@@ -196,32 +209,40 @@ def test_problems_are_told_as_training_tells_them_and_the_good_clips_shown(tmp_p
         prompts.write("a\nb\nc\n")
     (folder / "empty.mp4").write_bytes(b"")
     said = refused(capsys, [folder, *SMALL])
+    page = (folder / "preview.html").read_text()
+    assert f"{folder}: 3 problems in the dataset, training refuses it:" in said.err
     for part in (
-        f"{folder}: 3 problems in the dataset, training refuses it:",
         "prompts.txt has 5 lines and videos.txt 4: line n of one belongs to line n of the other",
-        f"line 3: {folder}/missing.mp4: no such file; correct the path, which is relative to the dataset's folder",
+        f"line 3: {folder}/missing.mp4: no such file; correct the path, which is relative to the dataset&#39;s folder",
         f"line 4: {folder}/empty.mp4: the file is empty; copy it again",
     ):
-        assert part in said.err
-    assert "preview.png: 2 clips" in said.out and said.out.count("cannot be used") == 2
-    assert (folder / "preview.png").exists()
+        assert part.replace("&#39;", "'") in said.err and part in page
+    assert page.count('class="film"') == 2 and page.count('class="problem"') == 3
 
 
-def test_a_damaged_video_is_shown_and_told(tmp_path, capsys):
+def test_a_damaged_video_is_told_and_shown_where_it_is_allowed(tmp_path, capsys):
     folder = make_clips(tmp_path / "clips", count=2)
     damage_second_clip(folder)
     said = refused(capsys, [folder, *SMALL])
     assert "line 2: " in said.err and "is damaged at " in said.err and "--allow_damaged" in said.err
-    assert "preview.png: 2 clips" in said.out
     preview.main([str(word) for word in [folder, *SMALL, "--allow_damaged"]])
     assert "is damaged at " in capsys.readouterr().out
+    page = (folder / "preview.html").read_text()
+    assert page.count('class="film"') == 2 and '<p class="remark">is damaged at ' in page
+
+
+def test_a_dataset_without_a_clip_that_can_be_used_has_a_page_too(tmp_path, capsys):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    (tmp_path / "a.txt").write_text("a cat")
+    assert "the file is empty" in refused(capsys, [tmp_path, *SMALL]).err
+    assert "None of the clips can be used." in (tmp_path / "preview.html").read_text()
 
 
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--output", "/no/where/a.png"], ["--output /no/where/a.png: no folder /no/where", "pass another file"]),
-        (["--output", "a.jpg"], ["--output a.jpg: the picture is a .png"]),
+        (["--output", "/no/where/a.html"], ["--output /no/where/a.html: no folder /no/where", "pass another file"]),
+        (["--output", "a.png"], ["--output a.png: the page is a .html file"]),
         (["--height", "100"], ["--height 100: must be divisible by 16"]),
         (["--pretrained_model_name_or_path", "no/such-model"], ["no/such-model: found no model_index.json"]),
     ],
@@ -229,7 +250,7 @@ def test_a_damaged_video_is_shown_and_told(tmp_path, capsys):
 def test_a_mistake_ends_in_a_message(clips, capsys, options, parts):
     said = refused(capsys, [clips, *SMALL, *options])
     assert all(part in said.err for part in parts), said.err
-    assert not (clips / "preview.png").exists()
+    assert not (clips / "preview.html").exists()
 
 
 def test_what_a_base_model_refuses_is_refused_here_too(checkpoint_of, clips, tmp_path, capsys):
@@ -237,3 +258,105 @@ def test_what_a_base_model_refuses_is_refused_here_too(checkpoint_of, clips, tmp
     assert "learned positions for 9 frames of 64x96" in refused(capsys, [clips, *SMALL, "--height", "48", *model]).err
     folder = make_dataset(tmp_path / "clips", [("short.mp4", 5, 8, 96, 128)])
     assert "gives 5 frames at --fps 8, and this base model needs 9" in refused(capsys, [folder, *SMALL, *model]).err
+
+
+# ---- in a browser ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    if browser.CHROMIUM is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome: cannot look at the page")
+    with browser.opened(tmp_path_factory.mktemp("chromium")) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """A page of clips that are still, fast, single frames and empty, with names and captions like markup."""
+    folder = tmp_path_factory.mktemp("shown") / 'my "clips" & <b>'
+    folder.mkdir()
+    still = [draw_clip("circle", "red", "left", 1, 64, 192)[0]] * 9
+    for name, shots in {"still": still, "fast": draw_clip("square", "blue", "up", 9, 64, 96)}.items():
+        imageio.mimsave(folder / f"{name}.mp4", shots, fps=8, macro_block_size=1)
+    imageio.mimsave(folder / "one.mp4", still[:1], fps=8, macro_block_size=1)
+    captions = {"still": "<script>document.title = 'broken'</script>", "fast": "一只猫 \N{CAT}", "one": "a & b"}
+    for name, caption in (captions | {"missing": "gone"}).items():
+        (folder / f"{name}.txt").write_text(caption)
+    (folder / "missing.mp4").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        preview.main([str(folder), *SMALL])
+    return folder / "preview.html"
+
+
+def order(page):
+    return page.evaluate("[...document.querySelectorAll('article:not([hidden]) h2')].map(h => h.textContent).join(' ')")
+
+
+def test_a_browser_shows_every_clip_and_loads_nothing(page, shown):
+    page.open(shown)
+    assert page.errors == []
+    assert page.evaluate("document.title").endswith(": what the model sees")
+    assert order(page) == "1 2 3 4"
+    text = page.evaluate("document.body.innerText")
+    for part in ("<script>document.title", "一只猫 \N{CAT}", "50 % of the picture is cut off", "none: a single frame"):
+        assert part in text
+    loaded = "[...document.images].every(image => image.complete && image.naturalWidth > 0)"
+    page.wait(loaded)
+    assert (
+        page.evaluate("performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length") == 0
+    )
+
+
+def test_clips_are_sorted_and_filtered(page, shown):
+    page.open(shown)
+    page.evaluate("s = document.querySelector('select'); s.value = 'motion'; s.onchange()")
+    names = "[...document.querySelectorAll('article')].map(a => a.querySelector('.file').textContent).join(' ')"
+    assert page.evaluate(names) == "missing.mp4 fast.mp4 still.mp4 one.mp4"
+    page.evaluate("s.value = 'cropped'; s.onchange()")
+    assert page.evaluate(names) == "missing.mp4 one.mp4 still.mp4 fast.mp4"
+    page.evaluate("s.value = 'number'; s.onchange()")
+    page.evaluate("n = document.querySelector('.noted'); n.click()")
+    assert order(page) == "2" and "1 of 4 clips" in page.evaluate("document.querySelector('.tools').innerText")
+    page.evaluate("n.click(); f = document.querySelector('[type=search]'); f.value = '猫'; f.oninput()")
+    assert order(page) == "1"
+
+
+def test_a_clip_plays_and_stops(page, shown):
+    page.open(shown)
+    page.evaluate("p = document.querySelector('article:first-child .player'); p.scrollIntoView()")
+    page.wait("p.style.backgroundImage.startsWith('url')")
+    assert page.evaluate("p.style.backgroundPosition") == "0% 0px"
+    page.evaluate("p.click()")
+    page.wait("p.style.backgroundPosition !== '0% 0px'")
+    assert page.evaluate("p.getAttribute('aria-pressed')") == "true"
+    page.evaluate("p.click()")
+    assert page.evaluate("p.style.backgroundPosition") == "0% 0px"
+    page.evaluate("document.querySelector('.all').click()")
+    page.wait("p.style.backgroundPosition !== '0% 0px'")
+    assert page.evaluate("document.querySelectorAll('.playing').length") == 3
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_it_fits_a_phone_in_light_and_dark(page, shown, dark):
+    page.open(shown, width=390, dark=dark)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert (page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 22, 28)") == dark
+    assert page.errors == []
+
+
+def test_a_thousand_clips_open(page, clips, tmp_path, monkeypatch, capsys):
+    video = read_clips(clips)[0][0].video
+    made, facts, _ = drawn(Clip(video, "a", 1), side=96, num_frames=8)
+    monkeypatch.setattr(check, "_look", lambda clip, *_, **__: check.Seen(clip, facts, made, None))
+    folder = tmp_path / "many"
+    folder.mkdir()
+    (folder / "videos.txt").write_text(f"{video}\n" * 1200)
+    (folder / "prompts.txt").write_text("".join(f"caption {number}\n" for number in range(1200)))
+    preview.main([str(folder), *SMALL])
+    assert "1000 clips, 200 left out (--clips)" in capsys.readouterr().out
+    assert (folder / "preview.html").stat().st_size < 60e6
+    page.open(folder / "preview.html")
+    assert page.errors == [] and page.evaluate("document.querySelectorAll('article').length") == 1000
+    page.evaluate("f = document.querySelector('[type=search]'); f.value = 'caption 1199'; f.oninput()")
+    assert order(page) == "1200"

@@ -301,7 +301,7 @@ def test_the_command_refuses_what_is_no_run_directory(tmp_path, capsys):
 
 def test_a_value_that_the_template_misses_is_an_error():
     with pytest.raises(jinja2.UndefinedError, match="progress"):
-        report.load_template().render(name="run", about="", panels=[], videos=None, run=None)
+        report.load_template(report.TEMPLATE).render(name="run", about="", panels=[], videos=None, run=None)
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------
