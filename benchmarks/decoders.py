@@ -1,9 +1,9 @@
-"""Compares how fast PyAV and decord read the frames that a model sees, in one run.
+"""Compares how fast PyAV and decord read what a model sees, in one run.
 
     python benchmarks/decoders.py --runs 10 --output benchmarks/results/decoders.json
 
 The clip is drawn by FFmpeg: 10 seconds of 1280x720 at 30 frames per second, H.264 with B-frames and key frames 250
-frames apart, of which 49 frames at 8 per second are read. The decoders take turns, and each first in half of the turns.
+frames apart. Read are 49 frames, 8 per second. The decoders take turns, and each first in half of the turns.
 """
 
 import argparse

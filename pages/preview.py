@@ -177,7 +177,7 @@ def url(picture: bytes | None) -> str | None:
 
 
 def cards(all_seen: list[Seen], view: View, base: BaseModel | None) -> list[dict]:
-    """Returns what the page shows of each clip: those with pictures, and those that cannot be used."""
+    """Returns what the page shows of each clip that was drawn, and of each that cannot be used."""
     usable = [seen for seen in all_seen if not seen.problem]
     notes = remarks_by_clip([seen.clip for seen in usable], [seen.facts for seen in usable])
     measured = [seen.made for seen in usable if seen.made]
@@ -307,7 +307,7 @@ def cut_captions(shown: list[dict], base: BaseModel | None) -> str:
 
 
 def read(args: argparse.Namespace, clips: list[Clip], view: View) -> list[Seen]:
-    """Examines all clips, and draws those that the page shows."""
+    """Examines all clips, and draws the ones that the page shows."""
     chosen = evenly_spaced(len(clips), args.clips) if clips else []
     num_frames, side = film_size(len(chosen))
     make = partial(draw, view=view, num_frames=num_frames, side=side)
