@@ -230,16 +230,21 @@ def _media(root: Path) -> Iterator[Path]:
 
 def _read_pairs(root: Path, layout: str) -> tuple[list[Clip], list[str]]:
     """Reads clips whose captions are in a file each, beside them or in labels/."""
-    clips, problems = [], []
+    clips, problems, clip_of_text = [], [], {}
     folder = root / "videos" if layout == SAT else root
     for number, path in enumerate(_media(folder), start=1):
         text = path.with_suffix(".txt")
         if layout == SAT:
             text = root / "labels" / text.relative_to(folder)
         caption, problem = _read_caption(text)
+        if text in clip_of_text:
+            problem = f"shares its caption with {clip_of_text[text].name}; rename one of them, or move it away"
         if problem:
             problems.append(f"{path}: {problem}")
+        clip_of_text[text] = path
         clips.append(Clip(path, caption, number, place=""))
+    labels = sorted((root / "labels").rglob("*.txt")) if layout == SAT else ()
+    problems += [f"{text}: no clip of this name in videos/" for text in labels if text not in clip_of_text]
     if not clips:
         problems.append(f"{folder}: no videos or images in it; copy them there")
     return clips, problems
