@@ -244,7 +244,9 @@ def _read_pairs(root: Path, layout: str) -> tuple[list[Clip], list[str]]:
         clip_of_text[text] = path
         clips.append(Clip(path, caption, number, place=""))
     labels = sorted((root / "labels").rglob("*.txt")) if layout == SAT else ()
-    problems += [f"{text}: no clip of this name in videos/" for text in labels if text not in clip_of_text]
+    problems += [
+        f"{text}: no clip of this name in videos/; rename or remove it" for text in labels if text not in clip_of_text
+    ]
     if not clips:
         problems.append(f"{folder}: no videos or images in it; copy them there")
     return clips, problems

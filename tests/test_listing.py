@@ -278,7 +278,7 @@ MISTAKES = {
     "a caption from Git LFS": Mistake("a.mp4: a.txt: is a Git LFS pointer", {"a.mp4": CLIP, "a.txt": LFS_POINTER}),
     "a label missing": Mistake("a.mp4: no caption: {root}/labels/a.txt", {"videos/a.mp4": CLIP, "labels/b.txt": "x"}),
     "a label too many": Mistake(
-        "labels/b.txt: no clip of this name in videos/", {"videos/a.mp4": CLIP, "labels/a.txt": "x", "labels/b.txt": "y"}
+        "labels/b.txt: no clip of this name", {"videos/a.mp4": CLIP, "labels/a.txt": "x", "labels/b.txt": "y"}
     ),
     "a thumbnail beside its clip": Mistake(
         "a.mp4: shares its caption with a.jpg; rename one of them", {"a.mp4": CLIP, "a.jpg": b"x", "a.txt": "x"}
