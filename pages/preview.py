@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from clips import check, frames
 from clips.check import Seen
@@ -32,7 +33,8 @@ from pages.template import load_template
 TEMPLATE = "preview_template.html.jinja"
 MOST_CLIPS = 1000  # on a page that a browser opens at once
 # Up to how many clips: frames in a film, among them the first and the last, and their longest side in pixels.
-FILMS = ((100, 12, 208), (400, 10, 128), (MOST_CLIPS, 8, 96))
+# Pages of usual clips stay below 40 MB, and those of the noisiest below 60.
+FILMS = ((30, 17, 288), (120, 17, 224), (400, 12, 160), (MOST_CLIPS, 10, 112))
 QUALITY = 82  # of JPEG
 LEAST_CUT, LEAST_UNSEEN_SECONDS = 0.005, 0.05  # share of the picture; less is not worth a word
 
@@ -176,25 +178,30 @@ def url(picture: bytes | None) -> str | None:
     return picture and f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
 
 
-def cards(all_seen: list[Seen], view: View, base: BaseModel | None) -> list[dict]:
-    """Returns what the page shows of each clip that was drawn, and of each that cannot be used."""
+def cards(all_seen: list[Seen], captions: list[dict], view: View) -> list[dict]:
+    """Returns what the page shows of each clip that was drawn, and of each that cannot be used.
+
+    Args:
+        captions: `caption_of` each clip.
+    """
     usable = [seen for seen in all_seen if not seen.problem]
     notes = remarks_by_clip([seen.clip for seen in usable], [seen.facts for seen in usable])
     measured = [seen.made for seen in usable if seen.made]
     motions = range_of([made.motion for made in measured if made.motion is not None])
     levels = range_of([made.brightness for made in measured])
-    tokenizer = load_tokenizer(base) if base else None
     shown = []
-    for seen in all_seen:
+    for seen, caption in zip(all_seen, captions):
         if not seen.problem and not seen.made:
             continue
+        video = seen.clip.video
         card = {
             "number": seen.clip.line,
-            "name": seen.clip.named,
-            "file": str(seen.clip.video),
+            "place": seen.clip.place,
+            "file": video.name,
+            "folder": str(video.parent),
             "problem": seen.problem,
         }
-        card |= caption_of(seen.clip, tokenizer, base)
+        card |= caption
         if seen.made:
             card["remarks"] = notes[seen.clip.line]
             card |= picture_of(seen.facts, seen.made, view) | time_of(seen.facts, seen.clip, view)
@@ -223,6 +230,11 @@ def remarks_by_clip(clips: list[Clip], facts: list[Facts]) -> dict[int, list[str
     return found
 
 
+def captions_of(clips: list[Clip], base: BaseModel | None) -> list[dict]:
+    tokenizer = load_tokenizer(base) if base else None
+    return [caption_of(clip, tokenizer, base) for clip in clips]
+
+
 def caption_of(clip: Clip, tokenizer, base: BaseModel | None) -> dict:
     """Returns a clip's caption in the part that the model reads and the part that is cut off, and its tokens."""
     if not tokenizer:
@@ -240,6 +252,7 @@ def picture_of(facts: Facts, made: Pictures, view: View) -> dict:
         "film": url(made.film),
         "film_frames": made.film_frames,
         "whole": url(made.whole),
+        "whole_aspect": f"{facts.width} / {facts.height}",
         "image": url(made.image),
         "rectangle": f"left:{left:.2f}%;top:{top:.2f}%;width:{width:.2f}%;height:{height:.2f}%",
         "cropped": 100 * cropped if cropped >= LEAST_CUT else 0,
@@ -258,7 +271,9 @@ def time_of(facts: Facts, clip: Clip, view: View) -> dict:
         "seconds": facts.seconds,
         "num_frames": facts.num_frames,
         "num_seen": facts.num_seen,
+        "seen_fps": view.fps,
         "seen_seconds": facts.num_seen / view.fps,
+        "skipped": begin if begin >= LEAST_UNSEEN_SECONDS else 0,
         "seen_from": 100 * begin / seconds,
         "seen_share": 100 * (facts.seen_until - begin) / seconds,
         "unseen": facts.unseen_seconds if facts.unseen_seconds >= LEAST_UNSEEN_SECONDS else 0,
@@ -270,7 +285,16 @@ def measure(name: str, value: float | None, among: Range | None, unit: str) -> d
     if value is None:
         return {"name": name, "value": None, "unit": unit}
     low, high = among.place(among.low), among.place(among.high)
-    return {"name": name, "value": value, "unit": unit, "at": among.place(value), "low": low, "width": high - low}
+    return {
+        "name": name,
+        "value": value,
+        "unit": unit,
+        "lowest": among.lowest,
+        "highest": among.highest,
+        "at": among.place(value),
+        "low": low,
+        "width": high - low,
+    }
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
@@ -297,11 +321,11 @@ def _counts(counter: Counter, limit: int = 8) -> str:
     return ", ".join(parts)
 
 
-def cut_captions(shown: list[dict], base: BaseModel | None) -> str:
+def cut_captions(captions: list[dict], base: BaseModel | None) -> str:
     """Returns a line on the captions that are longer than the model reads."""
     if not base:
         return "captions: length not checked; pass --pretrained_model_name_or_path for its tokenizer"
-    too_long, longest = sum(bool(card["cut_off"]) for card in shown), max(card["tokens"] for card in shown)
+    too_long, longest = sum(bool(caption["cut_off"]) for caption in captions), max(c["tokens"] for c in captions)
     length = base.transformer["max_text_seq_length"]
     return f"captions: {too_long} longer than {length} tokens; the longest has {longest}"
 
@@ -314,7 +338,10 @@ def read(args: argparse.Namespace, clips: list[Clip], view: View) -> list[Seen]:
     drawn = dict(zip(chosen, check.see([clips[i] for i in chosen], view, make=make, damaged=args.allow_damaged)))
     with ThreadPoolExecutor() as threads:
         others = [clip for number, clip in enumerate(clips) if number not in drawn]
-        examined = iter(threads.map(partial(examine, view=view), others))
+        looked_at = threads.map(partial(examine, view=view), others)
+        examined = iter(
+            list(tqdm(looked_at, "Examining the others", total=len(others), unit="clip", disable=not others))
+        )
     all_seen = []
     for number, clip in enumerate(clips):
         if number in drawn:
@@ -341,24 +368,27 @@ def preview(args: argparse.Namespace) -> None:
         args, with_image=base is not None and base.takes_image, whole=base is not None and base.fixed_size is not None
     )
     all_seen = read(args, listed.clips, view)
-    shown = cards(all_seen, view, base)
+    captions = captions_of(listed.clips, base)
+    shown = cards(all_seen, captions, view)
     facts = [seen.facts for seen in all_seen if not seen.problem]
     lines = check.describe(listed, all_seen, view)
-    lines += [*spread(facts), cut_captions(shown, base)] if facts else []
+    spread_lines = [*spread(facts), cut_captions(captions, base)] if facts else []
     page = load_template(TEMPLATE).render(
         name=listed.name,
         about=" · ".join(filter(None, [base and base.describe(), time.strftime("page made %Y-%m-%d %H:%M")])),
-        lines=lines,
+        layouts=listed.describe().splitlines(),
+        lines=lines[1:],
+        spread=[line.split(": ", 1) for line in spread_lines],
         problems=listed.problems,
         cards=shown,
-        left_out=len(all_seen) - len(shown),
+        num_clips=len(all_seen),
         view=view,
         aspect=f"{view.width} / {view.height}",
         mirrored=args.random_flip,
         max_tokens=base and base.transformer["max_text_seq_length"],
     )
     write_page(args.output, page)
-    print(*lines, sep="\n")
+    print(*lines, *spread_lines, sep="\n")
     left_out = f", {len(all_seen) - len(shown)} left out (--clips)" if len(all_seen) > len(shown) else ""
     print(f"{args.output}: {count_clips(len(shown))}{left_out}, {len(page) / 1e6:.1f} MB; open it in a browser")
     check.refuse_problems(listed, all_seen, "training refuses it")
