@@ -339,9 +339,8 @@ def read(args: argparse.Namespace, clips: list[Clip], view: View) -> list[Seen]:
     with ThreadPoolExecutor() as threads:
         others = [clip for number, clip in enumerate(clips) if number not in drawn]
         looked_at = threads.map(partial(examine, view=view), others)
-        examined = iter(
-            list(tqdm(looked_at, "Examining the others", total=len(others), unit="clip", disable=not others))
-        )
+        progress = tqdm(looked_at, "Examining others", total=len(others), unit="clip", disable=not others)
+        examined = iter(list(progress))
     all_seen = []
     for number, clip in enumerate(clips):
         if number in drawn:
@@ -354,7 +353,7 @@ def read(args: argparse.Namespace, clips: list[Clip], view: View) -> list[Seen]:
 
 def write_page(output: Path, page: str) -> None:
     try:
-        publish(output, page.encode())
+        publish(output, page.encode(errors="replace"))  # a file's name need not be text
     except OSError as error:
         raise ValueError(f"--output {output}: cannot be written ({error.strerror}); pass another file") from error
 
@@ -388,7 +387,8 @@ def preview(args: argparse.Namespace) -> None:
         max_tokens=base and base.transformer["max_text_seq_length"],
     )
     write_page(args.output, page)
-    print(*lines, *spread_lines, sep="\n")
+    for line in lines + spread_lines:
+        print(line)
     left_out = f", {len(all_seen) - len(shown)} left out (--clips)" if len(all_seen) > len(shown) else ""
     print(f"{args.output}: {count_clips(len(shown))}{left_out}, {len(page) / 1e6:.1f} MB; open it in a browser")
     check.refuse_problems(listed, all_seen, "training refuses it")

@@ -1,11 +1,13 @@
 """The preview: a page of what the model will see of a dataset."""
 
 import io
+import os
 import subprocess
 import sys
 
 import browser
 import imageio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -98,6 +100,28 @@ def test_the_rectangle_is_what_the_model_sees_of_the_whole_picture(tmp_path, hei
     assert np.abs(np.array(cropped, np.int16) - seen[0].numpy()).mean() < 12
 
 
+def ffmpeg(*options):
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, options)], check=True)
+
+
+def test_a_turned_and_a_stretched_file_are_outlined_as_a_player_shows_them(tmp_path):
+    imageio.mimsave(tmp_path / "a.mp4", draw_clip("circle", "red", "left", 9, 64, 96), fps=8, macro_block_size=1)
+    ffmpeg("-display_rotation", 90, "-i", tmp_path / "a.mp4", "-c", "copy", tmp_path / "turned.mp4")
+    ffmpeg("-i", tmp_path / "a.mp4", "-vf", "setsar=2", tmp_path / "stretched.mp4")
+    expected = {"turned": ((64, 96), (0, 5 / 18, 1, 4 / 9)), "stretched": ((192, 64), (0.25, 0, 0.5, 1))}
+    for name, (size, rectangle) in expected.items():
+        made, facts, seen = drawn(Clip(tmp_path / f"{name}.mp4", "a", 1), side=max(size))
+        assert (facts.width, facts.height) == size and frames.seen_rectangle(facts.file, VIEW) == pytest.approx(
+            rectangle
+        )
+        whole = Image.open(io.BytesIO(made.whole))
+        assert whole.size == size
+        (left, top, width, height), (across, down) = rectangle, size
+        box = (left * across, top * down, (left + width) * across, (top + height) * down)
+        cropped = whole.resize((96, 64), box=box)
+        assert np.abs(np.array(cropped, np.int16) - seen[0].numpy()).mean() < 12
+
+
 def test_a_random_crop_is_outlined_where_it_is(tmp_path):
     imageio.mimsave(tmp_path / "a.mp4", draw_clip("circle", "red", "left", 9, 64, 192), fps=8, macro_block_size=1)
     facts, _ = examine(Clip(tmp_path / "a.mp4", "a", 1), VIEW)
@@ -113,16 +137,17 @@ def test_motion_and_brightness_measure_what_is_seen():
     rising = torch.arange(9, dtype=torch.uint8)[:, None, None, None].expand(9, 8, 8, 3)
     assert motion(rising * 2, 8) == pytest.approx(16) and motion(rising * 2, 16) == pytest.approx(32)
     assert motion(rising.flip(0), 8) == pytest.approx(8)  # also where it falls
-    green = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
-    green[..., 1] = 200
-    assert brightness(green) == pytest.approx(0.587 * 200)
+    for channel, weight in enumerate((0.299, 0.587, 0.114)):  # red, green, blue
+        coloured = torch.zeros(2, 4, 6, 3, dtype=torch.uint8)
+        coloured[0, :, :3, channel] = 200  # a quarter of the pixels
+        assert brightness(coloured) == pytest.approx(weight * 50)
 
 
 def test_a_value_is_placed_among_those_of_all_clips():
     among = preview.range_of([0.0, *range(1, 10), 20.0])
     assert (among.lowest, among.low, among.high, among.highest) == (0, 1, 9, 20)
     assert preview.measure("motion", 5.0, among, "levels") == {
-        "name": "motion", "value": 5.0, "unit": "levels", "at": 25, "low": 5, "width": 40,
+        "name": "motion", "value": 5.0, "unit": "levels", "lowest": 0, "highest": 20, "at": 25, "low": 5, "width": 40,
     }  # fmt: skip
     assert preview.range_of([3.0]).place(3.0) == 50 and preview.range_of([]) is None
 
@@ -193,7 +218,34 @@ def test_the_command_shows_a_dataset(tmp_path, tiny_checkpoint):
     assert "captions: 0 longer than 226 tokens" in result.stdout
     assert f"{folder / 'preview.html'}: 2 clips, 1 left out (--clips), " in result.stdout
     page = (folder / "preview.html").read_text()
-    assert page.count("<article") == 2 and page.count("STYLE ") == 2 and "1 more clips are not shown" in page
+    assert page.count("<article") == 2 and page.count("STYLE ") == 2 and "2 of 3 clips are shown" in page
+
+
+def test_captions_are_counted_for_all_clips_also_those_that_are_not_shown(tmp_path, tiny_checkpoint, capsys):
+    captions = ["a red circle", "a red circle moves over grey ground " * 40, "a blue square"]
+    folder = make_dataset(tmp_path / "clips", [(f"{i}.mp4", 9, 8, 64, 96) for i in range(3)], captions)
+    model = ["--pretrained_model_name_or_path", str(tiny_checkpoint)]
+    preview.main([str(folder), *SMALL, "--clips", "2", *model])
+    assert "captions: 1 longer than 226 tokens" in capsys.readouterr().out
+    assert "<del" not in (folder / "preview.html").read_text()  # it is the one between
+
+
+def test_clips_of_several_folders_are_told_apart(tmp_path):
+    for name in "ab":
+        make_dataset(tmp_path / name, [("same.mp4", 9, 8, 64, 96)])
+    preview.main([str(tmp_path / "a"), str(tmp_path / "b"), *SMALL])
+    page = (tmp_path / "a" / "preview.html").read_text()
+    assert 'data-number="1"' in page and 'data-number="2"' in page
+    assert f"({tmp_path}/b, line 1)" in page and f"has the same video as {tmp_path}/b, line 1" in page
+
+
+def test_a_name_that_is_no_text_has_a_card(tmp_path):
+    name = os.fsdecode(b"\xff.mp4")
+    imageio.mimsave(tmp_path / "a.mp4", draw_clip("circle", "red", "left", 9, 64, 96), fps=8, macro_block_size=1)
+    (tmp_path / "a.mp4").rename(tmp_path / name)
+    (tmp_path / name).with_suffix(".txt").write_text("a cat")
+    preview.main([str(tmp_path), *SMALL])
+    assert "<b>?.mp4</b>" in (tmp_path / "preview.html").read_text()
 
 
 def test_without_a_command_its_usage_is_shown():
@@ -270,21 +322,27 @@ def page(tmp_path_factory):
         yield page
 
 
+QUOTED = 'z "it\'s" <b> \N{CAT}'
+
+
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory):
-    """A page of clips that are still, fast, single frames and empty, with names and captions like markup."""
+def shown(tmp_path_factory, tiny_checkpoint):
+    """A page of clips that are still, fast, single frames, too long and empty, with names and captions like markup."""
     folder = tmp_path_factory.mktemp("shown") / 'my "clips" & <b>'
     folder.mkdir()
     still = [draw_clip("circle", "red", "left", 1, 64, 192)[0]] * 9
     for name, shots in {"still": still, "fast": draw_clip("square", "blue", "up", 9, 64, 96)}.items():
         imageio.mimsave(folder / f"{name}.mp4", shots, fps=8, macro_block_size=1)
     imageio.mimsave(folder / "one.mp4", still[:1], fps=8, macro_block_size=1)
+    long = draw_clip("circle", "green", "left", 20, 128, 64)
+    imageio.mimsave(folder / f"{QUOTED}.mp4", long, fps=8, macro_block_size=1)
     captions = {"still": "<script>document.title = 'broken'</script>", "fast": "一只猫 \N{CAT}", "one": "a & b"}
+    captions[QUOTED] = "a red circle moves over grey ground " * 40
     for name, caption in (captions | {"missing": "gone"}).items():
         (folder / f"{name}.txt").write_text(caption)
     (folder / "missing.mp4").write_bytes(b"")
     with pytest.raises(SystemExit):
-        preview.main([str(folder), *SMALL])
+        preview.main([str(folder), *SMALL, "--random_flip", "--pretrained_model_name_or_path", str(tiny_checkpoint)])
     return folder / "preview.html"
 
 
@@ -296,28 +354,66 @@ def test_a_browser_shows_every_clip_and_loads_nothing(page, shown):
     page.open(shown)
     assert page.errors == []
     assert page.evaluate("document.title").endswith(": what the model sees")
-    assert order(page) == "1 2 3 4"
-    text = page.evaluate("document.body.innerText")
-    for part in ("<script>document.title", "一只猫 \N{CAT}", "50 % of the picture is cut off", "none: a single frame"):
-        assert part in text
+    assert order(page) == "1 2 3 4 5"
+    text = page.evaluate("document.body.textContent")
+    for part in (
+        "<script>document.title",
+        "一只猫 \N{CAT}",
+        f"{QUOTED}.mp4",
+        "50 % of the picture is cut off",
+        "67 % of the picture is cut off",
+        "1.38 s at the end unseen",
+        "none, as it is a single frame",
+        "missing.mp4: the file is empty",
+        "of 226 tokens; the words that are struck out are cut off",
+    ):
+        assert part in text, part
+    caption = "[...document.querySelectorAll('del')].map(cut => [cut.textContent, cut.parentNode.textContent])"
+    ((cut, whole),) = page.evaluate(caption)
+    assert 0 < len(cut) < len(whole) and whole.endswith(cut)
     loaded = "[...document.images].every(image => image.complete && image.naturalWidth > 0)"
     page.wait(loaded)
     names = page.evaluate("performance.getEntriesByType('resource').map(entry => entry.name)")
     assert all(name.startswith("data:") for name in names)
 
 
+def test_the_outline_is_where_the_seen_part_is(page, shown):
+    page.open(shown)
+    found = """[...document.querySelectorAll("article")].filter(a => "frames" in a.dataset).map(a => {
+        a.scrollIntoView();
+        const [whole, seen] = [".frame", ".seen"].map(part => a.querySelector(part).getBoundingClientRect());
+        return [(seen.x - whole.x) / whole.width, (seen.y - whole.y) / whole.height,
+            seen.width / whole.width, seen.height / whole.height, whole.width / whole.height, whole.height]; })"""
+    fast, one, still, tall = page.evaluate(found)
+    assert fast == pytest.approx([0, 0, 1, 1, 1.5, 100], abs=0.01)
+    assert one == still == pytest.approx([0.25, 0, 0.5, 1, 3, 50], abs=0.01)
+    assert tall == pytest.approx([0, 1 / 3, 1, 1 / 3, 0.5, 168], abs=0.01)
+
+
 def test_clips_are_sorted_and_filtered(page, shown):
     page.open(shown)
-    page.evaluate("s = document.querySelector('select'); s.value = 'motion'; s.onchange()")
-    names = "[...document.querySelectorAll('article')].map(a => a.querySelector('.file').textContent).join(' ')"
-    assert page.evaluate(names) == "missing.mp4 fast.mp4 still.mp4 one.mp4"
-    page.evaluate("s.value = 'cropped'; s.onchange()")
-    assert page.evaluate(names) == "missing.mp4 one.mp4 still.mp4 fast.mp4"
+    assert page.evaluate("[...document.querySelectorAll('.file b')].map(name => name.textContent)") == [
+        "fast.mp4", "missing.mp4", "one.mp4", "still.mp4", f"{QUOTED}.mp4",
+    ]  # fmt: skip
+    # Clips that cannot be used come first, and the single frame, which has no motion, last.
+    orders = {"motion": "2 1 5 4 3", "-motion": "2 4 5 1 3", "cropped": "2 5 3 4 1", "unseen": "2 5 1 3 4"}
+    for name, numbers in (orders | {"number": "1 2 3 4 5"}).items():
+        page.evaluate(f"s = document.querySelector('select'); s.value = '{name}'; s.onchange()")
+        assert order(page) == numbers, name
+    levels = "[...document.querySelectorAll('[data-brightness]')].map(card => Number(card.dataset.brightness))"
+    for name in ("brightness", "-brightness"):
+        page.evaluate(f"s.value = '{name}'; s.onchange()")
+        found = page.evaluate(levels)
+        assert found == sorted(found, reverse=name == "brightness")
     page.evaluate("s.value = 'number'; s.onchange()")
     page.evaluate("n = document.querySelector('.noted'); n.click()")
-    assert order(page) == "2" and "1 of 4 clips" in page.evaluate("document.querySelector('.tools').innerText")
+    assert order(page) == "2 5" and "2 of 5 clips" in page.evaluate("document.querySelector('.tools').innerText")
     page.evaluate("n.click(); f = document.querySelector('[type=search]'); f.value = '猫'; f.oninput()")
     assert order(page) == "1"
+    page.evaluate("f.value = 'STILL'; f.oninput()")
+    assert order(page) == "4"
+    page.evaluate("f.value = 'brightness'; f.oninput()")  # a word of the page, of no caption
+    assert order(page) == "" and "0 of 5 clips" in page.evaluate("document.querySelector('.tools').innerText")
 
 
 def test_a_clip_plays_and_stops(page, shown):
@@ -332,7 +428,55 @@ def test_a_clip_plays_and_stops(page, shown):
     assert page.evaluate("p.style.backgroundPosition") == "0% 0px"
     page.evaluate("document.querySelector('.all').click()")
     page.wait("p.style.backgroundPosition !== '0% 0px'")
-    assert page.evaluate("document.querySelectorAll('.playing').length") == 3
+    assert page.evaluate("document.querySelectorAll('.playing').length") == 3  # not the single frame
+    page.evaluate("document.querySelectorAll('.playing button').forEach(button => button.click())")
+    assert page.evaluate("document.querySelector('.all').textContent") == "Play all"
+
+
+def test_a_clip_plays_at_its_own_speed_from_its_first_frame(page, shown):
+    page.open(shown)
+    page.evaluate("p = document.querySelector('article:first-child .player'); p.scrollIntoView()")
+    page.wait("p.style.backgroundImage.startsWith('url')")
+    # The clock of the page is the test's, so that a busy machine changes nothing.
+    page.evaluate("""(() => {
+        frames = []; performance.now = () => 5000; requestAnimationFrame = call => { next = call; };
+        p.click();
+        for (const seconds of [0, 0.1, 0.13, 0.5, 1.1, 1.13, 1.5]) {
+            next(5000 + 1000 * seconds);
+            frames.push(Math.round(parseFloat(p.style.backgroundPosition) / 100 * 8)); } })()""")
+    assert page.evaluate("frames") == [0, 0, 1, 4, 8, 0, 3]  # 9 frames at 8 fps
+
+
+@pytest.mark.parametrize("calm", [False, True])
+def test_a_clip_plays_under_the_pointer_unless_motion_is_not_wanted(page, shown, calm):
+    page.open(shown)
+    motion = {"name": "prefers-reduced-motion", "value": "reduce" if calm else "no-preference"}
+    page.send("Emulation.setEmulatedMedia", features=[motion])
+    page.evaluate("p = document.querySelector('article:first-child .player'); p.scrollIntoView({block: 'center'})")
+    page.wait("p.style.backgroundImage.startsWith('url')")
+    x, y = page.evaluate("(box => [box.x + 50, box.y + 50])(p.getBoundingClientRect())")
+    page.move_pointer(x, y)
+    page.wait("p.matches(':hover')")
+    assert page.evaluate("document.querySelectorAll('.playing').length") == (0 if calm else 1)
+    page.move_pointer(x, 5)
+    page.wait("!p.matches(':hover')")
+    assert page.evaluate("document.querySelectorAll('.playing').length") == 0
+
+
+def test_a_clip_is_played_with_the_keyboard(page, shown):
+    page.open(shown)
+    page.evaluate("p = document.querySelector('article:first-child .player'); p.focus()")
+    for kind in ("rawKeyDown", "char", "keyUp"):
+        page.send("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
+    page.wait("p.getAttribute('aria-pressed') === 'true'")
+
+
+def test_a_mirrored_first_frame_is_shown_where_clips_are_mirrored(page, shown):
+    page.open(shown)
+    assert page.evaluate("document.querySelectorAll('.mirrored').length") == 4
+    page.evaluate("m = document.querySelector('.mirrored'); m.scrollIntoView()")
+    page.wait("m.style.backgroundImage.startsWith('url')")
+    assert page.evaluate("getComputedStyle(m).transform") == "matrix(-1, 0, 0, 1, 0, 0)"
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -345,7 +489,8 @@ def test_it_fits_a_phone_in_light_and_dark(page, shown, dark):
 
 def test_a_thousand_clips_open(page, clips, tmp_path, monkeypatch, capsys):
     video = read_clips(clips)[0][0].video
-    made, facts, _ = drawn(Clip(video, "a", 1), side=96, num_frames=8)
+    num_frames, side = preview.film_size(1000)
+    made, facts, _ = drawn(Clip(video, "a", 1), side=side, num_frames=num_frames)
     monkeypatch.setattr(check, "_look", lambda clip, *_, **__: check.Seen(clip, facts, made, None))
     folder = tmp_path / "many"
     folder.mkdir()
