@@ -2,19 +2,19 @@
 
 import decoders
 import imageio
-import many_clips
 import pytest
+import scale
 from make_example import draw_clip
 
 
 @pytest.mark.parametrize("distinct", [False, True])
-def test_a_second_start_on_many_clips_encodes_and_reads_nothing(tmp_path, monkeypatch, distinct):
-    many_clips.make_dataset(tmp_path, 5, 2, distinct=distinct)
-    assert many_clips.start(tmp_path / "clips", check_all=False)["clips"] == 5
+def test_a_second_start_on_scale_encodes_and_reads_nothing(tmp_path, monkeypatch, distinct):
+    scale.make_dataset(tmp_path, 5, 2, distinct=distinct)
+    assert scale.start(tmp_path / "clips", check_all=False)["clips"] == 5
     assert len(list((tmp_path / "clips" / ".cogvideox_cache" / "latents").iterdir())) == (5 if distinct else 2)
-    for name in ("many_clips.encode_videos", "many_clips.encode_captions", "clips.known.examine_video"):
+    for name in ("scale.encode_videos", "scale.encode_captions", "clips.known.examine_video"):
         monkeypatch.setattr(name, lambda *_: pytest.fail("read or encoded again"))
-    assert many_clips.start(tmp_path / "clips", check_all=False)["clips"] == 5
+    assert scale.start(tmp_path / "clips", check_all=False)["clips"] == 5
 
 
 def test_both_decoders_read_all_frames_in_turn(tmp_path):

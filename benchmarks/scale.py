@@ -1,6 +1,6 @@
 """Measures the start of a training on many clips: seconds and peak memory of the first start and of a second one.
 
-    python benchmarks/many_clips.py --clips 100000 --files 300 --output benchmarks/results/many-clips.json
+    python benchmarks/scale.py --clips 100000 --files 300 --output benchmarks/results/scale.json
 
 Draws some small clips and links to them under many names, each with a caption of its own. VAE and T5 are replaced by
 functions that return one value at once: what is measured is reading, checking and looking up, which the number of clips
