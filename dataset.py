@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -23,10 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from clips.clean import record_use
 from clips.facts import Facts, count_clips, examine, headline, is_known, list_problems, remarks
 from clips.frames import MEND, View, decode, decoding_threads, describe_damage, first_image
-from clips.known import File, Notes, publish_in_cache
+from clips.known import File, Notes, publish_in_cache, record_use
 from clips.listing import Clip, Listing
 from clips.order import Ranks, Timeline, count_held_out, epoch_batches, rank_batches
 from files import hash_of, map_ahead
@@ -120,7 +119,7 @@ def encode_dataset(
         check_all: read all files again, also those whose size and time of change are as they were.
 
     Raises:
-        ValueError: lists all problems that probing finds, before anything is loaded or written, or else all that
+        ValueError: lists all problems that probing finds, before anything is loaded or encoded, or else all that
             decoding and encoding find.
     """
     clips, notes, encoder = listing.clips, Notes(cache), video_encoder.fingerprint
@@ -130,19 +129,19 @@ def encode_dataset(
     latents = [clip.paths for clip in probed]
     captions = caption_paths([*(clip.caption for clip in clips), *prompts], cache, text_encoder.fingerprint)
     new_captions, new_latents = missing_captions(captions, cache), missing_latents(clips, facts, probed)
+    files = list(itertools.chain(*latents, captions.values()))
+    if ranks.index == 0:
+        record_use(cache, used_by, files)  # before hours of encoding, in which `clean` may be called
     ranks.wait()  # no rank writes before all know what is missing
     cache_captions(ranks.share(new_captions), text_encoder, progress)
     problems = cache_latents(ranks.share(new_latents), view, video_encoder, progress)
     _refuse(listing, everyone, problems)  # also keeps every rank here until all have written their share
 
-    files = list(itertools.chain(*latents, captions.values()))
     _wait_for_files(listing, files, everyone)
-    if ranks.index == 0:
-        record_use(cache, used_by, files)
     shapes, damage = zip(*latents_headers([paths[0] for paths in latents], notes, ranks))
     damaged = [clip.problem(f"{of_clip}; {MEND}") for clip, of_clip in zip(clips, damage) if of_clip]
     _refuse(listing, everyone, [] if allow_damaged else damaged)
-    facts = [of_clip._replace(damage=found) for of_clip, found in zip(facts, damage)]
+    facts = [of_clip.without_times()._replace(damage=found) for of_clip, found in zip(facts, damage)]
     return Data(
         clips=CachedClips(latents, [captions[clip.caption] for clip in clips]),
         shapes=list(shapes),
@@ -438,8 +437,13 @@ def sizes_in(folder: Path) -> dict[str, int]:
     """Returns the names and sizes in bytes of the files in a folder, which need not exist."""
     if not folder.is_dir():
         return {}
+    sizes = {}
     with os.scandir(folder) as entries:
-        return {entry.name: entry.stat().st_size for entry in entries if not entry.name.startswith(".")}
+        for entry in entries:
+            if not entry.name.startswith("."):
+                with suppress(FileNotFoundError):  # removed meanwhile by `clean`
+                    sizes[entry.name] = entry.stat().st_size
+    return sizes
 
 
 def latents_headers(paths: list[Path], notes: Notes, ranks: Ranks) -> list[tuple[tuple[int, ...], str | None]]:

@@ -106,8 +106,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     source("--dataset_name", metavar="NAME", help="dataset repository on the hub, downloaded and read like a folder")
     data = group.add_argument
     cache = "folder for encoded clips and captions (default: .cogvideox_cache in the data's folder)"
-    again = "read all clips again, also those whose size and time of change are as at the last start"
-    encode = "encode what the cache lacks, and end"
+    again = "read every clip again, even if its size and modification time are unchanged"
+    encode = "encode what the cache lacks, then exit"
     workers = "processes that read the cache; 0: a thread of the training process reads it"
     precision = "precision of T5's weights; bf16: unquantised, in the compute dtype; int8: half the memory"
     device = "where T5 encodes captions; accelerator: the GPU if there is one; cpu: slower, without GPU memory"
@@ -298,7 +298,8 @@ def prepare_data(
     cache = cache_of(args, listed)
     accelerator.print(listed.describe())
     sharing = processes.sharing(ranks, cache, "--latents_cache_dir")
-    if not base.folder:  # clips are checked before weights are downloaded
+    is_checked = not base.folder
+    if is_checked:  # before weights are downloaded
         dataset.check_clips(
             listed,
             view,
@@ -330,7 +331,7 @@ def prepare_data(
         ranks=sharing,
         everyone=ranks,
         used_by=args.output_dir,
-        check_all=args.check_all,
+        check_all=args.check_all and not is_checked,
         allow_damaged=args.allow_damaged,
     )
     if accelerator.device.type == "cuda":  # later peaks are those of training
@@ -354,7 +355,7 @@ def plan_updates(args, data: Data, ranks: Ranks, position: dict) -> Timeline:
 
 def progress_bar(accelerator: Accelerator, items: Iterable | None, description: str, unit: str, **options) -> tqdm:
     is_shown = accelerator.is_main_process
-    return tqdm(items, description, unit=unit, disable=not is_shown, delay=1 if items else 0, **options)
+    return tqdm(items, description, unit=unit, disable=not is_shown, delay=0 if items is None else 1, **options)
 
 
 # ---- what is trained -------------------------------------------------------------------------------------------------

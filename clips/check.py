@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from clips import frames, listing
-from clips.facts import Facts, examine, headline, list_problems, remarks
+from clips.facts import Facts, count_clips, examine, headline, list_problems, remarks
 from clips.frames import MEND, View, decode, decoding_threads, describe_damage
 from clips.listing import Clip, Listing
 from files import at_least, map_ahead, parse_options, run_command
@@ -75,7 +75,7 @@ def _look(clip: Clip, view: View, make: Callable, *, damaged: bool) -> Seen:
 
 
 def describe(listed: Listing, all_seen: list[Seen], view: View) -> list[str]:
-    """Returns what is to be known of the clips that can be used; nothing if there are none."""
+    """Returns the layouts, the summary and the remarks on the usable clips, or nothing if there are none."""
     usable = [seen for seen in all_seen if not seen.problem]
     if not usable:
         return []
@@ -106,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         all_seen = see(listed.clips, view, make=lambda *_: None, damaged=args.allow_damaged)
         print(*describe(listed, all_seen, view), sep="\n")
         refuse_problems(listed, all_seen, "training refuses it")
+        print(f"no problems: {count_clips(len(all_seen))} can be trained on")
 
     run_command(parser, check)
 

@@ -6,25 +6,20 @@ machine, or a run that has only encoded so far, may need them.
 """
 
 import argparse
+import itertools
 import json
 import os
+import re
 import time
 from pathlib import Path
 
-from clips.known import CACHE, KNOWN, Notes, publish_in_cache
-from files import at_least, expanded_path, hash_of, parse_options, run_command
+from clips.known import CACHE, KNOWN, USES, Notes
+from files import at_least, expanded_path, parse_options, run_command
 
-USES = "uses"
 DAY = 86400  # seconds
-GIB = 2**30
-
-
-def record_use(cache: Path, output_dir: Path, files: list[Path]) -> None:
-    """Records which files of the cache the run with this output directory uses, in place of what it used before."""
-    output_dir = os.path.abspath(output_dir)
-    names = [f"{file.parent.name}/{file.name}" for file in files]
-    use = {"output_dir": output_dir, "files": names}
-    publish_in_cache(cache / USES / f"{hash_of(output_dir)}.json", json.dumps(use).encode())
+FOLDERS = ("latents", "captions", KNOWN, USES)  # of a cache
+ENCODED = re.compile(r"[0-9a-f]{40}\.safetensors")
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}")  # what `files.publish` had begun when its process was killed
 
 
 def used_files(cache: Path, oldest: float) -> tuple[set[str], list[Path]]:
@@ -35,7 +30,10 @@ def used_files(cache: Path, oldest: float) -> tuple[set[str], list[Path]]:
     """
     used, gone = set(), []
     for path in sorted((cache / USES).glob("*.json")):
-        use = json.loads(path.read_text())
+        try:
+            use = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: is damaged; delete it, and start the runs again that use this cache") from error
         if os.path.isdir(use["output_dir"]) or path.stat().st_mtime > oldest:
             used |= set(use["files"])
         else:
@@ -50,12 +48,10 @@ def unused_files(cache: Path, oldest: float) -> list[Path]:
         oldest: seconds since the epoch; later files stay.
     """
     used, drop = used_files(cache, oldest)
-    for folder in ("latents", "captions", KNOWN, USES):
-        for path in sorted((cache / folder).glob("*")):
-            is_leftover = path.name.startswith(".")
-            is_unused = path.suffix == ".safetensors" and str(path.relative_to(cache)) not in used
-            if (is_leftover or is_unused) and path.stat().st_mtime <= oldest:
-                drop.append(path)
+    for path in itertools.chain(*(sorted((cache / folder).glob("*")) for folder in FOLDERS)):
+        is_unused = ENCODED.fullmatch(path.name) and f"{path.parent.name}/{path.name}" not in used
+        if (is_unused or LEFTOVER.fullmatch(path.name)) and path.stat().st_mtime <= oldest:
+            drop.append(path)
     return drop
 
 
@@ -71,26 +67,29 @@ def forget_files(cache: Path) -> None:
 
 def clean(cache: Path, *, unused_days: int, dry_run: bool) -> str:
     """Drops what no run has used for `unused_days`; returns a sentence that says how much that is."""
-    if not cache.is_dir():
-        raise FileNotFoundError(f"{cache}: no such cache; pass the dataset's folder, or --latents_cache_dir")
+    if not (cache / USES).is_dir():
+        rule = "no cache in which a training has recorded what it uses"
+        raise FileNotFoundError(f"{cache}: {rule}; pass the dataset's folder, or --latents_cache_dir")
     drop = unused_files(cache, time.time() - unused_days * DAY)
     size = sum(path.stat().st_size for path in drop)
     if not dry_run:
         for path in drop:
             path.unlink(missing_ok=True)
         forget_files(cache)
-    stays = [path for folder in ("latents", "captions") for path in (cache / folder).glob("*.safetensors")]
-    done = "to be dropped" if dry_run else "dropped"
-    return f"{cache}: {done}: {len(drop)} files, {size / GIB:.2f} GiB; encoded files there: {len(stays)}"
+    stays = [path for folder in FOLDERS for path in (cache / folder).glob("*") if ENCODED.fullmatch(path.name)]
+    done = "would drop" if dry_run else "dropped"
+    return (
+        f"{cache}: {done} {len(drop)} files of {size / 1e6:.1f} MB; {len(stays)} encoded clips and captions are there"
+    )
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    about = "Drops from the cache of a dataset what no run uses that still exists, or that started of late."
+    about = "Deletes cached files that no existing run uses and no recent start wrote or used."
     parser = argparse.ArgumentParser("python dataset.py clean", description=about, allow_abbrev=False)
     folder = "folder with the clips; with several, the first of them"
     parser.add_argument("folder", type=expanded_path, metavar="FOLDER", help=folder)
     cache = "the cache, where it is not in FOLDER"
-    days = "also keep what a start of the last N days wrote or used"
+    days = "keep files that a start in the last N days wrote or used"
     parser.add_argument("--latents_cache_dir", type=expanded_path, metavar="FOLDER", help=cache)
     parser.add_argument("--unused_days", type=at_least(0), default=30, metavar="N", help=days)
     parser.add_argument("--dry_run", action="store_true", help="only say how much would be dropped")

@@ -44,6 +44,10 @@ class Facts(NamedTuple):
         """Seconds at the end that the model does not see; frames skipped at the start are not counted."""
         return max(self.seconds - self.seen_until, 0)
 
+    def without_times(self) -> "Facts":
+        """Returns facts that take little memory, also of long videos, and that nothing can be decoded by."""
+        return self._replace(file=self.file._replace(packed_times=""))
+
     def scale(self, view: View) -> float:
         """Returns the factor by which frames are resized; above 1 they are enlarged."""
         return covering_scale(self.height, self.width, view.height, view.width)
@@ -127,7 +131,7 @@ def facts_of(path: Path, file: File, view: View) -> Facts:
     if view.whole and len(indices) < view.max_num_frames:
         raise ValueError(
             f"gives {len(indices)} frames at --fps {view.fps}, and this base model needs {view.max_num_frames}; use a "
-            "longer clip, or remove it from the lists"
+            "longer clip, or remove it"
         )
     span = float(seconds[-1] - seconds[0])
     return Facts(
@@ -170,7 +174,8 @@ def repetitions(clips: list[Clip], facts: list[Facts]) -> dict[str, list[list[Cl
     for kind, values in contents.items():
         groups = {}
         for clip, value in zip(clips, values):
-            groups.setdefault(value, []).append(clip)
+            if value:  # a missing caption is a problem of its own
+                groups.setdefault(value, []).append(clip)
         repeated[kind] = sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
     return repeated
 
@@ -200,7 +205,9 @@ def remarks(clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
     if enlarged := sum(fact.scale(view) > 1 for fact in facts):
         lines.append(f"scaled up, so less sharp than others of this size: {count_clips(enlarged)}")
     if slower := sum(fact.num_distinct < fact.num_seen for fact in facts):
-        lines.append(f"slower than {view.fps} fps, so some frames are seen twice: {count_clips(slower)}")
+        lines.append(f"slower than {view.fps} fps, at least in places, so frames are seen twice: {count_clips(slower)}")
+    if stills := [clip for clip, fact in zip(clips, facts) if fact.num_seen == 1 < fact.num_frames]:
+        lines.append(f"too short for 5 frames at {view.fps} fps, so seen as a still: {_enumeration(stills)}")
     return lines + _pictures(clips, facts) + _repetitions(clips, facts)
 
 

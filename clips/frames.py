@@ -126,7 +126,7 @@ def choose_frames(timestamps: np.ndarray, view: View) -> list[int]:
     if not len(kept):
         raise ValueError(
             f"has {len(timestamps)} frames, and none is left after --skip_frames_start {view.skip_frames_start} "
-            f"and --skip_frames_end {view.skip_frames_end}; skip fewer, or remove the clip from the lists"
+            f"and --skip_frames_end {view.skip_frames_end}; skip fewer, or remove the clip"
         )
     # Half a step of tolerance: the last frame of a file is shown for some time after its timestamp.
     available = int((kept[-1] - kept[0]) * view.fps + 0.5) + 1

@@ -6,10 +6,15 @@ list; lists are never changed.
 """
 
 import base64
+import errno
 import json
 import os
 import secrets
+import threading
+import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -17,10 +22,11 @@ from typing import NamedTuple
 import numpy as np
 
 from clips.video import Damage, Video, examine_video
-from files import file_hash, publish
+from files import file_hash, hash_of, publish
 
 FORMAT = 1  # of a note on a file: notes of other formats are not found
 CACHE = ".cogvideox_cache"  # where no other is named, in the first of the dataset's folders
+USES = "uses"  # folder of the records of uses, in the cache
 KNOWN = "known"  # folder of the lists, in the cache
 
 
@@ -49,10 +55,12 @@ class Notes:
             read_only: whether `publish` writes nothing.
         """
         self.folder, self.read_only, self.known, self.new = cache and cache / KNOWN, read_only, {}, {}
-        for path in sorted(self.folder.glob("*.txt")) if cache else ():
-            for line in path.read_text().splitlines():
-                key, _, note = line.partition("\t")  # JSON writes a tab in a path as \t
-                self.known[key] = note
+        self.lock = threading.Lock()  # several threads add notes
+        lists = sorted(self.folder.glob("*.txt")) if cache else []  # by the time of their writing: later ones count
+        for path in lists:
+            self.known |= _read_notes(path)
+        if not all(path.exists() for path in lists):  # merged meanwhile by `clean`
+            self.__init__(cache, read_only=read_only)
 
     def get(self, key: list):
         """Returns what is known under a key, or None."""
@@ -65,23 +73,47 @@ class Notes:
         return text in self.new or text in self.known
 
     def add(self, key: list, note) -> None:
-        self.new[json.dumps(key)] = json.dumps(note)
+        key, note = json.dumps(key), json.dumps(note)
+        with self.lock:
+            if self.known.get(key) != note:
+                self.new[key] = note
 
     def publish(self) -> None:
         """Writes the notes that were added since the last call, if there are any."""
-        new, self.new = self.new, {}
+        with self.lock:
+            new, self.new = self.new, {}
+            self.known |= new
         if new and self.folder and not self.read_only:
             lines = "".join(f"{key}\t{note}\n" for key, note in new.items())
-            publish_in_cache(self.folder / f"{secrets.token_hex(8)}.txt", lines.encode())
-        self.known |= new
+            name = f"{time.time_ns():020d}-{secrets.token_hex(4)}.txt"
+            with _unless_read_only():
+                publish_in_cache(self.folder / name, lines.encode())
 
     def keep_current(self) -> None:
-        """Takes all notes for new ones, without those on files that are gone or have changed."""
+        """Marks all notes to be published again, except those on files that are gone or have changed."""
         for key, note in self.known.items():
             kind, *_ = parts = json.loads(key)
-            if kind == "latents" or _is_current(*parts):
+            if (self.folder.parent / kind / parts[1]).exists() if kind == "latents" else _is_current(*parts):
                 self.new[key] = note
         self.known = {}
+
+
+def _read_notes(path: Path) -> dict[str, str]:
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:  # merged meanwhile by `clean`
+        return {}
+    return dict(line.split("\t", 1) for line in lines)  # JSON writes a tab in a path as \t
+
+
+@contextmanager
+def _unless_read_only() -> Iterator[None]:
+    """Does without what is only remembered where the cache cannot be written, which may be complete all the same."""
+    try:
+        yield
+    except ValueError as error:
+        if getattr(error.__cause__, "errno", None) not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
 
 
 def _is_current(kind: str, _format: int, path: str, size: int, mtime_ns: int) -> bool:
@@ -102,6 +134,15 @@ def publish_in_cache(path: Path, content: bytes) -> None:
         ) from error
 
 
+def record_use(cache: Path, output_dir: Path, files: list[Path]) -> None:
+    """Records which files of the cache the run with this output directory uses, in place of what it used before."""
+    output_dir = os.path.abspath(output_dir)
+    names = [f"{file.parent.name}/{file.name}" for file in files]
+    use = {"output_dir": output_dir, "files": names}
+    with _unless_read_only():
+        publish_in_cache(cache / USES / f"{hash_of(output_dir)}.json", json.dumps(use).encode())
+
+
 def look_at(path: Path, notes: Notes | None = None, *, again: bool = False) -> File:
     """Returns what a video file holds, from the notes if it has not changed since they were made.
 
@@ -116,7 +157,7 @@ def look_at(path: Path, notes: Notes | None = None, *, again: bool = False) -> F
     if not again and (note := notes.get(key)):
         return _from_note(note)
     if not path.stat().st_size:
-        raise ValueError("the file is empty; copy it again, or remove the clip from the lists")
+        raise ValueError("the file is empty; copy it again, or remove the clip")
     video, times = examine_video(path)
     packed = base64.b64encode(zlib.compress(np.diff(times).tobytes())).decode()
     file = File(file_hash(path), video, packed)

@@ -28,6 +28,7 @@ VIDEO_SUFFIXES = {
     ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".wmv", ".flv", ".3gp",
     ".ogv", ".mxf", ".gif", ".apng",
 }  # fmt: skip
+UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jxl", ".tif", ".tiff", ".bmp", ".dng"}  # pictures that are no clips
 MEDIA_SUFFIXES = VIDEO_SUFFIXES | {".png", ".jpg", ".jpeg", ".webp"}
 EXTRA = "(more than the header)"  # column of the fields that a row of a .csv has beyond its header
 LFS_BEGINNING = b"version https://git-lfs"
@@ -50,6 +51,7 @@ class Clip(NamedTuple):
     def problem(self, description: str, file: Path | None = None) -> str:
         """Returns a sentence: where this clip was read from, the file (default: the video), and what is wrong."""
         place = f"line {self.line}" if self.place is None else self.place
+        place = "" if place == str(file or self.video) else place
         return ": ".join(filter(None, [place, str(file or self.video), description]))
 
 
@@ -71,13 +73,15 @@ class Listing(NamedTuple):
     layouts: list[str]  # of each folder
     clips: list[Clip]
     problems: list[str]
+    remarks: list[str]
 
     @property
     def name(self) -> str:
         return ", ".join(map(str, self.folders))
 
     def describe(self) -> str:
-        return "\n".join(f"{folder}: read as {layout}" for folder, layout in zip(self.folders, self.layouts))
+        layouts = [f"{folder}: read as {layout}" for folder, layout in zip(self.folders, self.layouts)]
+        return "\n".join(layouts + self.remarks)
 
 
 def folder_option(text: str) -> Folder:
@@ -85,7 +89,7 @@ def folder_option(text: str) -> Folder:
     path, _, times = text.rpartition("=")
     if not path or Path(text).expanduser().is_dir():
         return Folder(Path(text).expanduser())
-    if not times.isdigit() or not int(times):
+    if not (times.isascii() and times.isdecimal() and int(times)):
         rule = "FOLDER=N shows its clips N times an epoch, N a whole number of at least 1"
         raise argparse.ArgumentTypeError(f"{text}: {rule}; there is no folder of the name {text} either")
     return Folder(Path(path).expanduser(), int(times))
@@ -130,17 +134,20 @@ def read_listing(
         FileNotFoundError: a folder does not exist.
         ValueError: a folder is named twice, or fits more than one layout.
     """
-    listing = Listing(folders, layouts=[], clips=[], problems=[])
+    listing = Listing(folders, layouts=[], clips=[], problems=[], remarks=[])
     paths = [os.path.realpath(folder.path) for folder in folders]
     for folder, path in zip(folders, paths):
         if paths.count(path) > 1:
             raise ValueError(f"{folder.path}: is named twice; name it once, with =2 to show its clips twice an epoch")
         layout, clips, problems = _read_folder(folder.path, caption_column, video_column, image_column, id_token)
         if len(folders) > 1:  # lines and files of the same name may be in each of them
-            problems = [f"{folder.path}: {problem}" for problem in problems]
-            count = itertools.count(len(listing.clips) + 1)
-            clips = [clip._replace(line=next(count), place=f"{folder.path}, {clip.named}") for clip in clips]
+            problems = [p if p.startswith(str(folder.path)) else f"{folder.path}: {p}" for p in problems]
+            clips = [
+                clip._replace(line=line, place=f"{folder.path}, {clip.named}" if clip.place != "" else str(clip.video))
+                for line, clip in enumerate(clips, start=len(listing.clips) + 1)
+            ]
         listing.layouts.append(layout)
+        listing.remarks.extend(_left_out(folder.path, layout, clips))
         listing.problems.extend(problems)
         listing.clips.extend(clip._replace(times=folder.times) for clip in clips)
     return listing
@@ -174,7 +181,7 @@ def _read_folder(
     if not root.is_dir():
         found = "is a file, not a folder" if root.exists() else "no such folder"
         raise FileNotFoundError(
-            f"{root}: {found}; pass the one that holds the clips as --instance_data_root (preview: FOLDER)"
+            f"{root}: {found}; pass the one that holds the clips (--instance_data_root, or FOLDER of dataset.py)"
         )
     layout = find_layout(root, caption_column, video_column)
     options = {"--caption_column": caption_column, "--video_column": video_column, "--image_column": image_column}
@@ -192,6 +199,29 @@ def _read_folder(
         clips, problems = _read_pairs(root, layout)
     prefix = f"{id_token} " if id_token else ""
     return layout, [clip._replace(caption=prefix + clip.caption) for clip in clips], problems
+
+
+def _left_out(root: Path, layout: str, clips: list[Clip]) -> Iterator[str]:
+    """Yields a line on each kind of file in a folder that may have been meant to be a clip or a caption."""
+    used = {os.path.abspath(path) for clip in clips for path in (clip.video, clip.image) if path}
+    captions = {os.path.splitext(path)[0] for path in used}
+    unread, unlisted, without_clip = [], [], []
+    for path in map(os.path.abspath, _files(root)):
+        stem, suffix = os.path.splitext(path)
+        if suffix.lower() in UNREAD_SUFFIXES:
+            unread.append(path)
+        elif suffix.lower() in MEDIA_SUFFIXES and path not in used:
+            unlisted.append(path)
+        elif suffix == ".txt" and layout == BESIDE and stem not in captions:
+            without_clip.append(path)
+    for kind, paths in (
+        ("not read; save them as JPEG or PNG", unread),
+        (f"in none of the {layout}, so not used" if layout == LISTS else f"not in {layout}, so not used", unlisted),
+        ("captions without a clip", without_clip),
+    ):
+        if paths:
+            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+            yield f"{root}: {kind}: {', '.join(map(os.path.basename, paths[:3]))}{more}"
 
 
 def find_layout(root: Path, caption_column: str | None = None, video_column: str | None = None) -> str:
@@ -219,13 +249,16 @@ def find_layout(root: Path, caption_column: str | None = None, video_column: str
     return found[0] if found else LISTS
 
 
-def _media(root: Path) -> Iterator[Path]:
-    """Yields the videos and images in a folder and its subfolders but for hidden ones, in the order of their names."""
+def _files(root: Path) -> Iterator[str]:
+    """Yields the files in a folder and its subfolders but for hidden ones, folder by folder, by name."""
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))  # not into the cache
-        for name in sorted(names):
-            if os.path.splitext(name)[1].lower() in MEDIA_SUFFIXES and not name.startswith("."):
-                yield Path(folder, name)
+        yield from (os.path.join(folder, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _media(root: Path) -> Iterator[Path]:
+    """Yields the videos and images among `_files`."""
+    yield from (Path(path) for path in _files(root) if os.path.splitext(path)[1].lower() in MEDIA_SUFFIXES)
 
 
 def _read_pairs(root: Path, layout: str) -> tuple[list[Clip], list[str]]:

@@ -76,7 +76,7 @@ def examine_video(path: Path) -> tuple[Video, np.ndarray]:
         rate = stream.codec_context.framerate or stream.guessed_rate
         time_base, pixel_shape = stream.time_base, stream.sample_aspect_ratio or 1
     if not first:
-        raise ValueError("holds no frame that FFmpeg can decode; play it to check, and remove it from the lists")
+        raise ValueError("holds no frame that FFmpeg can decode; play it to check, and remove it")
     if None in times or not ordered or [frame.pts for frame in first] != sorted(times)[: len(first)]:
         with _opened(path) as (container, stream):
             times = [frame.pts for frame in _frames(container, stream, [])]
@@ -173,7 +173,7 @@ def _read(path: Path, video: Video, wanted: list[int], damage: list[Damage], *, 
         if seek:
             raise _Missing
         if last is None:
-            raise ValueError("holds no frame that FFmpeg can decode; play it to check, and remove it from the lists")
+            raise ValueError("holds no frame that FFmpeg can decode; play it to check, and remove it")
         for missing in (time, *waiting):
             damage.append(Damage(float(missing * video.time_base), NO_FRAME))
             yield _picture(last, *size)
@@ -254,14 +254,14 @@ def _opened(path: Path, logs: list | None = None) -> Iterator[tuple[av.container
     except av.error.FFmpegError as error:
         raise ValueError(
             f"cannot be read as a video: the file is damaged or not a video ({error.strerror}); play it to check, and "
-            "re-encode it (ffmpeg -i in -c:v libx264 out.mp4) or remove it from the lists"
+            "re-encode it (ffmpeg -i in -c:v libx264 out.mp4) or remove it"
         ) from error
     if logs is not None:
         logs += reports
     with container:
         stream = next((s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None)
         if stream is None:
-            raise ValueError("holds no video, only sound or pictures; remove it from the lists")
+            raise ValueError("holds no video, only sound or pictures; remove it")
         if stream.codec_context is None:
             raise ValueError("is coded in a way that FFmpeg does not know; re-encode it with the program that made it")
         stream.thread_count = 1  # so that FFmpeg's reports come in this thread; several files are read at once

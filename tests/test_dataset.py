@@ -266,7 +266,7 @@ def test_an_interrupted_encoding_pass_continues_where_it_was(tmp_path):
             return _Context(encode)
 
         return dataset.encode_dataset(
-            Listing([], [], clips, []), VIEW, cache=tmp_path / "cache", prompts=[""], random_flip=False,
+            Listing([], [], clips, [], []), VIEW, cache=tmp_path / "cache", prompts=[""], random_flip=False,
             video_encoder=Encoder("v", load, lambda shape: 1),
             text_encoder=Encoder("t", lambda: _Context(lambda texts: torch.zeros(1, 3, 2)), lambda shape: 1),
             progress=lambda items, *_: items, ranks=Ranks(), everyone=Ranks(), used_by=tmp_path,

@@ -1,7 +1,9 @@
 """What is known of files is used as long as they do not change, and only then."""
 
+import errno
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,10 +11,10 @@ from make_example import make_clips
 from PIL import Image
 
 from clips import facts, known
-from clips.clean import clean, record_use
+from clips.clean import clean
 from clips.facts import examine
 from clips.frames import View
-from clips.known import CACHE, File, Notes, look_at
+from clips.known import CACHE, File, Notes, look_at, record_use
 from clips.listing import read_clips
 from clips.video import Damage, examine_video
 
@@ -87,6 +89,37 @@ def test_an_image_to_start_from_is_known_as_well(clips, tmp_path, monkeypatch):
     assert examine(clip, VIEW, notes) == first and first[0].image
 
 
+def test_later_notes_count(clips, tmp_path):
+    for number in range(20):
+        notes = Notes(tmp_path)
+        notes.add(["video"], number)
+        notes.add(["same"], 0)
+        notes.publish()
+        assert Notes(tmp_path).get(["video"]) == number
+    assert sum(path.read_text().count("same") for path in (tmp_path / "known").iterdir()) == 1
+
+
+def test_threads_add_notes_while_they_are_published(tmp_path):
+    notes = Notes(tmp_path, read_only=True)
+    with ThreadPoolExecutor(8) as threads:
+        added = [threads.submit(notes.add, ["video", number], number) for number in range(20_000)]
+        while not all(future.done() for future in added):
+            notes.publish()
+    notes.publish()
+    assert len(notes.known) == 20_000 and [future.result() for future in added] == [None] * 20_000
+
+
+def test_a_complete_cache_that_cannot_be_written_is_used(tiny_checkpoint, tmp_path, train, monkeypatch):
+    folder = make_clips(tmp_path / "clips", count=1)
+    train(tiny_checkpoint, tmp_path / "a", instance_data_root=folder, encode_only=True)
+
+    def refuse(path, content):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(known, "publish", refuse)
+    assert train(tiny_checkpoint, tmp_path / "b", instance_data_root=folder, max_train_steps=1)
+
+
 def test_notes_that_are_only_read_are_not_written(clips, tmp_path):
     notes = Notes(tmp_path / "cache", read_only=True)
     look_at(clips[0].video, notes)
@@ -109,40 +142,56 @@ def age(path, days):
     os.utime(path, (seconds, seconds))
 
 
+OTHERS = ("my-lora", ".ipynb_checkpoints")
+
+
 def names(cache):
-    return sorted(path.name for folder in ("latents", "captions") for path in (cache / folder).glob("*"))
+    return sorted(
+        path.name
+        for folder in ("latents", "captions")
+        for path in (cache / folder).glob("*")
+        if path.stem not in OTHERS
+    )
 
 
 def test_clean_keeps_what_a_run_uses_that_exists_and_what_is_new(tmp_path, clips):
     cache, run = tmp_path / "cache", tmp_path / "run"
     run.mkdir()
-    used, caption = write(cache / "latents" / "used.safetensors", 90), write(cache / "captions" / "c.safetensors", 90)
-    gone = write(cache / "latents" / "gone.safetensors", 90)
-    write(cache / "latents" / "never.safetensors", 90)
-    write(cache / "latents" / "new.safetensors", 2)
-    write(cache / "latents" / ".leftover.safetensors.ab12", 90)
+    used, caption = (
+        write(cache / "latents" / f"{1:040x}.safetensors", 90),
+        write(cache / "captions" / f"{2:040x}.safetensors", 90),
+    )
+    gone = write(cache / "latents" / f"{3:040x}.safetensors", 90)
+    write(cache / "latents" / f"{4:040x}.safetensors", 90)
+    write(cache / "latents" / f"{5:040x}.safetensors", 2)
+    write(cache / "latents" / ".leftover.safetensors.ab12cd34", 90)
     record_use(cache, run, [used, caption])
     record_use(cache, tmp_path / "deleted", [gone])
-    assert "2 files, 0.00 GiB" in clean(cache, unused_days=30, dry_run=True)  # the deleted run started just now
+    write(cache / "latents" / "my-lora.safetensors", 90)  # of another kind: never dropped
+    (cache / "latents" / ".ipynb_checkpoints").mkdir()
+    assert "would drop 2 files of 0.0 MB" in clean(
+        cache, unused_days=30, dry_run=True
+    )  # the deleted run started just now
     for use in (cache / "uses").iterdir():
         age(use, 90)
-    assert "to be dropped: 4 files" in clean(cache, unused_days=30, dry_run=True)
+    assert "would drop 4 files" in clean(cache, unused_days=30, dry_run=True)
     assert len(names(cache)) == 6
-    assert clean(cache, unused_days=30, dry_run=False).endswith("dropped: 4 files, 0.00 GiB; encoded files there: 3")
-    assert names(cache) == ["c.safetensors", "new.safetensors", "used.safetensors"]
+    said = clean(cache, unused_days=30, dry_run=False)
+    assert said.endswith("dropped 4 files of 0.0 MB; 3 encoded clips and captions are there")
+    assert names(cache) == [f"{number:040x}.safetensors" for number in (1, 2, 5)]
     assert len(list((cache / "uses").iterdir())) == 1
     clean(cache, unused_days=0, dry_run=False)
-    assert names(cache) == ["c.safetensors", "used.safetensors"]
+    assert names(cache) == [f"{number:040x}.safetensors" for number in (1, 2)]
 
 
 def test_a_run_that_starts_again_refers_to_what_it_uses_now(tmp_path):
     cache, run = tmp_path / "cache", tmp_path / "run"
     run.mkdir()
-    first, second = (write(cache / "latents" / f"{name}.safetensors", 90) for name in ("first", "second"))
+    first, second = (write(cache / "latents" / f"{number:040x}.safetensors", 90) for number in (1, 2))
     record_use(cache, run, [first])
     record_use(cache, run, [second])
     clean(cache, unused_days=30, dry_run=False)
-    assert names(cache) == ["second.safetensors"]
+    assert names(cache) == [f"{2:040x}.safetensors"]
 
 
 def test_clean_forgets_files_that_are_gone(tmp_path, clips):
@@ -152,13 +201,16 @@ def test_clean_forgets_files_that_are_gone(tmp_path, clips):
         look_at(clip.video, notes)
         notes.publish()
     clips[0].video.unlink()
+    record_use(cache, tmp_path, [])
     assert len(Notes(cache).known) == 3
     clean(cache, unused_days=30, dry_run=False)
     assert len(list((cache / "known").iterdir())) == 1 and len(Notes(cache).known) == 2
 
 
 def test_clean_without_a_cache_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such cache; pass the dataset's folder, or --latents_cache_dir"):
+    with pytest.raises(
+        FileNotFoundError, match="no cache in which a training has recorded .*; pass the dataset's folder"
+    ):
         clean(tmp_path / "cache", unused_days=30, dry_run=False)
 
 
@@ -194,3 +246,6 @@ def test_check_all_finds_a_change_that_size_and_time_hide(tiny_checkpoint, tmp_p
     assert len(list(latents.iterdir())) == 1
     train(tiny_checkpoint, tmp_path / "a", instance_data_root=folder, encode_only=True, check_all=True)
     assert len(list(latents.iterdir())) == 2
+    use = next((folder / CACHE / "uses").iterdir()).read_text()
+    train(tiny_checkpoint, tmp_path / "a", instance_data_root=folder, encode_only=True)
+    assert next((folder / CACHE / "uses").iterdir()).read_text() == use  # what was read last counts

@@ -384,6 +384,22 @@ def test_images_to_start_from_can_be_a_column_but_not_a_file_beside_a_clip(drawn
         read_clips(beside, image_column="image")
 
 
+def test_files_that_are_not_used_are_told(drawn, tmp_path):
+    folder = lay_out(BESIDE, drawn, tmp_path / "clips")
+    for name in ("IMG_1.HEIC", "orphan.txt"):
+        (folder / name).write_bytes(b"x")
+    assert read_listing([Folder(folder)]).remarks == [
+        f"{folder}: not read; save them as JPEG or PNG: IMG_1.HEIC",
+        f"{folder}: captions without a clip: orphan.txt",
+    ]
+    lists = lay_out(LISTS, drawn, tmp_path / "lists")
+    assert read_listing([Folder(lists)]).remarks == []
+    for number in range(5):
+        (lists / f"{number}.mov").write_bytes(b"x")
+    (told,) = read_listing([Folder(lists)]).remarks
+    assert told == f"{lists}: in none of the two lists, so not used: 0.mov, 1.mov, 2.mov and 2 more"
+
+
 # ---- several folders
 
 
@@ -397,9 +413,10 @@ def test_several_folders_are_one_dataset_and_each_clip_names_its_folder(drawn, t
     assert [clip.times for clip in listing.clips] == [1] * 3 + [2] * 3 + [1] * 3
     first, beside_clip, row = listing.clips[0], listing.clips[3], listing.clips[8]
     assert first.problem("x").startswith(f"{lists}, line 1: ") and row.named == f"{table}, metadata.jsonl:3"
-    assert beside_clip.named == f"{beside}, {beside_clip.video.name}"
+    assert beside_clip.named == str(beside_clip.video)
+    assert beside_clip.problem("x") == f"{beside_clip.video}: x"
     said = remarks(listing.clips, [examine(clip, VIEW)[0] for clip in listing.clips], VIEW)
-    assert any(line.startswith(f"the same video more than once: {lists}, line 1, {beside}, ") for line in said)
+    assert any(line.startswith("the same video more than once: ") and str(beside_clip.video) in line for line in said)
 
 
 def test_problems_of_several_folders_name_the_folder(drawn, tmp_path):
@@ -414,7 +431,7 @@ def test_a_folder_with_a_number_is_shown_so_often(tmp_path):
     assert folder_option(f"{tmp_path}/a=2=3") == Folder(tmp_path / "a=2", 3)
     assert folder_option("a") == Folder(Path("a"))
     assert folder_option("~/a=3") == Folder(Path.home() / "a", 3)
-    for text in ("a=0", "a=b", "a=-1", "a=1.5"):
+    for text in ("a=0", "a=b", "a=-1", "a=1.5", "a=\N{SUPERSCRIPT TWO}"):
         with pytest.raises(argparse.ArgumentTypeError, match="FOLDER=N shows its clips N times"):
             folder_option(text)
     with pytest.raises(ValueError, match="is named twice; name it once, with =2"):

@@ -175,7 +175,7 @@ def test_what_is_lost_and_what_looks_like_an_oversight_is_summed_up(tmp_path):
     assert remarks(clips, facts, VIEW) == [
         "not seen: up to 3.9 s at the end (4 clips), up to 19 % of the picture (4 clips)",
         "scaled up, so less sharp than others of this size: 1 clip",
-        "slower than 8 fps, so some frames are seen twice: 1 clip",
+        "slower than 8 fps, at least in places, so frames are seen twice: 1 clip",
         "the same video more than once: lines 1, 4 and 5",
         "the same caption more than once: lines 1 and 3",
     ]
