@@ -17,6 +17,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 from av.logging import Capture
+from av.sidedata.sidedata import SideDataContainer
 from av.stream import Disposition
 
 NO_FRAME = "no frame where the file promises one"
@@ -224,7 +225,8 @@ def _has_alpha(frame: av.VideoFrame) -> bool:
 
 def _axes(frame: av.VideoFrame) -> tuple[tuple[float, float], tuple[float, float]]:
     """Returns where the display matrix takes a picture's right and down: (x, y) of each."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    # `frame.side_data` of PyAV 18 makes a cycle with the frame, whose memory then waits for the garbage collector.
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
     if matrix is None:
         return (1, 0), (0, 1)
     a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32) / 2**16

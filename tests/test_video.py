@@ -1,9 +1,11 @@
 """Every kind of file that people have is read as ffmpeg reads it, from any start; what is damaged is said."""
 
+import gc
 import random
 import re
 import subprocess
 
+import av
 import imageio_ffmpeg
 import numpy as np
 import pytest
@@ -147,6 +149,19 @@ def test_reading_the_end_of_a_long_file_decodes_two_groups_of_pictures_at_most(m
     monkeypatch.setattr(video, "_frames", counted)
     list(read_pictures(media("gop60.mp4"), described, times[-9:].tolist(), []))
     assert len(decoded) <= 2 * 60 < len(times)
+
+
+@pytest.mark.parametrize("name", ["plain.mp4", "rotated.mp4"])
+def test_no_frame_waits_for_the_garbage_collector(media, name):
+    path = media(name)
+    gc.collect()
+    gc.disable()
+    try:
+        described, times = examine_video(path)
+        list(read_pictures(path, described, times[:9].tolist(), []))
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, av.VideoFrame)]
+    finally:
+        gc.enable()
 
 
 def test_wide_pixels_are_shown_wide(media):
