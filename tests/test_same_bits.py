@@ -54,8 +54,10 @@ def test_a_run_without_a_result_is_not_the_same_as_another(read_run):
 
 def test_a_cache_that_is_written_again_differs(tmp_path):
     (tmp_path / "latents").mkdir()
-    (tmp_path / "latents" / "clip").write_bytes(b"1")
+    (tmp_path / "latents" / "clip.safetensors").write_bytes(b"1")
     before = same_bits.modification_times(tmp_path)
     assert same_bits.first_difference(before, same_bits.modification_times(tmp_path)) is None
-    (tmp_path / "captions").write_bytes(b"2")
+    (tmp_path / "known.txt").write_bytes(b"2")  # notes on the clips are not what was encoded
+    assert same_bits.first_difference(before, same_bits.modification_times(tmp_path)) is None
+    (tmp_path / "caption.safetensors").write_bytes(b"3")
     assert "absent in base" in same_bits.first_difference(before, same_bits.modification_times(tmp_path))
