@@ -18,6 +18,7 @@ from clips.known import File, Notes, file_key, look_at
 from clips.listing import LFS, Clip, is_lfs_pointer, other_spelling
 from files import file_hash
 
+LEAST_CUT, LEAST_UNSEEN_SECONDS = 0.005, 0.05  # share of the picture; less is not worth a word
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue
 
 
@@ -196,9 +197,9 @@ def headline(facts: list[Facts], view: View) -> str:
 def remarks(clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
     """Returns one line for each thing that the model does not see or that looks like an oversight."""
     lines, not_seen = [], []
-    if unseen := [fact.unseen_seconds for fact in facts if fact.unseen_seconds >= 0.05]:
+    if unseen := [fact.unseen_seconds for fact in facts if fact.unseen_seconds >= LEAST_UNSEEN_SECONDS]:
         not_seen.append(f"up to {max(unseen):.1f} s at the end ({count_clips(len(unseen))})")
-    if cropped := [fact.cropped(view) for fact in facts if fact.cropped(view) >= 0.005]:
+    if cropped := [fact.cropped(view) for fact in facts if fact.cropped(view) >= LEAST_CUT]:
         not_seen.append(f"up to {100 * max(cropped):.0f} % of the picture ({count_clips(len(cropped))})")
     if not_seen:
         lines.append(f"not seen: {', '.join(not_seen)}")

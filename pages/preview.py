@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from clips import check, frames
 from clips.check import Seen
-from clips.facts import Facts, brightness, count_clips, examine, motion, repetitions
+from clips.facts import LEAST_CUT, LEAST_UNSEEN_SECONDS, Facts, brightness, count_clips, examine, motion, repetitions
 from clips.frames import View, choose_source, first_image, seen_rectangle
 from clips.listing import Clip
 from clips.video import read_pictures
@@ -36,7 +36,6 @@ MOST_CLIPS = 1000  # on a page that a browser opens at once
 # A page of 1,000 clips takes about 35 MB, and 50 where all are full of fine detail.
 FILMS = ((30, 17, 288), (120, 17, 224), (400, 12, 160), (MOST_CLIPS, 10, 112))
 QUALITY = 82  # of JPEG
-LEAST_CUT, LEAST_UNSEEN_SECONDS = 0.005, 0.05  # share of the picture; less is not worth a word
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test may reach for the network
 
+import browser
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -120,3 +121,12 @@ def train(clips):
         return read_metrics(output_dir)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A page of a headless browser."""
+    if browser.CHROMIUM is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome: cannot look at the page")
+    with browser.opened(tmp_path_factory.mktemp("chromium")) as page:
+        yield page

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import browser
 import imageio
 import imageio_ffmpeg
 import numpy as np
@@ -312,14 +311,6 @@ def test_what_a_base_model_refuses_is_refused_here_too(checkpoint_of, clips, tmp
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    if browser.CHROMIUM is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome: cannot look at the page")
-    with browser.opened(tmp_path_factory.mktemp("chromium")) as page:
-        yield page
 
 
 QUOTED = 'z "it\'s" <b> \N{CAT}'

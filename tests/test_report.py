@@ -6,7 +6,6 @@ import math
 import random
 import re
 
-import browser
 import imageio.v3 as iio
 import jinja2
 import numpy as np
@@ -305,14 +304,6 @@ def test_a_value_that_the_template_misses_is_an_error():
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    if browser.CHROMIUM is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome: cannot look at the page")
-    with browser.opened(tmp_path_factory.mktemp("chromium")) as page:
-        yield page
 
 
 PLAYED = """[...document.querySelectorAll("video")].map(video =>
