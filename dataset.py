@@ -47,6 +47,8 @@ class Data(NamedTuple):
     prompts: dict[str, Path]  # embeddings of the validation prompts, and of ""
     times: Sequence[int] = ()  # how often an epoch shows each clip; empty: once
     facts: Sequence[Facts] = ()  # of each clip, however often it is shown; none where clips are made up
+    labels: Sequence[str] = ()  # where each clip was read from, and its file
+    record: dict | None = None  # hashes of what the whole dataset holds, for `run.course.check_content`
     view: View | None = None
     remarks: tuple[str, ...] = ()  # on the dataset as a whole
 
@@ -80,9 +82,15 @@ class Data(NamedTuple):
         return self._replace(
             clips=CachedClips([latents[clip] for clip in shown], [captions[clip] for clip in shown]),
             shapes=[self.shapes[clip] for clip in shown],
+            labels=[self.labels[clip] for clip in shown] if self.labels else (),
             times=(),
             facts=[self.facts[clip] for clip in clips] if self.facts else (),
         )
+
+    def labels_of(self, number: int, *, batch_size: int, seed: int, random_flip: bool) -> list[str]:
+        """Returns the labels of the clips in the micro-batch of this number."""
+        batches = rank_batches(self.shapes, batch_size=batch_size, seed=seed, random_flip=random_flip, numbers=[number])
+        return [self.labels[clip] if self.labels else f"clip {clip}" for clip, _ in next(batches)]
 
     def batches_per_epoch(self, batch_size: int) -> int:
         return len(epoch_batches(self.shapes, batch_size=batch_size, seed=0, epoch=0, random_flip=False))
@@ -123,8 +131,7 @@ def encode_dataset(
             decoding and encoding find.
     """
     clips, notes, encoder = listing.clips, Notes(cache), video_encoder.fingerprint
-    among = {"ranks": ranks, "everyone": everyone, "progress": progress}
-    facts = check_clips(listing, view, notes, check_all=check_all, **among)
+    facts = check_clips(listing, view, notes, ranks=ranks, everyone=everyone, progress=progress, check_all=check_all)
     probed = probe_cache(facts, view, cache=cache, encoder=encoder, random_flip=random_flip)
     latents = [clip.paths for clip in probed]
     captions = caption_paths([*(clip.caption for clip in clips), *prompts], cache, text_encoder.fingerprint)
@@ -134,13 +141,12 @@ def encode_dataset(
         record_use(cache, used_by, files)  # before hours of encoding, in which `clean` may be called
     ranks.wait()  # no rank writes before all know what is missing
     cache_captions(ranks.share(new_captions), text_encoder, progress)
-    problems = cache_latents(ranks.share(new_latents), view, video_encoder, progress)
-    _refuse(listing, everyone, problems)  # also keeps every rank here until all have written their share
-
+    # Also keeps every rank here until all have written their share.
+    _refuse(listing, everyone, cache_latents(ranks.share(new_latents), view, video_encoder, progress))
     _wait_for_files(listing, files, everyone)
     shapes, damage = zip(*latents_headers([paths[0] for paths in latents], notes, ranks))
-    damaged = [clip.problem(f"{of_clip}; {MEND}") for clip, of_clip in zip(clips, damage) if of_clip]
-    _refuse(listing, everyone, [] if allow_damaged else damaged)
+    if not allow_damaged:
+        _refuse(listing, everyone, [clip.problem(f"{of}; {MEND}") for clip, of in zip(clips, damage) if of])
     facts = [of_clip.without_times()._replace(damage=found) for of_clip, found in zip(facts, damage)]
     return Data(
         clips=CachedClips(latents, [captions[clip.caption] for clip in clips]),
@@ -148,9 +154,21 @@ def encode_dataset(
         times=[clip.times for clip in clips],
         prompts={prompt: captions[prompt] for prompt in prompts},
         facts=facts,
+        labels=[clip.problem("") for clip in clips],
+        record=content_record(clips, facts, view, random_flip=random_flip),
         view=view,
         remarks=(*remarks(clips, facts, view), *_on_older_cache(sum(clip.is_outdated for clip in probed))),
     )
+
+
+def content_record(clips: list[Clip], facts: list[Facts], view: View, *, random_flip: bool) -> dict:
+    """Returns hashes that differ between datasets that are not the same to a model."""
+    return {
+        "clips": len(clips),
+        "videos": hash_of([[of_clip.file.content, of_clip.image] for of_clip in facts]),
+        "captions": hash_of([[clip.caption, clip.times] for clip in clips]),
+        "frames": hash_of(view.cache_key() | {"random_flip": random_flip}),
+    }
 
 
 def _on_older_cache(count: int) -> list[str]:

@@ -1,17 +1,23 @@
 """Files and folders that are published whole or not at all, hashes of content, and what argparse and threads lack."""
 
 import argparse
+import ctypes
 import difflib
 import hashlib
 import itertools
 import json
 import os
 import secrets
+import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+
+class CannotContinue(RuntimeError):
+    """Ends a run that cannot go on; what it has saved stays."""
 
 
 def publish(path: Path, content: bytes) -> None:
@@ -30,12 +36,46 @@ def publish(path: Path, content: bytes) -> None:
 
 
 def publish_folder(temporary: Path, final: Path) -> None:
-    """Renames a complete folder to its final name, once its files have reached the disk."""
+    """Renames a complete folder to its final name, once its files have reached the disk; replaces an earlier one.
+
+    Where the file system can exchange two names (Linux, local disks), there is no moment without the folder. Elsewhere
+    the earlier one keeps another name for that moment, from which `restore_folder` brings it back.
+    """
     for path in (*temporary.rglob("*"), temporary):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    os.rename(temporary, final)
+    if not final.exists():
+        os.rename(temporary, final)
+    elif _exchange(temporary, final):
+        shutil.rmtree(temporary)
+    else:
+        previous = _previous(final)
+        shutil.rmtree(previous, ignore_errors=True)
+        os.rename(final, previous)
+        os.rename(temporary, final)
+        shutil.rmtree(previous)
+
+
+def restore_folder(final: Path) -> None:
+    """Makes up for a process that was killed while `publish_folder` replaced this folder."""
+    previous = _previous(final)
+    if previous.exists() and not final.exists():
+        os.rename(previous, final)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _previous(final: Path) -> Path:
+    return final.with_name(f".{final.name}.previous")
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchanges the names of two folders at once; returns False where the system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)  # Python has no function for it
+    if renameat2 is None:
+        return False
+    in_working_directory, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(in_working_directory, os.fsencode(first), in_working_directory, os.fsencode(second), exchange) == 0
 
 
 def write_json(path: Path, content: dict) -> None:

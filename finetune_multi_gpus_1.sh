@@ -5,7 +5,7 @@ set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 NUM_MACHINES="${NUM_MACHINES:-1}" NUM_GPUS="${NUM_GPUS:-8}" # per machine
 
-accelerate launch --quiet --config_file "$here/accelerate_config_machine_multi.yaml" \
+exec accelerate launch --quiet --config_file "$here/accelerate_config_machine_multi.yaml" \
   --num_machines "$NUM_MACHINES" --num_processes "$((NUM_MACHINES * NUM_GPUS))" --machine_rank "${MACHINE_RANK:-0}" \
   --main_process_ip "${MAIN_PROCESS_IP:-127.0.0.1}" --main_process_port "${MAIN_PROCESS_PORT:-29500}" \
   "$here/train_cogvideox_lora.py" \

@@ -5,7 +5,7 @@ set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 
 # --quiet: accelerate's traceback would bury the message of the training script.
-accelerate launch --quiet --config_file "$here/accelerate_config_machine_single.yaml" --num_processes 1 \
+exec accelerate launch --quiet --config_file "$here/accelerate_config_machine_single.yaml" --num_processes 1 \
   "$here/train_cogvideox_lora.py" \
   --pretrained_model_name_or_path "${MODEL_PATH:-THUDM/CogVideoX-2b}" \
   --instance_data_root "${DATASET_PATH:-$HOME/disney}" \

@@ -11,10 +11,12 @@ compute the same.
 """
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,16 +37,13 @@ from cogvideox.budget import MemoryPlan
 from cogvideox.objective import generator_for, training_loss
 from cogvideox.rehearsal import Models, Settings, models_of
 from dataset import Data
-from files import at_least, expanded_path, parse_options
+from files import CannotContinue, at_least, expanded_path, parse_options
 from pages import report
-from run import checkpoints, dry_run, hub, optimizers, processes, run_directory, validation
+from run import checkpoints, course, dry_run, guard, hub, optimizers, processes, run_directory, signals, validation
+from run.checkpoints import Start
+from run.guard import MicroBatch
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Options that a resumed run must share with its checkpoint: they shape the restored state or the order of the clips.
-FIXED = (
-    "training_type", *lora.OPTIONS, *optimizers.OPTIONS, "scale_lr", "seed", "train_batch_size", "validation_split",
-    "ema_decay",
-)  # fmt: skip
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -76,6 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     compute.check_options(args, parser.error)
     validation.check_options(args, parser.error)
     dry_run.check_options(args, parser.error)
+    course.check_options(args, parser.error)
     return args
 
 
@@ -136,18 +136,24 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     train("--num_train_epochs", type=positive, default=1, metavar="N", help="passes over the clips")
     train("--max_train_steps", type=positive, metavar="N", help="updates; overrides --num_train_epochs")
     train("--ddp_timeout", type=positive, default=1800, metavar="SECONDS", help="longest wait for another process")
+    skipped = "end after so many updates in a row whose loss or gradient is not finite; each is skipped"
+    train("--max_skipped_updates", type=positive, default=3, metavar="N", help=skipped)
     train("--allow_tf32", action="store_true", help="use TF32 for float32 products: faster on Ampere GPUs and later")
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    out, path, positive = parser.add_argument_group("output").add_argument, expanded_path, at_least(1)
-    resume = "checkpoint to resume from: its folder, or 'latest' for the newest in --output_dir"
+    group, path, positive = parser.add_argument_group("output"), expanded_path, at_least(1)
+    out = group.add_argument
+    resume = "checkpoint to resume from: its folder, 'latest' in --output_dir, or 'auto': the latest if there is one"
+    minutes = "minutes from checkpoint to checkpoint, besides --checkpointing_steps (default: none)"
     tracker = "tracker: tensorboard, wandb, trackio, comet_ml or all; none: metrics.jsonl only"
     token = "access token of the hub; HF_TOKEN or `hf auth login` is safer, since trackers may log command lines"
     out("--output_dir", type=path, default=Path("cogvideox-lora"), help="run directory: checkpoints, metrics, result")
     out("--checkpointing_steps", type=positive, default=500, metavar="N", help="updates from checkpoint to checkpoint")
+    out("--save_minutes", type=positive, metavar="N", help=minutes)
     out("--checkpoints_total_limit", type=positive, metavar="N", help="newest checkpoints to keep (default: all)")
     out("--resume_from_checkpoint", metavar="PATH", help=resume)
+    course.add_options(group)
     out("--logging_steps", type=positive, default=1, metavar="N", help="updates from one row of metrics to the next")
     out("--report_to", default="none", help=tracker)
     out("--tracker_name", default="cogvideox-lora", help="name of the project in the tracker")
@@ -189,6 +195,31 @@ def check_sharding(args: argparse.Namespace) -> None:
         raise ValueError("--blocks_to_swap: FSDP spreads the weights over the GPUs already; leave it out")
     if args.base_precision != "bf16":
         raise ValueError(f"--base_precision {args.base_precision}: FSDP cannot shard quantised weights; leave it out")
+
+
+def where_to_start(
+    args: argparse.Namespace, accelerator: Accelerator, base: BaseModel, *, ranks: Ranks, held: contextlib.ExitStack
+) -> tuple[Start, dict]:
+    """Returns where to start, and what differs from the checkpoint that is resumed.
+
+    The main rank keeps other runs out of the output directory for as long as `held` is open.
+    """
+
+    def find() -> Start:
+        if not (args.dry_run or args.encode_only):
+            held.enter_context(run_directory.locked(args.output_dir))
+        return checkpoints.starting_point(args.output_dir, args.resume_from_checkpoint)
+
+    starting = processes.from_main(accelerator, find)
+    options = options_of(args, accelerator) | {"processes": ranks.count}
+    changed = checkpoints.check_course(starting, options, base, allowed=args.change, derived=derived_options)
+    for line in [*starting.remarks, *course.describe(starting.name, changed)]:
+        accelerator.print(line)
+    return starting, changed
+
+
+def options_of(args: argparse.Namespace, accelerator: Accelerator) -> dict:
+    return course.recorded(vars(args) | {"mixed_precision": accelerator.mixed_precision})
 
 
 def read_base(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> BaseModel:
@@ -288,7 +319,14 @@ def cache_of(args: argparse.Namespace, listed: Listing) -> Path:
 
 
 def prepare_data(
-    args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, dtype: torch.dtype, memory_plan: MemoryPlan
+    args,
+    accelerator: Accelerator,
+    ranks: Ranks,
+    *,
+    base: BaseModel,
+    dtype: torch.dtype,
+    memory_plan: MemoryPlan,
+    progress: Callable[..., Iterable],
 ) -> tuple[BaseModel, Data, Data]:
     """Returns the base model with its weights on disk, the training data and the held-out data.
 
@@ -301,13 +339,7 @@ def prepare_data(
     is_checked = not base.folder
     if is_checked:  # before weights are downloaded
         dataset.check_clips(
-            listed,
-            view,
-            Notes(cache),
-            ranks=sharing,
-            everyone=ranks,
-            progress=partial(progress_bar, accelerator),
-            check_all=args.check_all,
+            listed, view, Notes(cache), ranks=sharing, everyone=ranks, progress=progress, check_all=args.check_all
         )
     base = download_weights(base)
     video_encoder, text_encoder = encoders.encoders(
@@ -327,7 +359,7 @@ def prepare_data(
         random_flip=args.random_flip,
         video_encoder=video_encoder,
         text_encoder=text_encoder,
-        progress=partial(progress_bar, accelerator),
+        progress=progress,
         ranks=sharing,
         everyone=ranks,
         used_by=args.output_dir,
@@ -351,6 +383,11 @@ def plan_updates(args, data: Data, ranks: Ranks, position: dict) -> Timeline:
         max_steps=args.max_train_steps,
         **position,
     )
+
+
+def stop_checked(stop: signals.StopRequest, accelerator: Accelerator, items: Iterable, *about, **options) -> Iterator:
+    """Yields the items with a progress bar; ends between two of them once a signal has arrived."""
+    return stop.checked(progress_bar(accelerator, items, *about, **options))
 
 
 def progress_bar(accelerator: Accelerator, items: Iterable | None, description: str, unit: str, **options) -> tqdm:
@@ -410,6 +447,8 @@ class Run(NamedTuple):
     timeline: Timeline
     state: checkpoints.State
     export: lora.Export
+    stop: signals.StopRequest
+    record: dict  # what a checkpoint records, beside the position
 
     def image_encoder(self) -> AbstractContextManager[Callable | None]:
         tiling, slicing = self.memory_plan.tile_encoding, self.args.enable_slicing
@@ -427,76 +466,218 @@ class Run(NamedTuple):
         )
 
 
+def prepare_run(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    ranks: Ranks,
+    *,
+    base: BaseModel,
+    dtype: torch.dtype,
+    memory_plan: MemoryPlan,
+    data: Data,
+    held_out: Data,
+    starting: Start,
+    stop: signals.StopRequest,
+) -> Run:
+    """Returns what the loop works with: the model as it starts or as the checkpoint holds it.
+
+    Raises:
+        ValueError: clips or weights are not those of the checkpoint, and --change does not allow it.
+    """
+    record = {
+        "options": options_of(args, accelerator),
+        "processes": ranks.count,
+        "base": {"identity": base.identity, "weights": encoders.transformer_fingerprint(base)},
+        "data": data.record,
+    }
+    changed = course.check_content(starting.name, starting.saved, record, args.change)
+    for line in course.describe(starting.name, changed):
+        accelerator.print(line)
+    position = course.moved_position(starting.saved, data.batches_per_epoch(args.train_batch_size))
+    timeline = plan_updates(args, data, ranks, position)
+
+    # What is trained is in float32, what is frozen in the compute dtype.
+    transformer, export = prepare_transformer(args, base, memory_plan, dtype=dtype, device=accelerator.device)
+    # No variable may hold the weights: FSDP2 would keep them whole on every GPU, beside its shards.
+    optimizer = make_optimizer(args, lora.trained_parameters(transformer), timeline.batches_per_step)
+    lr_scheduler = make_lr_scheduler(args, optimizer, timeline.total_steps)
+    # The schedule is not prepared: accelerate would advance it once per rank.
+    transformer, optimizer = accelerator.prepare(transformer, optimizer)
+    average = optimizers.WeightAverage(lora.trained_parameters(transformer), args.ema_decay)
+    state = checkpoints.State(transformer, optimizer, lr_scheduler, average)
+    if starting.checkpoint:
+        checkpoints.load_checkpoint(accelerator, state, starting, args.change)
+    return Run(
+        args=args,
+        accelerator=accelerator,
+        ranks=ranks,
+        base=base,
+        dtype=dtype,
+        memory_plan=memory_plan,
+        data=data,
+        held_out=held_out,
+        timeline=timeline,
+        state=state,
+        export=export,
+        stop=stop,
+        record=record,
+    )
+
+
 class Update(NamedTuple):
-    """The measurements of one update."""
+    """The measurements of one update, the same on all ranks but for its micro-batches."""
 
-    loss: torch.Tensor  # mean over this rank's micro-batches, on the device
-    grad_norm: torch.Tensor  # over all ranks, before clipping, on the device
+    loss: float  # mean over the micro-batches of all ranks
+    grad_norm: float  # before clipping
     learning_rate: float
+    is_skipped: bool  # loss or gradient of a rank is not finite: the weights stay as they were
+    requests: list[float]  # of each request, the largest of all ranks
+    micro_batches: list[MicroBatch]  # of this rank
 
 
-def update(run: Run, micro_batches: Iterator[tuple[int, dict]], encode_images: Callable | None) -> Update:
-    """Makes one update of the weights: batch, forward, backward, clip, step, schedule."""
+def update(
+    run: Run, micro_batches: Iterator[tuple[int, dict]], encode_images: Callable | None, requests: Iterable[float] = ()
+) -> Update:
+    """Makes one update of the weights: batch, forward, backward, clip, step, schedule.
+
+    Args:
+        requests: numbers of this rank, which travel with what the ranks tell each other anyway.
+    """
     args, accelerator = run.args, run.accelerator
     transformer, optimizer, lr_scheduler, average = run.state
-    parameters = optimizer.param_groups[0]["params"]
-    mean_loss = 0.0
+    seen = []
     for _ in range(args.gradient_accumulation_steps):
         number, batch = next(micro_batches)
-        # The number alone decides the noise, and dropout, which draws from the global generator.
-        generator = generator_for(accelerator.device, args.seed, number)
-        torch.manual_seed(generator.initial_seed() % 2**63)
-        with accelerator.accumulate(transformer):
-            with compute.attention_kernel(args.attention_backend):
-                loss = training_loss(
-                    run.base, transformer, batch, generator=generator, dtype=run.dtype, encode=encode_images
-                )
-                accelerator.backward(loss)  # divides by the number of micro-batches
-            if accelerator.sync_gradients:  # after the last micro-batch; before it, the next two calls do nothing
-                grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        mean_loss += loss.detach() / args.gradient_accumulation_steps
+        with accelerator.accumulate(transformer), compute.attention_kernel(args.attention_backend):
+            loss = loss_of(run, transformer, number, batch, encode_images)
+            accelerator.backward(loss)  # divides by the number of micro-batches
+        seen.append((number, batch, loss.detach()))
+    grad_norm = accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
+    mean_loss = sum(loss / args.gradient_accumulation_steps for _, _, loss in seen)
+
+    # Waits for the GPU: the next update's first kernels start a little later, which a test on a GPU has to measure.
+    told = processes.of_each_rank(accelerator, [mean_loss.item(), grad_norm.item(), *requests])
+    is_finite = bool(told[:, :2].isfinite().all())
+    if is_finite:
+        optimizer.step()
+        average.step()
+    elif accelerator.scaler:
+        accelerator.scaler.update()  # lowers the scale of a float16 gradient that overflowed
+    optimizer.zero_grad()
     learning_rate = lr_scheduler.get_last_lr()[0]
     lr_scheduler.step()
-    average.step()
-    return Update(mean_loss, grad_norm, learning_rate)
+    return Update(
+        loss=(told[:, 0].sum() / len(told)).item(),
+        grad_norm=told[:, 1].max().item(),
+        learning_rate=learning_rate,
+        is_skipped=not is_finite,
+        requests=told[:, 2:].amax(0).tolist(),
+        micro_batches=[] if is_finite else [MicroBatch(number, batch, loss.item()) for number, batch, loss in seen],
+    )
 
 
-def train(run: Run, fixed: dict) -> None:
-    """Trains up to the last update; logs, saves (checkpoints record the `fixed` options) and validates on the way."""
-    args, timeline = run.args, run.timeline
-    smoothed_loss = announce(run)
+def loss_of(run: Run, transformer, number: int, batch: dict, encode_images: Callable | None) -> torch.Tensor:
+    """Returns the loss of a micro-batch, whose number alone decides noise and dropout."""
+    generator = generator_for(run.accelerator.device, run.args.seed, number)
+    torch.manual_seed(generator.initial_seed() % 2**63)  # dropout draws from the global generator
+    return training_loss(run.base, transformer, batch, generator=generator, dtype=run.dtype, encode=encode_images)
+
+
+def train(run: Run, smoothed_loss: float | None) -> None:
+    """Trains up to the last update; logs, saves and validates on the way.
+
+    Raises:
+        Stopped: a signal has asked for the end; a checkpoint of the last update is written.
+        CannotContinue: too many updates in a row were skipped.
+    """
+    args, timeline, skipped, validations = run.args, run.timeline, SkippedUpdates(run), Validations(run)
     progress = progress_bar(
         run.accelerator, None, "Training", "update", total=timeline.total_steps, initial=timeline.first_step
     )
-    if begins_with_validation(run):
-        validate(run, timeline.first_step)
+    if begins_with_validation(run) and (signal := validations.validate(timeline.first_step)):
+        raise signals.Stopped(signal, "stopped in the first validation; the same command starts again")
     micro_batches = run.micro_batches()
 
     # `seconds` of a row are those of updates only: the clock restarts after whatever else a turn does.
     clock_step, clock_start = timeline.first_step, time.perf_counter()
+    last_saved = clock_start
     with run.image_encoder() as encode_images:
         for step in range(timeline.first_step + 1, timeline.total_steps + 1):
-            measured = update(run, micro_batches, encode_images)
+            is_late = args.save_minutes and time.perf_counter() > last_saved + 60 * args.save_minutes
+            measured = update(run, micro_batches, encode_images, requests=[run.stop.number, bool(is_late)])
             progress.update()
 
-            is_logged = step % args.logging_steps == 0
-            is_saved = step % args.checkpointing_steps == 0 or step == timeline.total_steps
-            is_validated = timeline.due(step, args.validation_steps, args.validation_epochs)
+            signal, is_late = map(int, measured.requests)
+            is_saved = step % args.checkpointing_steps == 0 or step == timeline.total_steps or signal or is_late
+            is_logged = step % args.logging_steps == 0 and not measured.is_skipped
+            is_validated = timeline.due(step, args.validation_steps, args.validation_epochs) and not signal
+            skipped.count(step, measured, encode_images)
             if is_logged:
-                loss = run.accelerator.reduce(measured.loss, "mean").item()  # waits for the GPU
                 seconds = (time.perf_counter() - clock_start) / (step - clock_step)
-                smoothed_loss = smoothed(loss, smoothed_loss, weight=args.logging_steps / step)
-                log(run, step, measured, loss=loss, smoothed_loss=smoothed_loss, seconds=seconds)
+                smoothed_loss = smoothed(measured.loss, smoothed_loss, weight=args.logging_steps / step)
+                log(run, step, measured, smoothed_loss=smoothed_loss, seconds=seconds)
                 progress.set_postfix(loss=f"{smoothed_loss:.4f}", lr=f"{measured.learning_rate:.2e}", refresh=False)
             if is_saved:
-                save(run, step, fixed)
-            if is_validated:
-                validate(run, step)
+                save(run, step)
+                last_saved = time.perf_counter()
+            if is_validated and (signal := validations.validate(step)) and not is_saved:
+                save(run, step)
+            if signal:
+                raise signals.Stopped(signal, stopped_message(step))
             if is_logged or is_saved or is_validated:
                 clock_step, clock_start = step, time.perf_counter()
     progress.close()
+
+
+def stopped_message(step: int) -> str:
+    return (
+        f"stopped after update {step}: checkpoint-{step} is written; the same command with --resume_from_checkpoint "
+        "auto continues"
+    )
+
+
+class SkippedUpdates:
+    """Counts the updates that were skipped, names their clips, and ends the run after too many in a row."""
+
+    def __init__(self, run: Run):
+        self.run, self.in_a_row = run, 0
+        self.total = run_directory.skipped_updates(run.args.output_dir) if run.accelerator.is_main_process else 0
+
+    def count(self, step: int, measured: Update, encode_images: Callable | None) -> None:
+        """Logs an update if it was skipped. Every rank must call it.
+
+        Raises:
+            CannotContinue: it is one of too many in a row.
+        """
+        run, scaler = self.run, self.run.accelerator.scaler
+        if not measured.is_skipped:
+            self.in_a_row = 0
+            return
+        is_overflow = scaler and isfinite(measured.loss) and scaler.get_scale() >= 1
+        suspects = guard.suspects(measured.micro_batches)
+        reasons = run.ranks.gather([describe_micro_batch(run, suspect, encode_images) for suspect in suspects])
+        if is_overflow:
+            reasons = [f"float16 gradients overflowed; their scale is now {scaler.get_scale():g}"]
+        self.in_a_row, self.total = self.in_a_row + (not is_overflow), self.total + 1
+        run.accelerator.print(f"\nupdate {step} is skipped: not finite: {'; '.join(reasons)}")
+        row = {"step": step, "epoch": round(run.timeline.epoch(step), 4), "skipped_updates": self.total}
+        run_directory.log_skipped(run.accelerator, run.args.output_dir, row, reasons)
+        if self.in_a_row == run.args.max_skipped_updates:
+            precision, rate = run.accelerator.mixed_precision, measured.learning_rate
+            raise CannotContinue(
+                f"{self.in_a_row} updates in a row were not finite (--max_skipped_updates), the last one: "
+                f"{'; '.join(reasons)}. {guard.advice(suspects, precision=precision, learning_rate=rate)}. The weights "
+                "are as before these updates, and no checkpoint was written since; --resume_from_checkpoint auto "
+                "continues from the last one"
+            )
+
+
+def describe_micro_batch(run: Run, one: MicroBatch, encode_images: Callable | None) -> str:
+    timesteps = guard.drawn_timesteps(lambda record: loss_of(run, record, one.number, one.batch, encode_images))
+    clips = run.data.labels_of(
+        one.number, batch_size=run.args.train_batch_size, seed=run.args.seed, random_flip=run.args.random_flip
+    )
+    return guard.reason(one, clips, timesteps)
 
 
 def smoothed(loss: float, previous: float | None, weight: float) -> float:
@@ -504,28 +685,27 @@ def smoothed(loss: float, previous: float | None, weight: float) -> float:
     return loss if previous is None else previous + (loss - previous) * max(weight, 0.02)
 
 
-def log(run: Run, step: int, measured: Update, *, loss: float, smoothed_loss: float, seconds: float) -> None:
-    """Writes one row of metrics; `loss` is the mean over all ranks, `seconds` is the time of one update."""
+def log(run: Run, step: int, measured: Update, *, smoothed_loss: float, seconds: float) -> None:
+    """Writes one row of metrics; `seconds` is the time of one update."""
     row = {
         "step": step,
         "epoch": round(run.timeline.epoch(step), 4),
-        "loss": loss,
+        "loss": measured.loss,
         "loss_smoothed": smoothed_loss,
         "lr": measured.learning_rate,
-        "grad_norm": measured.grad_norm.item(),
+        "grad_norm": measured.grad_norm,
         "seconds": round(seconds, 4),
     }
     run_directory.log_row(run.accelerator, run.args.output_dir, row)
 
 
-def save(run: Run, step: int, fixed: dict) -> None:
+def save(run: Run, step: int) -> None:
     checkpoints.save_checkpoint(
         run.accelerator,
         run.state,
         run.export,
         run.args.output_dir,
-        position=run.timeline.position(step),
-        fixed=fixed,
+        record=run.timeline.position(step) | run.record,
         total_limit=run.args.checkpoints_total_limit,
     )
     if run.accelerator.is_main_process:
@@ -540,21 +720,73 @@ def begins_with_validation(run: Run) -> bool:
     return is_due and not processes.from_main(run.accelerator, is_complete)
 
 
-def validate(run: Run, step: int) -> None:
-    """Samples videos and computes the loss on held-out clips, both with the moving average if there is one."""
-    with run.state.average.applied():
-        if run.args.validation_prompt:
-            sample_videos(run, step)
-        losses = held_out_losses(run, step) if run.held_out.shapes else None
-    if losses and step:  # never the base model
+class Validations:
+    """Validates; training continues where that fails, but not after several failures in a row."""
+
+    def __init__(self, run: Run):
+        self.run, self.failures = run, 0
+
+    def validate(self, step: int) -> int:
+        """Samples videos and computes the loss on held-out clips, both with the moving average if there is one.
+
+        Returns:
+            The signal that has cut it short; 0 if none has.
+
+        Raises:
+            CannotContinue: it has failed as often in a row as is allowed.
+        """
+        run = self.run
+        try:
+            with run.state.average.applied():
+                if run.args.validation_prompt:
+                    sample_videos(run, step)
+                losses = held_out_losses(run) if run.held_out.shapes else None
+        except signals.Stopped as stopped:
+            return stopped.number
+        except validation.Failed as failed:
+            self.failures += 1
+            message = f"the validation after update {step} has failed: {validation.cause(failed, run.memory_plan)}"
+            if self.failures == validation.MOST_FAILURES:
+                raise CannotContinue(f"{message}; it is the {self.failures}rd in a row") from failed
+            run.accelerator.print(f"\n{message}; training continues")
+            return 0
+        self.failures = 0
+        if losses:
+            keep_losses(run, step, losses)
+        if run.accelerator.is_main_process:
+            report.write_report(run.args.output_dir)
+        return 0
+
+
+def keep_losses(run: Run, step: int, losses: dict[str, float]) -> None:
+    """Keeps the result if it is the best so far, and logs the losses on held-out clips."""
+    if step:  # never the base model
         checkpoints.save_best(run.accelerator, run.state, run.export, run.args.output_dir, step=step, losses=losses)
-    if run.accelerator.is_main_process:
-        report.write_report(run.args.output_dir)
+    # Last: the row tells a resumed run that this validation is complete.
+    row = {"step": step, "epoch": round(run.timeline.epoch(step), 4)} | losses
+    run_directory.log_row(run.accelerator, run.args.output_dir, row, group="validation")
+    run.accelerator.print(f"\nupdate {step}: loss on held-out clips {losses['validation_loss']:.4f}")
 
 
-def held_out_losses(run: Run, step: int) -> dict[str, float]:
+def agree(run: Run, error: Exception | None = None) -> None:
+    """Ends a validation on all ranks once one of them has failed or received a signal. Every rank must call it.
+
+    Raises:
+        Stopped: a signal has arrived.
+        validation.Failed: `error`, or one of another rank.
+    """
+    if error and run.accelerator.is_fsdp2:  # the others wait in the middle of a forward pass
+        raise error
+    signal, failed = processes.of_each_rank(run.accelerator, [run.stop.number, error is not None]).amax(0).tolist()
+    if signal:
+        raise signals.Stopped(int(signal), "stopped in a validation")
+    if failed:
+        raise validation.Failed(error or "on another process") from error
+
+
+def held_out_losses(run: Run) -> dict[str, float]:
     with run.image_encoder() as encode_images:
-        losses = validation.held_out_losses(
+        return validation.held_out_losses(
             run.accelerator,
             run.ranks,
             run.base,
@@ -563,11 +795,8 @@ def held_out_losses(run: Run, step: int) -> dict[str, float]:
             encode_images=encode_images,
             seed=run.args.seed,
             dtype=run.dtype,
+            agree=partial(agree, run),
         )
-    row = {"step": step, "epoch": round(run.timeline.epoch(step), 4)} | losses
-    run_directory.log_row(run.accelerator, run.args.output_dir, row, group="validation")
-    run.accelerator.print(f"\nupdate {step}: loss on held-out clips {losses['validation_loss']:.4f}")
-    return losses
 
 
 def sample_videos(run: Run, step: int) -> None:
@@ -587,10 +816,11 @@ def sample_videos(run: Run, step: int) -> None:
         seeds=range(args.seed, args.seed + args.num_validation_videos),
         fps=args.fps,
         video_options=size | guidance | {"num_frames": args.max_num_frames},
+        agree=partial(agree, run),
     )
 
 
-def announce(run: Run) -> float | None:
+def announce(run: Run, start: Start, changed: dict) -> float | None:
     """Describes the run in the terminal, args.json and the trackers; returns the smoothed loss of a resumed run."""
     args, accelerator, base, timeline = run.args, run.accelerator, run.base, run.timeline
     level, num_trained = run.memory_plan.gradient_checkpointing, lora.count_trained(run.state.transformer)
@@ -600,6 +830,7 @@ def announce(run: Run) -> float | None:
     )
     accelerator.print(*lines, sep="\n")
     record = {
+        "step": timeline.first_step,
         "checkpoint": base.describe(),
         "clips": len(run.data.shapes),
         "processes": run.ranks.count,
@@ -607,7 +838,9 @@ def announce(run: Run) -> float | None:
         "memory_plan": run.memory_plan.as_json(),
         "options": vars(args),
     }
-    run_directory.start_records(accelerator, args.output_dir, args.tracker_name, record, first_step=timeline.first_step)
+    run_directory.start_records(
+        accelerator, args.output_dir, args.tracker_name, record, resumed_from=start.checkpoint, changed=changed
+    )
     return run_directory.smoothed_loss(args.output_dir)
 
 
@@ -681,70 +914,63 @@ def report_dry_run(
 # ---- the story -------------------------------------------------------------------------------------------------------
 
 
-@processes.lost_processes_explained()
+@processes.endings_explained()
 def main(args: argparse.Namespace) -> None:
-    with processes.explained():
-        # Start: whatever can be refused is refused before anything is loaded.
-        accelerator, ranks = start(args)
-        dtype = DTYPES[accelerator.mixed_precision]
-        base = read_base(args, dtype, accelerator.device)
-        fixed = {name: getattr(args, name) for name in FIXED}
-        fixed |= {"mixed_precision": accelerator.mixed_precision, "transformer": base.identity}
-        resume_from, position = processes.from_main(
-            accelerator,
-            lambda: checkpoints.starting_point(args.output_dir, args.resume_from_checkpoint, fixed, derived_options),
-        )
-        make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], batches_per_step=1)  # refuses missing packages
-        uploads = args.push_to_hub and not args.dry_run and not args.encode_only
-        if uploads:
-            hub_repo = processes.from_main(accelerator, partial(hub.create_hub_repo, args.hub_model_id, args.hub_token))
-        memory_plan = plan_memory(args, accelerator, ranks, base, dtype)
-        if args.dry_run:
-            report_dry_run(args, accelerator, ranks, base, memory_plan=memory_plan, position=position)
-            end(accelerator)
-            return
+    with signals.noted() as stop, contextlib.ExitStack() as held:
+        with processes.explained():
+            # Start: whatever can be refused is refused before anything is loaded.
+            accelerator, ranks = start(args)
+            dtype = DTYPES[accelerator.mixed_precision]
+            base = read_base(args, dtype, accelerator.device)
+            starting, changed = where_to_start(args, accelerator, base, ranks=ranks, held=held)
+            make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], batches_per_step=1)  # refuses missing packages
+            uploads = args.push_to_hub and not args.dry_run and not args.encode_only
+            if uploads:
+                create_repo = partial(hub.create_hub_repo, args.hub_model_id, args.hub_token)
+                hub_repo = processes.from_main(accelerator, create_repo)
+            memory_plan = plan_memory(args, accelerator, ranks, base, dtype)
+            if args.dry_run:
+                report_dry_run(args, accelerator, ranks, base, memory_plan=memory_plan, position=starting.position)
+                end(accelerator)
+                return
 
-        # Data: read, checked and encoded, before the transformer comes in.
-        base, data, held_out = prepare_data(args, accelerator, ranks, base=base, dtype=dtype, memory_plan=memory_plan)
-        if args.encode_only:
-            accelerator.print(*describe_data(data, held_out), "encoded: nothing was trained (--encode_only)", sep="\n")
-            end(accelerator)
-            return
-        timeline = plan_updates(args, data, ranks, position)
+            # Data: read, checked and encoded, before the transformer comes in.
+            base, data, held_out = prepare_data(
+                args,
+                accelerator,
+                ranks,
+                base=base,
+                dtype=dtype,
+                memory_plan=memory_plan,
+                progress=partial(stop_checked, stop, accelerator),
+            )
+            if args.encode_only:
+                lines = [*describe_data(data, held_out), "encoded: nothing was trained (--encode_only)"]
+                accelerator.print(*lines, sep="\n")
+                end(accelerator)
+                return
 
-        # What is trained is in float32, what is frozen in the compute dtype.
-        transformer, export = prepare_transformer(args, base, memory_plan, dtype=dtype, device=accelerator.device)
-        # No variable may hold the weights: FSDP2 would keep them whole on every GPU, beside its shards.
-        optimizer = make_optimizer(args, lora.trained_parameters(transformer), timeline.batches_per_step)
-        lr_scheduler = make_lr_scheduler(args, optimizer, timeline.total_steps)
+            # What is trained, and from where.
+            run = prepare_run(
+                args,
+                accelerator,
+                ranks,
+                base=base,
+                dtype=dtype,
+                memory_plan=memory_plan,
+                data=data,
+                held_out=held_out,
+                starting=starting,
+                stop=stop,
+            )
+            stop.check()
+            smoothed_loss = announce(run, starting, changed)
 
-    # Where to start. The schedule is not prepared: accelerate would advance it once per rank.
-    transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    average = optimizers.WeightAverage(lora.trained_parameters(transformer), args.ema_decay)
-    state = checkpoints.State(transformer, optimizer, lr_scheduler, average)
-    if resume_from:
-        checkpoints.load_checkpoint(accelerator, state, resume_from)
-    run = Run(
-        args=args,
-        accelerator=accelerator,
-        ranks=ranks,
-        base=base,
-        dtype=dtype,
-        memory_plan=memory_plan,
-        data=data,
-        held_out=held_out,
-        timeline=timeline,
-        state=state,
-        export=export,
-    )
+        train(run, smoothed_loss)
 
-    train(run, fixed)
-
-    # Result.
-    weights = checkpoints.result_weights(state)
-    if accelerator.is_main_process:
-        print(f"Result: {export(weights, args.output_dir)}")
-    end(accelerator)
+        # Result.
+        accelerator.print(f"Result: {checkpoints.save_result(accelerator, run.state, run.export, args.output_dir)}")
+        end(accelerator)
     if uploads and accelerator.is_main_process:  # the other ranks do not wait for the upload
         hub.push_to_hub(hub_repo, args.output_dir, base, options=vars(args), token=args.hub_token)
 

@@ -46,6 +46,7 @@ from cogvideox.rehearsal import models_of, rehearse
 from files import at_least, write_json
 from run import checkpoints, processes, run_directory
 from run.optimizers import WeightAverage
+from run.signals import StopRequest
 
 # Options of the training script that are passed on to it.
 TRAINING = (
@@ -261,6 +262,8 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> train.Ru
         timeline=timeline,
         state=checkpoints.State(transformer, optimizer, lr_scheduler, average),
         export=None,
+        stop=StopRequest(),
+        record={},
     )
 
 
@@ -288,7 +291,7 @@ def measure(run: train.Run, warmup: int, steps: int, profiled: int = 0) -> Measu
             loss = update().loss
             synchronize()
             seconds.append(time.perf_counter() - start)
-            losses.append(loss.item())
+            losses.append(loss)
         peak_memory_gib = run_directory.peak_memory_gib(run.accelerator.device)  # the profiler takes some, too
         return Measured(seconds, losses, peak_memory_gib, kernel_times(update, profiled, on_gpu=on_gpu))
 
@@ -300,7 +303,7 @@ def kernel_times(update: Callable[[], train.Update], steps: int, *, on_gpu: bool
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
         for _ in range(steps):
-            update().loss.item()
+            update()
     rows = []
     for event in profiler.key_averages():
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
@@ -366,6 +369,7 @@ def report(run: train.Run, options: argparse.Namespace, measured: Measured) -> d
     } | ({"kernels": measured.kernels} if measured.kernels else {})
 
 
+@processes.endings_explained()
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:

@@ -83,8 +83,8 @@ class Timeline(NamedTuple):
         return self.first_batch + (step - self.first_step) * self.batches_per_step
 
     def position(self, step: int) -> dict:
-        """Returns what a resumed run needs to continue after this update, as arguments of `make_timeline`."""
-        return {"step": step, "batches_seen": self.batches_seen(step)}
+        """Returns what a resumed run needs to continue after this update."""
+        return {"step": step, "batches_seen": self.batches_seen(step), "batches_per_epoch": self.batches_per_epoch}
 
     def epoch(self, step: int) -> float:
         return self.batches_seen(step) / self.batches_per_epoch

@@ -20,6 +20,7 @@ from cogvideox import quantized
 from cogvideox.base_model import BaseModel, load_tokenizer
 
 TOKENS_AT_ONCE = 1024  # that T5 encodes together, the captions' padding included
+WEIGHTS = (".safetensors", ".bin")  # suffixes of files of weights
 PIXELS_AT_ONCE = 2**20  # that the VAE encodes together, over all frames of small clips
 
 
@@ -182,14 +183,19 @@ def text_fingerprint(base: BaseModel, dtype: torch.dtype, precision: str = "bf16
     return _fingerprint(base.folder / "tokenizer") + _fingerprint(base.folder / "text_encoder", **settings)
 
 
-def _fingerprint(folder: Path, **settings) -> str:
+def transformer_fingerprint(base: BaseModel) -> str:
+    """Returns a hash of the transformer's weights; the text of its config is not part of it."""
+    return _fingerprint(base.folder / "transformer", suffixes=WEIGHTS)
+
+
+def _fingerprint(folder: Path, suffixes: tuple[str, ...] = (".json", ".model", *WEIGHTS), **settings) -> str:
     """Returns a hash of a model's files and the settings that it runs with.
 
     It reads only 1,024 evenly spaced blocks of 4 KiB of a file over 16 MiB: T5 has 9.5 GB, and training changes all
     parts of a file.
     """
     digest = hashlib.sha256(repr(sorted(settings.items())).encode())
-    for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin", ".model")):
+    for path in sorted(path for path in folder.iterdir() if path.suffix in suffixes):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:

@@ -1,11 +1,13 @@
 """Checkpoints, the saved states of a training run: saves, finds, loads and prunes them."""
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,24 +25,30 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
+from cogvideox.base_model import BaseModel
 from cogvideox.lora import Export
 from cogvideox.lora_files import LORA_FILE, TRANSFORMER_FOLDER
-from files import publish_folder, write_json
+from files import CannotContinue, publish_folder, restore_folder, write_json
+from run import course
+from run.manifest import read_manifest, write_manifest
 from run.optimizers import WeightAverage
-from run.processes import from_main
+from run.processes import from_main, of_each_rank
 from run.run_directory import (
     BEST_FILE,
     BEST_FOLDER,
     STATE_FILE,
     STATE_FOLDER,
     STATE_TENSORS,
+    check_writable,
     checkpoint_folder,
     list_checkpoints,
     read_best,
 )
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+FORMAT = 2  # of checkpoints; 1 had no manifest and recorded fewer options
 _SHARDED = StateDictOptions(ignore_frozen_params=True)
 # A run of one process needs no process group.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -58,112 +66,161 @@ class State(NamedTuple):
 # ---- where to start --------------------------------------------------------------------------------------------------
 
 
-def starting_point(
-    output_dir: Path, resume_from: str | None, fixed: dict, derived: Callable[[dict], dict]
-) -> tuple[Path | None, dict]:
-    """Returns the checkpoint to resume from, None for a fresh run, and the position to start at (`read_position`).
+class Start(NamedTuple):
+    """Where a run starts.
+
+    Attributes:
+        checkpoint: folder to resume from; None for a fresh run.
+        saved: what the checkpoint records beside its tensors; of a fresh run the position 0.
+        remarks: lines on checkpoints that were passed over.
+    """
+
+    checkpoint: Path | None
+    saved: dict
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.checkpoint.name if self.checkpoint else ""
+
+    @property
+    def position(self) -> dict:
+        """The updates done ("step") and the micro-batches seen by all ranks ("batches_seen")."""
+        return {name: self.saved[name] for name in ("step", "batches_seen")}
+
+
+def starting_point(output_dir: Path, resume_from: str | None) -> Start:
+    """Returns where to start; sets damaged checkpoints aside and removes what a killed run has left half-written.
 
     Args:
-        fixed: options that a resumed run must share with its checkpoint, which would silently overrule them.
-        derived: returns, from such options, the ones that follow from others unless they are given.
+        resume_from: a checkpoint's name or path; "latest" for the newest complete one in `output_dir`; "auto" for the
+            same, or a fresh run where there is none; None for a fresh run.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: its `fixed` options differ, or the directory holds the results of a run that got further.
+        ValueError: it is damaged, or the directory holds the results of a run that got further.
     """
-    _check_writable(output_dir)
-    if resume_from is None:
-        _check_unused(output_dir)
-        return None, read_position(None)
-    checkpoint = _find_checkpoint(output_dir, resume_from)
-    _check_fixed(checkpoint, fixed, derived)
-    return checkpoint, read_position(checkpoint)
-
-
-def _check_writable(output_dir: Path) -> None:
-    """Refuses a directory that cannot be written to before hours of encoding, not after them."""
-    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"--output_dir {output_dir}: {existing} is not a writable folder; choose another one")
-
-
-def _check_unused(output_dir: Path) -> None:
-    results = (output_dir / name for name in (BEST_FOLDER, LORA_FILE, TRANSFORMER_FOLDER))
-    used = [path.name for path in (*list_checkpoints(output_dir)[-1:], *results) if path.exists()]
-    if used:
-        raise ValueError(
-            f"--output_dir {output_dir}: holds {' and '.join(used)} of an earlier run, which a new run would mix with "
-            "its own; continue that run with --resume_from_checkpoint latest, or choose another --output_dir"
-        )
-
-
-def _find_checkpoint(output_dir: Path, resume_from: str) -> Path:
-    existing = list_checkpoints(output_dir)
+    check_writable(output_dir)
+    restore_folder(output_dir / BEST_FOLDER)
+    _remove_leftovers(output_dir)
+    if resume_from not in ("latest", "auto"):
+        return _start_at(output_dir, resume_from) if resume_from else _fresh_start(output_dir, resume_from)
+    remarks = []
+    for checkpoint in reversed(list_checkpoints(output_dir)):
+        if not (problem := damage(checkpoint)):
+            return Start(checkpoint, _read_state(checkpoint), tuple(remarks))
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(checkpoint, aside)
+        remarks.append(f"{checkpoint}: passed over and renamed to {aside.name}: {problem}")
     if resume_from == "latest":
-        candidates = existing[-1:]
-    else:
-        candidates = [Path(resume_from).expanduser(), output_dir / resume_from]
-    checkpoint = next((path for path in candidates if (path / STATE_FILE).is_file()), None)
+        seen = f" ({'; '.join(remarks)})" if remarks else ""
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint latest: {output_dir} holds no complete checkpoint{seen}; pass auto, which then "
+            "starts from the beginning"
+        )
+    return _fresh_start(output_dir, resume_from)._replace(remarks=tuple(remarks))
+
+
+def _start_at(output_dir: Path, resume_from: str) -> Start:
+    existing = list_checkpoints(output_dir)
+    candidates = [Path(resume_from).expanduser(), output_dir / resume_from]
+    checkpoint = next((path for path in candidates if path.is_dir()), None)
     if checkpoint is None:
         names = ", ".join(path.name for path in existing) or "no checkpoint"
-        way_out = "name one of those, or start anew in another --output_dir" if existing else "leave the option out"
         raise FileNotFoundError(
-            f"--resume_from_checkpoint {resume_from}: no complete checkpoint there; {output_dir} holds {names}; "
-            f"{way_out}"
+            f"--resume_from_checkpoint {resume_from}: no such folder; {output_dir} holds {names}; name one of those, "
+            "or pass auto, which resumes from the newest or starts from the beginning"
         )
-    if existing and _read_state(existing[-1])["step"] > _read_state(checkpoint)["step"]:
+    if problem := damage(checkpoint):
+        raise ValueError(f"--resume_from_checkpoint {resume_from}: {problem}; resume from latest, which passes it over")
+    saved = _read_state(checkpoint)
+    later = [path.name for path in existing if int(path.name.removeprefix("checkpoint-")) > saved["step"]]
+    if later:
         raise ValueError(
-            f"--resume_from_checkpoint {resume_from}: {output_dir} holds {existing[-1].name}, which is later; resume "
-            "from latest, or branch off into another --output_dir"
+            f"--resume_from_checkpoint {resume_from}: {output_dir} holds {later[-1]}, which is later; resume from "
+            "latest, or branch off into another --output_dir"
         )
-    return checkpoint
+    return Start(checkpoint, saved)
 
 
-def _check_fixed(checkpoint: Path, fixed: dict, derived: Callable[[dict], dict]) -> None:
-    saved = _read_state(checkpoint)["fixed"]
-    if saved.keys() != fixed.keys():
+def _fresh_start(output_dir: Path, resume_from: str | None) -> Start:
+    results = [path for name in (LORA_FILE, TRANSFORMER_FOLDER) if (path := output_dir / name).exists()]
+    unfinished, best = list_checkpoints(output_dir)[-1:], output_dir / BEST_FOLDER
+    if resume_from == "auto" and not results:
+        shutil.rmtree(best, ignore_errors=True)  # of a run that was killed before its first checkpoint
+    elif used := [path.name for path in (*unfinished, best, *results) if path.exists()]:
+        way_out = "" if resume_from else "continue that run with --resume_from_checkpoint auto, or "
         raise ValueError(
-            f"--resume_from_checkpoint: {checkpoint.name} was written by a version of this script with other options; "
-            "resume it with that version, or start a new run from its result"
+            f"--output_dir {output_dir}: holds {' and '.join(used)} of an earlier run, which a new run would mix with "
+            f"its own; {way_out}choose another --output_dir"
         )
-    if saved["transformer"] != fixed["transformer"]:
-        raise ValueError(
-            f"--resume_from_checkpoint: {checkpoint.name} was trained on another kind of CogVideoX than "
-            "--pretrained_model_name_or_path; pass the base model that args.json beside it names"
-        )
-    ours, theirs = derived(fixed), derived(saved)
-    differing = [
-        f"--{name} {_as_typed(value)}: {checkpoint.name} was trained with {_as_typed(saved[name])}"
-        for name, value in fixed.items()
-        # What follows from another option on both sides was not given: that other one is listed.
-        if saved[name] != value and not (name in ours and (ours[name], theirs[name]) == (value, saved[name]))
-    ]
-    if differing:
-        raise ValueError(
-            f"{'; '.join(differing)}. A resumed run keeps the options of its checkpoint: pass the same ones, or start "
-            "a new run in another --output_dir"
-        )
+    return Start(None, {"step": 0, "batches_seen": 0})
 
 
-def _as_typed(value) -> str:
-    return " ".join(value) if isinstance(value, list) else str(value)
+def _remove_leftovers(output_dir: Path) -> None:
+    """Removes what a killed process has left half-written; the caller holds the lock of the run directory."""
+    for path in output_dir.glob(".*"):
+        if path.name.endswith(".incomplete"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def read_position(checkpoint: Path | None) -> dict:
-    """Returns the updates done ("step") and the micro-batches seen by all ranks ("batches_seen"); 0 without one."""
-    state = _read_state(checkpoint) if checkpoint else {"step": 0, "batches_seen": 0}
-    return {name: state[name] for name in ("step", "batches_seen")}
+def damage(checkpoint: Path) -> str | None:
+    """Returns what is wrong with a checkpoint; None if it is complete and its files are as they were written."""
+    try:
+        state = _read_state(checkpoint)
+    except FileNotFoundError:
+        return f"it has no {STATE_FILE}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its {STATE_FILE} is damaged ({error})"
+    if state["format"] > FORMAT:
+        return f"it was written by a later version of this script (format {state['format']}; this one reads {FORMAT})"
+    if state["format"] > 1:
+        return read_manifest(checkpoint).problem(checkpoint)
+    tensors = checkpoint / STATE_TENSORS  # format 1 has no manifest, but torch's archive has a CRC for each tensor
+    if state["options"]["training_type"] == "sft":
+        return None if (checkpoint / STATE_FOLDER / ".metadata").is_file() else f"it has no {STATE_FOLDER}"
+    try:
+        with zipfile.ZipFile(tensors) as archive:
+            return f"its {STATE_TENSORS} is damaged" if archive.testzip() else None
+    except (OSError, zipfile.BadZipFile) as error:
+        return f"its {STATE_TENSORS} cannot be read ({error})"
 
 
 def _read_state(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    """Returns what a checkpoint of any format records, as the latest format names it."""
+    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    if "format" not in state:  # format 1: the options that had to be kept, and the base model's identity among them
+        options = state.pop("fixed")
+        state |= {"format": 1, "base": {"identity": options.pop("transformer")}, "options": options}
+    state["step"], state["batches_seen"] = int(state["step"]), int(state["batches_seen"])
+    return state
+
+
+def check_course(
+    start: Start, options: dict, base: BaseModel, *, allowed: list[str], derived: Callable[[dict], dict]
+) -> dict[str, list]:
+    """Returns the options that differ from those of the checkpoint (`course.check_options_of_checkpoint`).
+
+    Raises:
+        ValueError: one of them may not differ, or the base model is another kind of CogVideoX.
+    """
+    if start.checkpoint is None:
+        return {}
+    if start.saved["base"]["identity"] != base.identity:
+        raise ValueError(
+            f"--resume_from_checkpoint: {start.checkpoint.name} was trained on another kind of CogVideoX than "
+            "--pretrained_model_name_or_path; pass the base model that args.json beside it names"
+        )
+    saved = start.saved["options"] | {"processes": start.saved.get("processes", 1)}
+    return course.check_options_of_checkpoint(start.name, saved, options, allowed=allowed, derived=derived)
 
 
 # ---- save and load ---------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
-    accelerator, state: State, export: Export, output_dir: Path, *, position: dict, fixed: dict, total_limit: int | None
+    accelerator, state: State, export: Export, output_dir: Path, *, record: dict, total_limit: int | None
 ) -> None:
     """Publishes checkpoint-<step>, then deletes the oldest ones over the limit. Every rank must call it.
 
@@ -171,43 +228,56 @@ def save_checkpoint(
     a disk. The state of a whole transformer is written by all ranks, each its shard.
 
     Args:
-        position: "step" and "batches_seen", for `read_position` to return.
-        fixed: options that a resumed run must share.
+        record: what the checkpoint records beside its tensors: "step" and the rest of the position, "options",
+            "processes", "base" and "data".
+
+    Raises:
+        CannotContinue: a weight is not finite, or the disk is full. Earlier checkpoints stay as they are.
     """
-    final = checkpoint_folder(output_dir, position["step"])
+    final = checkpoint_folder(output_dir, record["step"])
     temporary = output_dir / f".{final.name}.incomplete"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed here
+    is_whole = record["options"]["training_type"] == "sft"
+    tensors = _tensors(state, _SHARDED if is_whole else _FULL)
+    weights = full_weights(state.transformer) if is_whole else tensors["transformer"]
+    if state.average.decay is not None:
+        weights = tensors["average"] = result_weights(state)
+    _check_finite(accelerator, tensors, final.name)
+    numbers = {"format": FORMAT, "lr_scheduler": state.lr_scheduler.state_dict()}
+    numbers["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
+
+    def begin() -> None:
+        check_room(output_dir, size_of(tensors) * accelerator.num_processes if is_whole else size_of(tensors), final)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    if fixed["training_type"] == "sft":
-        weights = full_weights(state.transformer)
-        dcp.save(_tensors(state, _SHARDED), checkpoint_id=temporary / STATE_FOLDER, no_dist=not is_initialized())
-    else:
-        tensors = _tensors(state, _FULL)
-        weights = tensors["transformer"]
-        if state.average.decay is not None:
-            weights = tensors["average"] = result_weights(state)
-        if accelerator.is_main_process:
-            torch.save(tensors, temporary / STATE_TENSORS)
-    if accelerator.is_main_process:
+
+    def write() -> None:
+        if not is_whole:
+            with open(temporary / STATE_TENSORS, "wb") as file:
+                torch.save(tensors, file)
         export(weights, temporary)
-        numbers = {"lr_scheduler": state.lr_scheduler.state_dict()}
-        numbers["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
-        write_json(temporary / STATE_FILE, position | {"fixed": fixed} | numbers)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+        write_json(temporary / STATE_FILE, record | numbers)
+        write_manifest(temporary)
         publish_folder(temporary, final)
         if total_limit:
             for old in list_checkpoints(output_dir)[:-total_limit]:
                 shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+
+    with full_disk_explained(output_dir, final.name):
+        from_main(accelerator, begin)
+        if is_whole:
+            dcp.save(tensors, checkpoint_id=temporary / STATE_FOLDER, no_dist=not is_initialized())
+        from_main(accelerator, write)
 
 
-def load_checkpoint(accelerator, state: State, checkpoint: Path) -> None:
-    """Restores weights, optimizer and schedule, on any number of ranks. Every rank must call it."""
-    saved = from_main(accelerator, partial(_read_state, checkpoint))
-    if saved["fixed"]["training_type"] == "sft":
+def load_checkpoint(accelerator, state: State, start: Start, changes: list[str]) -> None:
+    """Restores weights, optimizer and schedule, on any number of ranks. Every rank must call it.
+
+    Args:
+        changes: values of --change; the peak learning rate and the schedule are then those of this run.
+    """
+    checkpoint, peak = start.checkpoint, state.lr_scheduler.base_lrs[0]
+    saved = start.saved
+    if saved["options"]["training_type"] == "sft":
         tensors, options = _tensors(state, _SHARDED), _SHARDED
         dcp.load(tensors, checkpoint_id=checkpoint / STATE_FOLDER, no_dist=not is_initialized())
     else:
@@ -226,7 +296,10 @@ def load_checkpoint(accelerator, state: State, checkpoint: Path) -> None:
         state.transformer, _unwrapped(state.optimizer), optim_state_dict=tensors["optimizer"], options=options
     )
     state.lr_scheduler.load_state_dict(saved["lr_scheduler"])
-    if accelerator.scaler:
+    if changes:
+        is_new_peak = not {"learning_rate", "batch"}.isdisjoint(changes)
+        course.set_learning_rate(state.optimizer, state.lr_scheduler, peak if is_new_peak else None)
+    if accelerator.scaler and saved["scaler"]:
         accelerator.scaler.load_state_dict(saved["scaler"])
 
 
@@ -252,14 +325,87 @@ def save_best(accelerator, state: State, export: Export, output_dir: Path, *, st
     if not losses["validation_loss"] < lowest:  # NaN is not lower
         return
     weights, best = result_weights(state), output_dir / BEST_FOLDER
-    if accelerator.is_main_process:
-        temporary = output_dir / f".{best.name}.incomplete"
+    temporary = output_dir / f".{best.name}.incomplete"
+    _check_finite(accelerator, weights, best.name)
+
+    def write() -> None:
+        check_room(output_dir, size_of(weights), best)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         export(weights, temporary)
         write_json(temporary / BEST_FILE, {"step": step} | losses)
-        shutil.rmtree(best, ignore_errors=True)
         publish_folder(temporary, best)
+
+    with full_disk_explained(output_dir, best.name):
+        from_main(accelerator, write)
+
+
+def save_result(accelerator, state: State, export: Export, output_dir: Path) -> Path:
+    """Writes the result of the run and returns its path. Every rank must call it."""
+    weights = result_weights(state)
+    _check_finite(accelerator, weights, "the result")
+    with full_disk_explained(output_dir, "the result"):
+        return from_main(accelerator, lambda: export(weights, output_dir))
+
+
+def _check_finite(accelerator, tensors: dict, name: str) -> None:
+    """Refuses to save numbers that are not finite, on all ranks alike."""
+    found = next((key for key, tensor in _flat(tensors) if not _is_finite(tensor)), None)
+    if of_each_rank(accelerator, [found is not None]).any():
+        raise CannotContinue(
+            f"{name} is not saved: {found or 'a weight of another process'} holds numbers that are not finite (NaN or "
+            "infinity); earlier checkpoints stay. Resume from the newest with a lower --learning_rate (and --change "
+            "learning_rate), or in --mixed_precision bf16 or no if this was fp16"
+        )
+
+
+def _flat(tensors, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors of nested dictionaries with their names."""
+    if isinstance(tensors, dict):
+        for name, content in tensors.items():
+            yield from _flat(content, f"{prefix}.{name}" if prefix else str(name))
+    elif isinstance(tensors, torch.Tensor):
+        yield prefix, tensors.to_local() if isinstance(tensors, DTensor) else tensors
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def size_of(tensors: dict) -> int:
+    """Returns the bytes of the tensors in nested dictionaries."""
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in _flat(tensors))
+
+
+def check_room(output_dir: Path, num_bytes: int, path: Path) -> None:
+    """Refuses to begin a file that the disk has no room for."""
+    if (free := shutil.disk_usage(output_dir).free) < num_bytes:
+        raise CannotContinue(
+            f"{path}: needs {num_bytes / 2**30:.2f} GiB, and {output_dir} has {free / 2**30:.2f} GiB free. "
+            f"{_what_stays(output_dir)}"
+        )
+
+
+@contextlib.contextmanager
+def full_disk_explained(output_dir: Path, name: str) -> Iterator[None]:
+    """Turns the errors of a full disk into a message; torch reports them in words of its own."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        is_torchs = any(words in str(error) for words in ("PytorchStreamWriter", "basic_ios", "inline_container"))
+        if isinstance(error, CannotContinue) or not (isinstance(error, OSError) or is_torchs):
+            raise
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).splitlines()[0]
+        raise CannotContinue(f"{output_dir}: {name} cannot be written ({reason}). {_what_stays(output_dir)}") from error
+
+
+def _what_stays(output_dir: Path) -> str:
+    newest = list_checkpoints(output_dir)[-1:]
+    stays = f"{newest[0].name} is whole" if newest else "nothing is saved yet"
+    return (
+        f"{stays}. Free some space (--checkpoints_total_limit 2 keeps fewer checkpoints), then start again with "
+        "--resume_from_checkpoint auto"
+    )
 
 
 def full_weights(transformer) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +25,8 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from clips.order import Ranks
-from files import publish
+from files import CannotContinue, publish
+from run.signals import Stopped
 
 
 def start(
@@ -127,12 +129,18 @@ def from_main(accelerator: Accelerator, function: Callable):
     if accelerator.is_main_process:
         try:
             outcome = function()
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError, CannotContinue) as error:
             outcome = error
     (outcome,) = broadcast_object_list([outcome])
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
+
+
+def of_each_rank(accelerator: Accelerator, values: list[float]) -> torch.Tensor:
+    """Returns the values of all ranks, [ranks, values], float32, on the CPU. Every rank must call it."""
+    own = torch.tensor([values], dtype=torch.float32)
+    return own if accelerator.num_processes == 1 else accelerator.gather(own.to(accelerator.device)).cpu()
 
 
 def sharing(ranks: Ranks, folder: Path, option: str) -> Ranks:
@@ -181,16 +189,11 @@ def check_shared(ranks: Ranks, folder: Path, option: str) -> None:
 
 @contextlib.contextmanager
 def explained():
-    """Turns errors that a user can fix into a message and exit code 2; ranks other than the first print one line."""
+    """Turns errors that a user can fix into a message and exit code 2."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
-        rank, script = int(os.environ.get("RANK", 0)), Path(sys.argv[0]).name
-        message = f"{script}: error: {error}" if rank == 0 else f"[rank {rank}] {error}".splitlines()[0]
-        print(message, file=sys.stderr, flush=True)
-        # gloo's threads can abort a normal exit.
-        leave = os._exit if torch.distributed.is_initialized() else sys.exit
-        leave(2)
+        _leave(2, f"error: {error}")
 
 
 # Words in the errors of gloo (plain RuntimeErrors) and NCCL when another process has ended.
@@ -200,21 +203,51 @@ LOST = (
 
 
 @contextlib.contextmanager
-def lost_processes_explained():
-    """Ends this process with a message when another process has ended; torch would only name a socket.
+def endings_explained():
+    """Turns what ends a run early into a message and an exit code: 3, or 128 and the number of the signal.
 
-    NCCL's watchdog may end the process before such an error gets here.
+    It must be the outermost: from here, a run of several processes ends without Python's own clearing up, which gloo's
+    threads can abort.
     """
     try:
+        with _ending_explained():
+            yield
+    except SystemExit as stop:
+        if torch.distributed.is_initialized():
+            sys.stdout.flush()
+            os._exit(stop.code)
+        raise
+
+
+@contextlib.contextmanager
+def _ending_explained():
+    try:
         yield
+    except Stopped as stopped:
+        _leave(128 + stopped.number, str(stopped))
+    except CannotContinue as error:
+        _leave(3, f"error: {error}")
     except RuntimeError as error:
+        # NCCL's watchdog may end the process before such an error gets here.
         if not torch.distributed.is_initialized() or not any(words in str(error) for words in LOST):
             raise
-        print(
-            f"\n{error}\n[rank {os.environ['RANK']}] another process of the run is gone: it has ended, or its machine "
-            "or the network has failed. The message of the process that ended first says why; all end now. Start all "
-            "of them again with --resume_from_checkpoint latest.",
-            file=sys.stderr,
-            flush=True,
+        print(f"\n{error}", file=sys.stderr)
+        _leave(
+            3,
+            "another process of the run is gone: it has ended, took longer than --ddp_timeout, or its machine or the "
+            "network has failed. The message of the process that ended first says why; all end now. Start all of them "
+            "again with --resume_from_checkpoint auto",
+            everywhere=True,
         )
-        os._exit(1)
+
+
+def _leave(code: int, message: str, *, everywhere: bool = False) -> NoReturn:
+    """Ends this process with a message, of which ranks other than the first print one line unless `everywhere`."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0:
+        message = f"{Path(sys.argv[0]).name}: {message}"
+    else:
+        message = f"[rank {rank}] {message if everywhere else message.splitlines()[0]}"
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(code)

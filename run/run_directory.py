@@ -10,12 +10,16 @@ output_dir/
   report.html                        the page of the run
 """
 
+import fcntl
 import json
-import math
 import os
 import resource
-from collections.abc import Iterable
+import socket
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +34,7 @@ BEST_FOLDER = "checkpoint-best"
 BEST_FILE = "best.json"  # in BEST_FOLDER: step and losses
 VALIDATION_FOLDER = "validation"
 PROMPTS_FILE = "prompts.json"  # in the folder of each step
+LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
 ARGS_FILE = "args.json"
 REPORT_FILE = "report.html"
@@ -43,6 +48,51 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     """Returns the complete checkpoints, oldest first."""
     by_step = {path.name.removeprefix("checkpoint-"): path for path in output_dir.glob("checkpoint-*")}
     return [by_step[step] for step in sorted(filter(str.isdecimal, by_step), key=int)]
+
+
+@contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Keeps other runs out of the run directory for the length of a `with` block, and no longer than this process.
+
+    Raises:
+        ValueError: another run is using it, or it cannot be written to.
+    """
+    check_writable(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / LOCK_FILE
+    while True:
+        file = open(path, "a+")  # noqa: SIM115, closed below
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise ValueError(
+                f"--output_dir {output_dir}: {owner} is training into it; wait for its end, or choose another one"
+            ) from error
+        except OSError as error:
+            reason = f"this file system has no locks ({error.strerror})"
+            warnings.warn(f"{output_dir}: {reason}; make sure that no other run uses it", stacklevel=2)
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # its owner has removed it meanwhile
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+        with suppress(OSError):  # not empty
+            output_dir.rmdir()
+
+
+def check_writable(output_dir: Path) -> None:
+    """Refuses a directory that cannot be written to before hours of encoding, not after them."""
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"--output_dir {output_dir}: {existing} is not a writable folder; choose another one")
 
 
 class ValidationVideos(NamedTuple):
@@ -97,18 +147,40 @@ def log_row(accelerator, output_dir: Path, row: dict, group: str = "train") -> N
     accelerator.log(shown, step=row["step"])
 
 
+def log_skipped(accelerator, output_dir: Path, row: dict, reasons: list[str]) -> None:
+    """Writes a row on an update that was skipped, with the reasons in metrics.jsonl only: trackers take numbers."""
+    if accelerator.is_main_process:
+        append_metrics(output_dir, row | {"reasons": reasons})
+    accelerator.log({"train/skipped_updates": row["skipped_updates"]}, step=row["step"])
+
+
 def append_metrics(output_dir: Path, row: dict) -> None:
     with open(output_dir / METRICS_FILE, "a", encoding="utf-8") as file:
         # JSON has no infinity, which the norm of a float16 gradient can be.
-        row = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        file.write(json.dumps(row) + "\n")
+        row = {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in row.items()}
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
-    """Returns the rows of metrics.jsonl, without a last line that a killed process left half-written."""
-    path = output_dir / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Returns the rows of metrics.jsonl, without a last line that a killed process left half-written.
+
+    Raises:
+        ValueError: a line is not a row; the message names it.
+    """
+    path, rows = output_dir / METRICS_FILE, []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if line.endswith("\n"):
+            try:
+                row = json.loads(line)
+                row["step"] = int(row["step"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}: line {number} is no row of metrics ({line.strip()[:60]}); remove the line, or move the "
+                    "file away: training needs none of it"
+                ) from error
+            rows.append(row)
+    return rows
 
 
 def smoothed_loss(output_dir: Path) -> float | None:
@@ -119,6 +191,11 @@ def smoothed_loss(output_dir: Path) -> float | None:
     return next((row["loss_smoothed"] for row in reversed(read_metrics(output_dir)) if "loss_smoothed" in row), None)
 
 
+def skipped_updates(output_dir: Path) -> int:
+    """Returns the number of updates that were skipped so far."""
+    return max((row.get("skipped_updates", 0) for row in read_metrics(output_dir)), default=0)
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Returns the peak of a GPU's memory since its last reset; on a CPU, the peak of the process since its start."""
     if device.type == "cuda":
@@ -126,12 +203,18 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def start_records(accelerator, output_dir: Path, tracker_name: str, record: dict, first_step: int) -> None:
+def start_records(
+    accelerator, output_dir: Path, tracker_name: str, record: dict, *, resumed_from: Path | None, changed: dict
+) -> None:
     """Opens the trackers, writes args.json, and removes the rows of metrics.jsonl that a resumed run writes again.
 
+    A run that branches off from another one begins with that one's rows.
+
     Args:
-        record: what args.json holds beside the versions of packages; "options" are those of the training script.
-        first_step: updates done before this start.
+        record: what args.json holds beside the versions of packages and the lineage; "options" are those of the
+            training script, "step" the updates done before this start.
+        resumed_from: checkpoint; None in a fresh run.
+        changed: what differs from the checkpoint, {option: [saved, now]}.
     """
     options = {name: value for name, value in record["options"].items() if name != "hub_token"}
     # Trackers sort and compare by numbers; tensorboard refuses whatever is neither a number nor text.
@@ -141,9 +224,15 @@ def start_records(accelerator, output_dir: Path, tracker_name: str, record: dict
     accelerator.init_trackers(tracker_name, config, {"wandb": wandb})
     if accelerator.is_main_process:
         versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "peft")}
-        write_json(output_dir / ARGS_FILE, record | {"options": options, "versions": versions})
-        rows = [row for row in read_metrics(output_dir) if row["step"] <= first_step]
-        publish(output_dir / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        lineage = []
+        if resumed_from:
+            own = {"checkpoint": str(resumed_from), "step": record["step"], "changed": changed}
+            lineage = [*read_args(resumed_from.parent).get("lineage", []), own]
+        own_record = {"options": options, "versions": versions, "lineage": lineage}
+        write_json(output_dir / ARGS_FILE, record | own_record)
+        rows = read_metrics(resumed_from.parent) if resumed_from else []
+        rows = [row for row in rows if row["step"] <= record["step"]]
+        publish(output_dir / METRICS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def read_args(output_dir: Path) -> dict:

@@ -1,9 +1,10 @@
 """Validation of the model in training: its loss on held-out clips, and videos of the validation prompts."""
 
 import argparse
+import contextlib
 import io
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import fmean
@@ -17,11 +18,14 @@ from tqdm.auto import tqdm
 from clips.frames import read_image
 from clips.order import Ranks
 from cogvideox.base_model import BaseModel
+from cogvideox.budget import MemoryPlan
 from cogvideox.objective import generator_for, training_loss
 from cogvideox.sampling import encode_mp4, sample_video
 from dataset import Data, load_prompt_embeds
 from files import at_least
 from run.run_directory import write_validation_videos
+
+MOST_FAILURES = 3  # in a row
 
 
 class Video(NamedTuple):
@@ -76,7 +80,16 @@ def quantiles(num_train_timesteps: int, count: int = 4) -> list[int]:
 
 @torch.no_grad()
 def held_out_losses(
-    accelerator, ranks: Ranks, base: BaseModel, transformer, *, data: Data, encode_images, seed: int, dtype: torch.dtype
+    accelerator,
+    ranks: Ranks,
+    base: BaseModel,
+    transformer,
+    *,
+    data: Data,
+    encode_images,
+    seed: int,
+    dtype: torch.dtype,
+    agree: Callable[[], None],
 ) -> dict[str, float]:
     """Returns the mean loss over clips and timesteps, "validation_loss", and at each one, "validation_loss_t125" etc.
 
@@ -85,26 +98,61 @@ def held_out_losses(
 
     Args:
         encode_images: what `encoders.image_encoder` yields.
+        agree: called before each batch, on all ranks equally often; ends the validation by an exception.
     """
     timesteps = quantiles(base.scheduler.config.num_train_timesteps)
     jobs = [(clip, timestep) for clip in range(len(data.shapes)) for timestep in timesteps]
     device, losses = accelerator.device, []
-    transformer.eval()  # no dropout
-    for clip, timestep in _equal_share(ranks, jobs):
-        batch = {name: tensor[None] for name, tensor in data.clips[clip, False].items()}
-        generator = generator_for(device, seed, "held out", clip, timestep)
-        at_timestep = torch.tensor([timestep], device=device)
-        loss = training_loss(
-            base, transformer, batch, generator, dtype=dtype, encode=encode_images, timesteps=at_timestep
-        )
-        losses.append(((clip, timestep), loss.item()))
-    transformer.train()
+    with _without_dropout(transformer), _failing_together(agree):
+        for clip, timestep in _equal_share(ranks, jobs):
+            agree()
+            batch = {name: tensor[None] for name, tensor in data.clips[clip, False].items()}
+            generator = generator_for(device, seed, "held out", clip, timestep)
+            at_timestep = torch.tensor([timestep], device=device)
+            loss = training_loss(
+                base, transformer, batch, generator, dtype=dtype, encode=encode_images, timesteps=at_timestep
+            )
+            losses.append(((clip, timestep), loss.item()))
     losses = dict(ranks.gather(losses))
     means = {
         f"validation_loss_t{timestep}": fmean(losses[clip, timestep] for clip in range(len(data.shapes)))
         for timestep in timesteps
     }
     return {"validation_loss": fmean(means.values())} | means
+
+
+class Failed(RuntimeError):
+    """A validation has failed on one of the ranks; the cause is known on that one."""
+
+
+def cause(failed: Failed, plan: MemoryPlan) -> str:
+    """Returns why a validation has failed, and the option that helps where memory is short."""
+    error = failed.__cause__
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        return f"out of memory; {'lower --height or --width' if plan.tile_decoding else 'pass --enable_tiling'}"
+    return f"{type(error).__name__}: {error}" if error else str(failed)
+
+
+@contextlib.contextmanager
+def _failing_together(agree: Callable) -> Iterator[None]:
+    """Ends the block on all ranks if it fails on one of them; its last turn is followed by one more call of `agree`."""
+    try:
+        yield
+        agree()
+    except Failed:
+        raise
+    except Exception as error:  # whatever it is, training may continue
+        agree(error)
+
+
+@contextlib.contextmanager
+def _without_dropout(transformer) -> Iterator[None]:
+    transformer.eval()
+    try:
+        yield
+    finally:
+        transformer.train()
 
 
 def _equal_share(ranks: Ranks, jobs: list) -> list:
@@ -141,6 +189,7 @@ def sample_videos(
     seeds: Iterable[int],
     fps: int,
     video_options: dict,
+    agree: Callable[[], None],
 ) -> None:
     """Samples every case with every seed, each rank its share; the main rank writes and logs the videos.
 
@@ -152,14 +201,14 @@ def sample_videos(
         cases: (prompt, first image, uint8 [H, W, C], or None).
         prompt_embeds: files with the embeddings of the prompts and of "", the unconditional prompt of guidance.
         video_options: of `sample_video`.
+        agree: called before each sampling step, on all ranks equally often; ends the validation by an exception.
     """
     jobs = [(i, prompt, image, seed) for i, (prompt, image) in enumerate(cases) for seed in seeds]
     embeds = {text: load_prompt_embeds(path).to(accelerator.device) for text, path in prompt_embeds.items()}
     own_jobs, is_quiet = _equal_share(ranks, jobs), not accelerator.is_main_process
     progress = tqdm(own_jobs, f"Validation, step {step}", unit="video", leave=False, disable=is_quiet)
     videos = []
-    transformer.eval()  # no dropout
-    with vae as loaded_vae:
+    with _without_dropout(transformer), _failing_together(agree), vae as loaded_vae:
         for i, prompt, image, seed in progress:
             frames = sample_video(
                 accelerator.unwrap_model(transformer),
@@ -169,10 +218,10 @@ def sample_videos(
                 embeds[""],
                 image=image,
                 generator=generator_for(accelerator.device, seed, i),
+                before_each=agree,
                 **video_options,
             )
             videos.append(Video(f"prompt-{i:02d}_seed-{seed}.mp4", prompt, encode_mp4(frames, fps)))
-    transformer.train()
     # Gathered as bytes: the main rank, which writes them, need not share a disk with the others.
     videos = list({video.name: video for video in ranks.gather(videos)}.values())
     if accelerator.is_main_process:

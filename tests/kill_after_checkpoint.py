@@ -21,11 +21,11 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def save(*args, position, **options):
-    if moment == "saving" and position["step"] == int(step):
+def save(*args, record, **options):
+    if moment == "saving" and record["step"] == int(step):
         checkpoints.publish_folder = lambda *_: die()
-    original_save(*args, position=position, **options)
-    if position["step"] == int(step):
+    original_save(*args, record=record, **options)
+    if record["step"] == int(step):
         die()
 
 

@@ -63,11 +63,11 @@ def test_all_problems_of_a_dataset_are_told_together_before_a_model_loads(
         ({"skip_frames_end": 32}, ["6 problems", "has 32 frames, and none is left"]),
         (
             {"resume_from_checkpoint": "latest"},
-            ["--resume_from_checkpoint latest", "no checkpoint", "leave the option"],
+            ["--resume_from_checkpoint latest", "no complete checkpoint", "pass auto"],
         ),
         (
             {"resume_from_checkpoint": "checkpoint-7"},
-            ["--resume_from_checkpoint checkpoint-7", "no complete checkpoint"],
+            ["--resume_from_checkpoint checkpoint-7", "no such folder", "no checkpoint", "pass auto"],
         ),
         ({"lora_target_modules": ["to_q", "to_x"]}, ["--lora_target_modules to_x", "no such linear layer", "to_out.0"]),
         (
@@ -193,7 +193,7 @@ def test_a_used_output_directory_is_not_mixed_up(tiny_checkpoint, tmp_path, trai
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     call = lambda: train(tiny_checkpoint, tmp_path / "run", **options)  # noqa: E731
     assert_refused(
-        capsys, call, ["holds checkpoint-2 and pytorch_lora_weights.safetensors of an earlier run", "latest"]
+        capsys, call, ["holds checkpoint-2 and pytorch_lora_weights.safetensors of an earlier run", "checkpoint auto"]
     )
     call = lambda: train(tiny_checkpoint, tmp_path / "run", resume_from_checkpoint="checkpoint-1", **options)  # noqa: E731
     assert_refused(capsys, call, ["holds checkpoint-2, which is later", "another --output_dir"])

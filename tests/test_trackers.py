@@ -41,7 +41,7 @@ def test_a_tracker_gets_no_value_that_it_may_not_take(tmp_path):
 
     accelerator, infinite = Accelerator(), float("inf")
     options = {"a": None, "b": tmp_path, "c": ["x"], "d": True, "e": 1, "f": infinite, "g": "text", "hub_token": "x"}
-    start_records(accelerator, tmp_path, "name", {"options": options}, first_step=0)
+    start_records(accelerator, tmp_path, "name", {"options": options}, resumed_from=None, changed={})
     expected = {"a": "None", "b": str(tmp_path), "c": "['x']", "d": True, "e": 1, "f": infinite, "g": "text"}
     assert accelerator.config == expected and type(accelerator.config["d"]) is bool
 
@@ -60,7 +60,7 @@ def test_wandb_is_told_its_folder(tmp_path, monkeypatch, environment, folder):
         monkeypatch.setenv(name, value)
     config = ProjectConfiguration(str(tmp_path / "run"), "run/logs")
     accelerator = Accelerator(log_with="wandb", project_config=config)
-    start_records(accelerator, tmp_path / "run", "name", {"options": {"rank": 4}}, first_step=0)
+    start_records(accelerator, tmp_path / "run", "name", {"options": {"rank": 4}}, resumed_from=None, changed={})
     assert told == {"project": "name", "dir": folder}
 
 

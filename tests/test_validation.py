@@ -93,7 +93,9 @@ def cached(args, checkpoint):
         device, is_main_process, print = torch.device("cpu"), False, staticmethod(print)
 
     whole = MemoryPlan("none", tile_encoding=False, tile_decoding=False)
-    _, *data = train_cogvideox_lora.prepare_data(args, Here, Ranks(), checkpoint, torch.float32, whole)
+    _, *data = train_cogvideox_lora.prepare_data(
+        args, Here, Ranks(), base=checkpoint, dtype=torch.float32, memory_plan=whole, progress=lambda items, *_: items
+    )
     return data
 
 
