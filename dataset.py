@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 
+from clips.clean import remove_leftovers
+from clips.entries import Damaged, Header, Shapes, discard, find_stamp, read_entry, read_header, write_entry
 from clips.facts import Facts, count_clips, examine, headline, is_known, list_problems, remarks
 from clips.frames import MEND, View, decode, decoding_threads, describe_damage, first_image
-from clips.known import File, Notes, publish_in_cache, record_use
+from clips.known import File, Notes, record_use
 from clips.listing import Clip, Listing
 from clips.order import Ranks, Timeline, count_held_out, epoch_batches, rank_batches
-from files import hash_of, map_ahead
+from files import CannotContinue, hash_of, map_ahead
 
 if TYPE_CHECKING:  # encoders are passed in: this module needs no model library
     from cogvideox.encoders import Encoder
@@ -37,6 +37,7 @@ WRITES_WAITING = 16  # bounds the memory of encoded clips that wait for the disk
 READING_THREADS = 8  # of one process, which wait for the disk most of the time
 SECONDS_PER_LIST = 30  # of notes on the files that are read for the first time
 SECONDS_TO_APPEAR = 90  # for a file that another machine has written
+AT_ONCE = "also when it has just been encoded again; check the disk, or pass another --latents_cache_dir"
 
 
 class Data(NamedTuple):
@@ -51,14 +52,34 @@ class Data(NamedTuple):
     record: dict | None = None  # hashes of what the whole dataset holds, for `run.course.check_content`
     view: View | None = None
     remarks: tuple[str, ...] = ()  # on the dataset as a whole
+    mend: Callable[[Damaged], None] | None = None  # encodes an entry of the cache again; None where clips are made up
+
+    def read(self, clip: int, mirrored: bool = False) -> dict[str, torch.Tensor]:
+        """Returns an item of `clips`; encodes again what is damaged of it in the cache."""
+        return self._read(lambda: self.clips[clip, mirrored])
+
+    def read_prompts(self) -> dict[str, torch.Tensor]:
+        """Returns the embeddings [L, D] of the validation prompts, and of ""."""
+        return {text: self._read(partial(self.clips.read_caption, path)) for text, path in self.prompts.items()}
+
+    def _read(self, read: Callable):
+        for _ in range(3):  # a clip has two entries, and both may be damaged
+            item = read()
+            if not isinstance(item, Damaged):
+                return item
+            self.mend(item)
+        raise CannotContinue(
+            f"{item.path} is damaged ({item.reason}), {AT_ONCE}, and start again with --resume_from_checkpoint auto; "
+            "what is saved stays"
+        )
 
     @property
     def has_images(self) -> bool:
-        return "image" in self.clips[0, False]
+        return "image" in self.read(0)
 
     def first_image(self, clip: int) -> torch.Tensor:
         """Returns the image that an image-to-video model starts from, uint8 [H, W, C]."""
-        return self.clips[clip, False]["image"]
+        return self.read(clip)["image"]
 
     def split(self, held_out: float, seed: int) -> tuple["Data", "Data"]:
         """Returns the training data and the held-out data.
@@ -77,10 +98,9 @@ class Data(NamedTuple):
 
     def _take(self, clips: list[int], times: Sequence[int] | None = None) -> "Data":
         """Returns some of the clips, each as often as `times` tells, by default once."""
-        latents, captions = self.clips.latents, self.clips.captions
         shown = [clip for clip in clips for _ in range(times[clip] if times else 1)]
         return self._replace(
-            clips=CachedClips([latents[clip] for clip in shown], [captions[clip] for clip in shown]),
+            clips=self.clips.take(shown),
             shapes=[self.shapes[clip] for clip in shown],
             labels=[self.labels[clip] for clip in shown] if self.labels else (),
             times=(),
@@ -135,21 +155,20 @@ def encode_dataset(
     probed = probe_cache(facts, view, cache=cache, encoder=encoder, random_flip=random_flip)
     latents = [clip.paths for clip in probed]
     captions = caption_paths([*(clip.caption for clip in clips), *prompts], cache, text_encoder.fingerprint)
-    new_captions, new_latents = missing_captions(captions, cache), missing_latents(clips, facts, probed)
+    sources = Sources(clips, facts, view, latents, captions, video_encoder, text_encoder)
     files = list(itertools.chain(*latents, captions.values()))
     if ranks.index == 0:
+        remove_leftovers(cache)
         record_use(cache, used_by, files)  # before hours of encoding, in which `clean` may be called
-    ranks.wait()  # no rank writes before all know what is missing
-    cache_captions(ranks.share(new_captions), text_encoder, progress)
-    # Also keeps every rank here until all have written their share.
-    _refuse(listing, everyone, cache_latents(ranks.share(new_latents), view, video_encoder, progress))
+    _refuse(listing, everyone, encode_missing(sources, probed, cache, ranks=ranks, progress=progress))
     _wait_for_files(listing, files, everyone)
-    shapes, damage = zip(*latents_headers([paths[0] for paths in latents], notes, ranks))
+    headers = sound_headers(sources, notes, listing, ranks=ranks, everyone=everyone, progress=progress)
+    shapes, damage = zip(*headers)
     if not allow_damaged:
         _refuse(listing, everyone, [clip.problem(f"{of}; {MEND}") for clip, of in zip(clips, damage) if of])
     facts = [of_clip.without_times()._replace(damage=found) for of_clip, found in zip(facts, damage)]
     return Data(
-        clips=CachedClips(latents, [captions[clip.caption] for clip in clips]),
+        clips=sources.cached_clips(shapes),
         shapes=list(shapes),
         times=[clip.times for clip in clips],
         prompts={prompt: captions[prompt] for prompt in prompts},
@@ -158,6 +177,7 @@ def encode_dataset(
         record=content_record(clips, facts, view, random_flip=random_flip),
         view=view,
         remarks=(*remarks(clips, facts, view), *_on_older_cache(sum(clip.is_outdated for clip in probed))),
+        mend=partial(encode_again, sources._replace(facts=facts)),
     )
 
 
@@ -215,7 +235,10 @@ def unencoded(clips: list[Clip], facts: list[Facts], view: View, latent_shape: C
 
 
 def _refuse(listing: Listing, everyone: Ranks, problems: list[str]) -> None:
-    """Raises the problems of all ranks on each of them, if there are any; each problem is listed once."""
+    """Raises the problems of all ranks on each of them, if there are any; each problem is listed once.
+
+    Returns on no rank before all have called it, so that what each has written by then is there for all.
+    """
     if problems := list(dict.fromkeys(everyone.gather(problems))):
         raise ValueError(list_problems(listing.name, problems, "nothing is trained"))
 
@@ -273,9 +296,25 @@ def caption_paths(captions: Iterable[str], cache: Path, encoder: str) -> dict[st
     return {caption: cache_path(cache, "captions", caption=caption, encoder=encoder) for caption in captions}
 
 
-def missing_captions(captions: dict[str, Path], cache: Path) -> list[tuple[str, Path]]:
+class NewCaption(NamedTuple):
+    """A caption to encode, and the file for its embeddings."""
+
+    caption: str
+    path: Path
+    clip: Clip | None  # the first that has it; None: a validation prompt
+    damaged: Damaged | None = None  # what is there
+
+    def problem(self, description: str) -> str:
+        if self.clip:
+            return self.clip.problem(f"its caption: {description}")
+        return f"--validation_prompt {self.caption!r}: {description}"
+
+
+def missing_captions(clips: list[Clip], captions: dict[str, Path], cache: Path) -> list[NewCaption]:
     there = sizes_in(cache / "captions")
-    return [(caption, path) for caption, path in captions.items() if path.name not in there]
+    first_clips = {clip.caption: clip for clip in reversed(clips)}
+    missing = [(caption, path) for caption, path in captions.items() if path.name not in there]
+    return [NewCaption(caption, path, first_clips.get(caption)) for caption, path in missing]
 
 
 class NewLatents(NamedTuple):
@@ -285,6 +324,10 @@ class NewLatents(NamedTuple):
     file: File
     mirrored: bool
     path: Path
+    damaged: Damaged | None = None  # what is there
+
+    def problem(self, description: str) -> str:
+        return self.clip.problem(description)
 
 
 def missing_latents(clips: list[Clip], facts: list[Facts], probed: list[Probed]) -> list[NewLatents]:
@@ -297,24 +340,92 @@ def missing_latents(clips: list[Clip], facts: list[Facts], probed: list[Probed])
     return [latents for _, latents in sorted(new.values(), key=itemgetter(0))]
 
 
+class Sources(NamedTuple):
+    """What the files of the cache are encoded from, and by which encoders."""
+
+    clips: list[Clip]
+    facts: list[Facts]  # of each clip
+    view: View
+    latents: list[list[Path]]  # of each clip: as filmed, then mirrored
+    captions: dict[str, Path]
+    video_encoder: "Encoder"
+    text_encoder: "Encoder"
+
+    def cached_clips(self, shapes: Sequence[tuple[int, ...]]) -> "CachedClips":
+        """Returns the encoded clips; `shapes` are those of their latents."""
+        image = {"image": (self.view.height, self.view.width, 3)} if self.view.with_image else {}
+        shapes_of = {shape: {"parameters": shape} | image for shape in set(shapes)}  # one for all clips of a length
+        return CachedClips(
+            self.latents,
+            [self.captions[clip.caption] for clip in self.clips],
+            latents_shapes=[shapes_of[shape] for shape in shapes],
+            caption_shape=self.text_encoder.shape_of(()),
+        )
+
+    def latents_at(self, damaged: list[Damaged]) -> list[NewLatents]:
+        """Returns what the damaged latents among these files are encoded from."""
+        there = {entry.path: entry for entry in damaged}
+        probed = [Probed(paths, [path in there for path in paths], is_outdated=False) for paths in self.latents]
+        new = missing_latents(self.clips, self.facts, probed)
+        return [latents._replace(damaged=there[latents.path]) for latents in new]
+
+    def caption_at(self, damaged: Damaged) -> NewCaption | None:
+        """Returns the caption whose embeddings are damaged; None if the file is none of them."""
+        for caption, path in self.captions.items():
+            if path == damaged.path:
+                clip = next((clip for clip in self.clips if clip.caption == caption), None)
+                return NewCaption(caption, path, clip, damaged)
+        return None
+
+
 # ---- encode ----------------------------------------------------------------------------------------------------------
 
 
-def cache_captions(new: list[tuple[str, Path]], encoder: "Encoder", progress: Callable) -> None:
+def encode_missing(
+    sources: Sources, probed: list[Probed], cache: Path, *, ranks: Ranks, progress: Callable
+) -> list[str]:
+    """Encodes this rank's share of what the cache does not hold; returns the problems of what cannot be encoded."""
+    new_captions = missing_captions(sources.clips, sources.captions, cache)
+    new_latents = missing_latents(sources.clips, sources.facts, probed)
+    ranks.wait()  # no rank writes before all know what is missing
+    problems = cache_captions(ranks.share(new_captions), sources.text_encoder, progress)
+    return problems + cache_latents(ranks.share(new_latents), sources.view, sources.video_encoder, progress)
+
+
+def cache_captions(new: list[NewCaption], encoder: "Encoder", progress: Callable) -> list[str]:
     """Encodes captions into one file each; loads the encoder only if there are any.
 
     Args:
         encoder: encodes captions into embeddings [B, L, D].
+
+    Returns:
+        The problems of captions that could not be encoded. The others are stored.
     """
     if not new:
-        return
-    batch_size = encoder.at_once(())
+        return []
+    batch_size, problems = encoder.at_once(()), []
     with encoder.load() as encode, _written_behind() as write:
-        captions = iter(progress(new, "Encoding captions", "caption"))  # begins once the model is loaded
+        shown = progress(new, "Encoding captions", "caption")  # begins once the model is loaded
+        captions = (caption for caption in shown if not is_encoded(caption))
         while batch := list(itertools.islice(captions, batch_size)):
-            embeddings = encode(_filled_up([caption for caption, _ in batch], batch_size))
-            for (_, path), prompt_embeds in zip(batch, embeddings):
-                write(write_cached, path, {"prompt_embeds": prompt_embeds})
+            embeddings = encode(_filled_up([new.caption for new in batch], batch_size))
+            for caption, prompt_embeds in zip(batch, embeddings):
+                write(_write_caption, problems, caption, prompt_embeds)
+    return problems
+
+
+def is_encoded(new: NewCaption | NewLatents) -> bool:
+    """Returns whether another run has encoded a clip or caption meanwhile."""
+    stamp = find_stamp(new.path)
+    return stamp is not None and (new.damaged is None or stamp != new.damaged.stamp)
+
+
+def _write_caption(problems: list[str], new: NewCaption, prompt_embeds: torch.Tensor) -> None:
+    prompt_embeds = prompt_embeds.cpu()
+    if not torch.isfinite(prompt_embeds).all():
+        problems.append(new.problem("T5 encodes it to NaN or infinity; train with --mixed_precision bf16"))
+        return
+    write_entry(new.path, {"prompt_embeds": prompt_embeds})
 
 
 class Decoded(NamedTuple):
@@ -349,6 +460,7 @@ def cache_latents(new: list[NewLatents], view: View, encoder: "Encoder", progres
         closing(map_ahead(partial(_decode, view, problems), new, decoding_threads(view))) as decoded,
     ):
         clips = (clip for _, clip in zip(progress(new, "Encoding clips", "clip"), decoded) if clip)
+        clips = (clip for clip in clips if not is_encoded(clip.new))
         for shape, clips_of_shape in itertools.groupby(clips, key=lambda clip: tuple(clip.frames.shape)):
             batch_size = encoder.at_once(shape)
             while batch := list(itertools.islice(clips_of_shape, batch_size)):
@@ -359,6 +471,8 @@ def cache_latents(new: list[NewLatents], view: View, encoder: "Encoder", progres
 
 
 def _decode(view: View, problems: list[tuple[int, str]], new: NewLatents) -> Decoded | None:
+    if is_encoded(new):
+        return None
     damage = []
     try:
         frames = decode(new.clip, view, mirrored=new.mirrored, file=new.file, damage=damage)
@@ -378,7 +492,7 @@ def _write_latents(problems: list[tuple[int, str]], clip: Decoded, parameters: t
         problems.append((new.clip.line, new.clip.problem(problem)))
         return
     image = {} if clip.image is None else {"image": clip.image}
-    write_cached(new.path, {"parameters": parameters} | image, {"damage": clip.damage} if clip.damage else None)
+    write_entry(new.path, {"parameters": parameters} | image, clip.damage)
 
 
 def _filled_up(batch: list, size: int) -> list:
@@ -417,18 +531,6 @@ def cache_path(cache: Path, kind: str, **content) -> Path:
     return Path(cache, kind, f"{hash_of(content)}.safetensors")
 
 
-def write_cached(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Publishes a file of tensors.
-
-    safetensors' own save_file is not used: it reports a full disk as an exception of its own.
-    """
-    publish_in_cache(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
-
-
-def load_prompt_embeds(path: Path) -> torch.Tensor:
-    return load_file(path)["prompt_embeds"]  # [L, D]
-
-
 def _wait_for_files(listing: Listing, files: list[Path], everyone: Ranks) -> None:
     """Waits until this machine sees what all ranks have written for the dataset.
 
@@ -464,31 +566,98 @@ def sizes_in(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def latents_headers(paths: list[Path], notes: Notes, ranks: Ranks) -> list[tuple[tuple[int, ...], str | None]]:
-    """Returns `_latents_header` of each file; each rank reads its share of the files that are not known."""
+def latents_headers(paths: list[Path], notes: Notes, ranks: Ranks) -> list[Header | Damaged]:
+    """Returns `read_header` of each file; each rank reads its share of the files that are not known."""
     there = {folder: sizes_in(folder) for folder in {path.parent for path in paths}}
     headers = []
     for path in ranks.share(paths):
         key = ["latents", path.name, there[path.parent].get(path.name)]
-        header = notes.get(key)
-        if not header:
-            header = _latents_header(path)
+        header = notes.get(key) or read_header(path)
+        if not isinstance(header, Damaged):
             notes.add(key, header)
-        shape, damage = header
-        headers.append((tuple(shape), damage))
+            shape, damage = header
+            header = Header(tuple(shape), damage)
+        headers.append(header)
     notes.publish()
     return ranks.gather_shares(headers)
 
 
-def _latents_header(path: Path) -> tuple[tuple[int, ...], str | None]:
-    """Returns the shape (2c, f, h, w) of cached latents, and the damage of their video if there is any."""
+# ---- damaged files of the cache --------------------------------------------------------------------------------------
+
+
+def sound_headers(
+    sources: Sources, notes: Notes, listing: Listing, *, ranks: Ranks, everyone: Ranks, progress: Callable
+) -> list[Header]:
+    """Returns the shape and the damage of each clip's latents; encodes damaged ones again."""
+    view, encoder = sources.view, sources.video_encoder
+    paths = [paths[0] for paths in sources.latents]
+    shapes = [encoder.shape_of((of_clip.num_seen, view.height, view.width, 3)) for of_clip in sources.facts]
+    expected, headers = dict(zip(paths, shapes)), dict(zip(paths, latents_headers(paths, notes, ranks)))
+    again = sources.latents_at(damaged_headers(headers, expected))
+    for new in again if ranks.index == 0 else []:
+        say_encoded_again(new)
+    _refuse(listing, everyone, cache_latents(ranks.share(again), view, encoder, progress))
+    paths_again = [new.path for new in again]  # in this order each rank reads what it has written
+    headers |= zip(paths_again, latents_headers(paths_again, notes, ranks))
+    still = [f"{entry.path} is damaged ({entry.reason}), {AT_ONCE}" for entry in damaged_headers(headers, expected)]
+    _refuse(listing, everyone, still)
+    return [headers[path] for path in paths]
+
+
+def damaged_headers(headers: dict[Path, Header | Damaged], expected: dict[Path, tuple | None]) -> list[Damaged]:
+    """Returns the files whose header cannot be read or tells another shape than the expected one."""
+    damaged = []
+    for path, header in headers.items():
+        if isinstance(header, Damaged):
+            damaged.append(header)
+        elif expected[path] and header.shape != expected[path]:
+            reason = f"parameters has the shape {list(header.shape)} instead of {list(expected[path])}"
+            damaged.append(Damaged(path, reason, find_stamp(path)))
+    return damaged
+
+
+def say_encoded_again(new: NewCaption | NewLatents, before: str = "") -> None:
+    line = new.problem(f"{new.path} is damaged ({new.damaged.reason}); it is encoded again")
+    print(f"{before}{line}", file=sys.stderr, flush=True)
+
+
+def encode_again(sources: Sources, damaged: Damaged) -> None:
+    """Encodes a damaged file of the cache again, in the middle of a run, to the same bits as at its start.
+
+    Raises:
+        CannotContinue: the clip is no longer what it was, or cannot be encoded now.
+    """
+    new = sources.caption_at(damaged) or sources.latents_at([damaged])[0]
+    say_encoded_again(new, before="\n")  # below the progress bar
     try:
-        with safe_open(path, framework="pt") as file:
-            return tuple(file.get_slice("parameters").get_shape()), (file.metadata() or {}).get("damage")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: this file of the cache is damaged ({error}); delete it, and it is encoded again"
-        ) from error
+        if isinstance(new, NewCaption):
+            problems = cache_captions([new], sources.text_encoder, lambda items, *_: items)
+        else:
+            problems = _encode_unchanged(sources, new)
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:  # RuntimeError: PyTorch is out of memory
+        problems, cause = [new.problem(f"{type(error).__name__}: {error}")], error
+    else:
+        cause = None
+    if problems:
+        with suppress(OSError):  # in a cache that cannot be written
+            discard(damaged)
+        raise CannotContinue(
+            f"{damaged.path} is damaged ({damaged.reason}), and cannot be encoded again now: {problems[0]}. Put that "
+            "right, and start again with --resume_from_checkpoint auto, which encodes it before the transformer is "
+            "loaded; what is saved stays"
+        ) from cause
+
+
+def _encode_unchanged(sources: Sources, new: NewLatents) -> list[str]:
+    """Encodes latents again; returns a problem if the clip is not the one that it was at the start."""
+    facts, problem = examine(new.clip, sources.view, again=True)
+    if problem:
+        return [problem]
+    cache, encoder = new.path.parents[1], sources.video_encoder
+    (probed,) = probe_cache([facts], sources.view, cache=cache, encoder=encoder.fingerprint, random_flip=True)
+    if new.path not in probed.paths:
+        return [new.problem("has changed since the start of this run")]
+    return cache_latents([new._replace(file=facts.file)], sources.view, encoder, lambda items, *_: items)
 
 
 # ---- micro-batches ---------------------------------------------------------------------------------------------------
@@ -498,33 +667,76 @@ class CachedClips(torch.utils.data.Dataset):
     """Encoded clips, read from disk by (clip, mirrored).
 
     An item has its latents' "parameters" [2c, f, h, w], its caption's "prompt_embeds" [L, D], and, if it was stored,
-    the "image" that the clip starts from, uint8 [H, W, C].
+    the "image" that the clip starts from, uint8 [H, W, C]; or it is the first of its files that is damaged. A file is
+    verified when it is first read.
     """
 
-    def __init__(self, latents: list[list[Path]], captions: list[Path]):
+    def __init__(
+        self,
+        latents: list[list[Path]],
+        captions: list[Path],
+        latents_shapes: Sequence[Shapes] = (),
+        caption_shape: tuple[int, ...] | None = None,
+    ):
+        """Takes the files of each clip, and the shapes of what they hold, none where there are no such files."""
         self.latents, self.captions = latents, captions
+        self.latents_shapes, self.caption_shape = latents_shapes, caption_shape
+        self.verified = set()  # by this process
 
-    def __getitem__(self, item: tuple[int, bool]) -> dict[str, torch.Tensor]:
+    def take(self, clips: list[int]) -> "CachedClips":
+        """Returns some of the clips, in this order."""
+        shapes = [self.latents_shapes[clip] for clip in clips] if self.latents_shapes else ()
+        files = [self.latents[clip] for clip in clips], [self.captions[clip] for clip in clips]
+        return CachedClips(*files, latents_shapes=shapes, caption_shape=self.caption_shape)
+
+    def __getitem__(self, item: tuple[int, bool]) -> dict[str, torch.Tensor] | Damaged:
         clip, mirrored = item
-        return load_file(self.latents[clip][mirrored]) | {"prompt_embeds": load_prompt_embeds(self.captions[clip])}
+        latents = self._read(self.latents[clip][mirrored], self.latents_shapes[clip])
+        prompt_embeds = self.read_caption(self.captions[clip])
+        damaged = next((read for read in (latents, prompt_embeds) if isinstance(read, Damaged)), None)
+        return damaged or latents | {"prompt_embeds": prompt_embeds}
+
+    def read_caption(self, path: Path) -> torch.Tensor | Damaged:
+        read = self._read(path, {"prompt_embeds": self.caption_shape})
+        return read if isinstance(read, Damaged) else read["prompt_embeds"]  # [L, D]
+
+    def _read(self, path: Path, shapes: Shapes) -> dict[str, torch.Tensor] | Damaged:
+        read = read_entry(path, shapes, verify=path not in self.verified)
+        if not isinstance(read, Damaged):
+            self.verified.add(path)
+        return read
+
+
+def stacked(items: list[dict[str, torch.Tensor] | Damaged]) -> dict[str, torch.Tensor] | Damaged:
+    """Returns a batch, or the first damaged file that one of its items needs."""
+    damaged = next((item for item in items if isinstance(item, Damaged)), None)
+    return damaged or torch.utils.data.default_collate(items)
 
 
 def micro_batches(
     data: Data, timeline: Timeline, ranks: Ranks, *, batch_size: int, seed: int, random_flip: bool, num_workers: int
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """Yields (number, batch) of this rank without end; a batch holds items of `CachedClips`, stacked."""
+    """Yields (number, batch) of this rank without end; a batch holds items of `CachedClips`, stacked.
+
+    What is found damaged while reading ahead is encoded again when its batch is asked for, in the caller's thread.
+    """
     numbers = partial(itertools.count, timeline.first_batch + ranks.index, ranks.count)
-    batches = rank_batches(data.shapes, batch_size=batch_size, seed=seed, random_flip=random_flip, numbers=numbers())
+    batches_of = partial(rank_batches, data.shapes, batch_size=batch_size, seed=seed, random_flip=random_flip)
     loader = torch.utils.data.DataLoader(
         data.clips,
-        batch_sampler=batches,
+        batch_sampler=batches_of(numbers=numbers()),
+        collate_fn=stacked,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # the default would draw from the global generator
     )
     read = zip(numbers(), loader)
     # A thread reads the next batch while the GPU computes with this one.
-    return map_ahead(lambda _: next(read), itertools.repeat(None), threads=1)
+    for number, batch in map_ahead(lambda _: next(read), itertools.repeat(None), threads=1):
+        if isinstance(batch, Damaged):
+            (items,) = batches_of(numbers=[number])
+            batch = stacked([data.read(*item) for item in items])
+        yield number, batch
 
 
 if __name__ == "__main__":

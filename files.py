@@ -7,13 +7,20 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import secrets
 import shutil
+import socket
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+
+SECONDS_OF_A_LEFTOVER = 86400  # after which a temporary file of another host is no longer being written
+TEMPORARY = re.compile(r"\..+?(\.(?P<host>[^.]+)\.(?P<process>\d+))?\.[0-9a-f]{8}")  # earlier versions named no process
 
 
 class CannotContinue(RuntimeError):
@@ -23,7 +30,7 @@ class CannotContinue(RuntimeError):
 def publish(path: Path, content: bytes) -> None:
     """Writes a file that is complete or absent, even if the disk is full, the process is killed or the power fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -33,6 +40,34 @@ def publish(path: Path, content: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def find_leftovers(folder: Path) -> list[Path]:
+    """Returns temporary files of `publish` whose process on this host is gone, or that are a day old."""
+    leftovers = []
+    for path in sorted(folder.glob(".*")):
+        if match := TEMPORARY.fullmatch(path.name):
+            is_dead = match["host"] == _host() and not _is_running(int(match["process"]))
+            with suppress(FileNotFoundError):  # published, or removed by another process
+                if is_dead or time.time() - path.stat().st_mtime > SECONDS_OF_A_LEFTOVER:
+                    leftovers.append(path)
+    return leftovers
+
+
+def _host() -> str:
+    """Returns a name for where process ids are unique: the host, and in a container its namespace of processes."""
+    namespace = Path("/proc/self/ns/pid")  # Linux
+    return f"{socket.gethostname().replace('.', '-')}-{namespace.stat().st_ino if namespace.exists() else 0}"
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it belongs to someone else
+        return True
+    return True
 
 
 def publish_folder(temporary: Path, final: Path) -> None:

@@ -810,7 +810,7 @@ def sample_videos(run: Run, step: int) -> None:
         run.state.transformer,
         vae=encoders.loaded_vae(run.base, run.dtype, device, tiling=tiling, slicing=args.enable_slicing),
         cases=validation.cases(run.data, validation.prompts(args), validation.images(args), **size),
-        prompt_embeds=run.data.prompts,
+        prompt_embeds=run.data.read_prompts(),
         output_dir=args.output_dir,
         step=step,
         seeds=range(args.seed, args.seed + args.num_validation_videos),

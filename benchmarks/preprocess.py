@@ -62,7 +62,7 @@ STAGES = (
     (dataset, "examine_clips", "probe"),
     (frames, "read_frames", "decode"),  # includes resizing, which is subtracted later
     (frames, "resize_and_crop", "resize"),
-    (dataset, "write_cached", "write"),
+    (dataset, "write_entry", "write"),
 )
 
 

@@ -11,15 +11,15 @@ import json
 import os
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from clips.known import CACHE, KNOWN, USES, Notes
-from files import at_least, expanded_path, parse_options, run_command
+from files import at_least, expanded_path, find_leftovers, parse_options, run_command
 
 DAY = 86400  # seconds
 FOLDERS = ("latents", "captions", KNOWN, USES)  # of a cache
 ENCODED = re.compile(r"[0-9a-f]{40}\.safetensors")
-LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}")  # what `files.publish` had begun when its process was killed
 
 
 def used_files(cache: Path, oldest: float) -> tuple[set[str], list[Path]]:
@@ -45,14 +45,30 @@ def unused_files(cache: Path, oldest: float) -> list[Path]:
     """Returns the files to drop: encoded ones that no run uses, records of past uses, leftovers of killed runs.
 
     Args:
-        oldest: seconds since the epoch; later files stay.
+        oldest: seconds since the epoch; later files stay, except leftovers.
     """
     used, drop = used_files(cache, oldest)
     for path in itertools.chain(*(sorted((cache / folder).glob("*")) for folder in FOLDERS)):
         is_unused = ENCODED.fullmatch(path.name) and f"{path.parent.name}/{path.name}" not in used
-        if (is_unused or LEFTOVER.fullmatch(path.name)) and path.stat().st_mtime <= oldest:
+        if is_unused and path.stat().st_mtime <= oldest:
             drop.append(path)
-    return drop
+    return drop + leftovers(cache)
+
+
+def leftovers(cache: Path) -> list[Path]:
+    """Returns the temporary files that killed runs have left in a cache."""
+    return [path for folder in FOLDERS for path in find_leftovers(cache / folder)]
+
+
+def remove_leftovers(cache: Path) -> None:
+    """Removes what killed runs have left in a cache, and says how much that is."""
+    removed = []
+    for path in leftovers(cache):
+        with suppress(OSError):  # removed by another process, or in a cache that is only read
+            path.unlink()
+            removed.append(path)
+    if removed:
+        print(f"{cache}: removed {len(removed)} unfinished files of runs that were killed")
 
 
 def forget_files(cache: Path) -> None:

@@ -30,6 +30,8 @@ class Encoder(NamedTuple):
     fingerprint: str  # differs between encoders that encode differently
     load: Callable[[], AbstractContextManager[Callable]]  # the function that encodes, for the length of a `with` block
     at_once: Callable[[tuple[int, ...]], int]  # how many clips of shape [F, H, W, C] or captions, (), it takes together
+    # the shape of what it makes of one of them; None: not known
+    shape_of: Callable[[tuple[int, ...]], tuple[int, ...] | None] = lambda _: None
 
 
 def encoders(
@@ -42,10 +44,20 @@ def encoders(
     """
     video = partial(video_encoder, base, dtype, device, tiling=tiling, slicing=slicing)
     caption = partial(caption_encoder, base, dtype, text_device or device, text_precision)
-    max_length = base.transformer["max_text_seq_length"]
+    max_length, width = base.transformer["max_text_seq_length"], base.transformer["text_embed_dim"]
     return (
-        Encoder(vae_fingerprint(base, dtype, tiling=tiling), video, (lambda _: 1) if slicing else clips_at_once),
-        Encoder(text_fingerprint(base, dtype, text_precision), caption, lambda _: captions_at_once(max_length)),
+        Encoder(
+            vae_fingerprint(base, dtype, tiling=tiling),
+            video,
+            (lambda _: 1) if slicing else clips_at_once,
+            lambda clip: (2 * base.vae["latent_channels"], *base.latent_shape(*clip[:3])),
+        ),
+        Encoder(
+            text_fingerprint(base, dtype, text_precision),
+            caption,
+            lambda _: captions_at_once(max_length),
+            lambda _: (max_length, width),
+        ),
     )
 
 

@@ -21,7 +21,7 @@ from cogvideox.base_model import BaseModel
 from cogvideox.budget import MemoryPlan
 from cogvideox.objective import generator_for, training_loss
 from cogvideox.sampling import encode_mp4, sample_video
-from dataset import Data, load_prompt_embeds
+from dataset import Data
 from files import at_least
 from run.run_directory import write_validation_videos
 
@@ -106,7 +106,7 @@ def held_out_losses(
     with _without_dropout(transformer), _failing_together(agree):
         for clip, timestep in _equal_share(ranks, jobs):
             agree()
-            batch = {name: tensor[None] for name, tensor in data.clips[clip, False].items()}
+            batch = {name: tensor[None] for name, tensor in data.read(clip).items()}
             generator = generator_for(device, seed, "held out", clip, timestep)
             at_timestep = torch.tensor([timestep], device=device)
             loss = training_loss(
@@ -183,7 +183,7 @@ def sample_videos(
     *,
     vae: AbstractContextManager,
     cases: list[tuple[str, torch.Tensor | None]],
-    prompt_embeds: dict[str, Path],
+    prompt_embeds: dict[str, torch.Tensor],
     output_dir: Path,
     step: int,
     seeds: Iterable[int],
@@ -199,12 +199,12 @@ def sample_videos(
     Args:
         vae: context manager that loads the VAE for the length of a `with` block.
         cases: (prompt, first image, uint8 [H, W, C], or None).
-        prompt_embeds: files with the embeddings of the prompts and of "", the unconditional prompt of guidance.
+        prompt_embeds: embeddings [L, D] of the prompts and of "", the unconditional prompt of guidance.
         video_options: of `sample_video`.
         agree: called before each sampling step, on all ranks equally often; ends the validation by an exception.
     """
     jobs = [(i, prompt, image, seed) for i, (prompt, image) in enumerate(cases) for seed in seeds]
-    embeds = {text: load_prompt_embeds(path).to(accelerator.device) for text, path in prompt_embeds.items()}
+    embeds = {text: embedding.to(accelerator.device) for text, embedding in prompt_embeds.items()}
     own_jobs, is_quiet = _equal_share(ranks, jobs), not accelerator.is_main_process
     progress = tqdm(own_jobs, f"Validation, step {step}", unit="video", leave=False, disable=is_quiet)
     videos = []

@@ -44,5 +44,6 @@ sample_latents = objective.sample_latents
 objective.sample_latents = lambda parameters, *others: sample_latents(parameters[..., :2, :2], *others)
 options = ["--pretrained_model_name_or_path", checkpoint, "--instance_data_root", str(folder), "--rank", "4"]
 options += ["--output_dir", str(folder / "run"), "--max_train_steps", updates, "--train_batch_size", "8"]
+options += ["--height", "128", "--width", "192"]  # of those latents
 train_cogvideox_lora.main(train_cogvideox_lora.parse_args([*options, "--mixed_precision", "no"]))
 print(peak_memory_gib(torch.device("cpu")))

@@ -247,7 +247,7 @@ def test_a_file_in_the_cache_is_complete_or_absent(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(ValueError, match="No space left on device.*--latents_cache_dir"):
-        dataset.write_cached(tmp_path / "latents" / "a.safetensors", {"x": torch.zeros(2)})
+        dataset.write_entry(tmp_path / "latents" / "a.safetensors", {"x": torch.zeros(2)})
     assert list((tmp_path / "latents").iterdir()) == []
 
 

@@ -226,7 +226,7 @@ def test_encode_only_fills_the_cache_and_a_later_run_encodes_and_reads_nothing(
     assert "encoded: nothing was trained" in said and "2 clips of 128x96" in said
     assert not run.exists() and len(list((folder / CACHE / "latents").iterdir())) == 2
     with monkeypatch.context() as patched:
-        for name in ("clips.known.examine_video", "cogvideox.encoders.video_encoder", "dataset.safe_open"):
+        for name in ("clips.known.examine_video", "cogvideox.encoders.video_encoder", "clips.entries.safe_open"):
             patched.setattr(name, lambda *_, **__: pytest.fail("read or encoded again"))
         assert len(train(tiny_checkpoint, run, instance_data_root=folder, max_train_steps=1)) == 1
     use = json.loads(next((folder / CACHE / "uses").iterdir()).read_text())

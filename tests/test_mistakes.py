@@ -134,15 +134,6 @@ def test_a_folder_that_is_no_cogvideox_model_is_refused(tiny_checkpoint, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_file_of_the_cache_is_named(tiny_checkpoint, tmp_path, train, capsys):
-    folder = make_clips(tmp_path / "clips", count=1)
-    train(tiny_checkpoint, tmp_path / "a", instance_data_root=folder, max_train_steps=1)
-    (path,) = (folder / ".cogvideox_cache" / "latents").iterdir()
-    path.write_bytes(b"x")
-    call = lambda: train(tiny_checkpoint, tmp_path / "b", instance_data_root=folder)  # noqa: E731
-    assert_refused(capsys, call, [f"{path}: this file of the cache is damaged", "delete it"])
-
-
 @pytest.mark.parametrize(
     ("variant", "options", "parts"),
     [
