@@ -117,6 +117,20 @@ def write_json(path: Path, content: dict) -> None:
     publish(path, (json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n").encode())
 
 
+def with_metadata(content: bytes, metadata: dict[str, str]) -> bytes:
+    """Returns a file of the safetensors format with metadata in its header, in the order given.
+
+    safetensors 0.8 writes the keys in random order; equal content must give equal bytes.
+
+    Args:
+        content: the file, without metadata.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps({"__metadata__": metadata} | json.loads(content[8:end])).encode()
+    header += b" " * (-len(header) % 8)  # aligns the data, as the format wants it
+    return len(header).to_bytes(8, "little") + header + content[end:]
+
+
 def file_hash(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes in hexadecimal."""
     digest = hashlib.sha256()

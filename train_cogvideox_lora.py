@@ -577,7 +577,7 @@ def update(
 
 
 def loss_of(run: Run, transformer, number: int, batch: dict, encode_images: Callable | None) -> torch.Tensor:
-    """Returns the loss of a micro-batch, whose number alone decides noise and dropout."""
+    """Returns the loss of a micro-batch; only its number decides noise and dropout."""
     generator = generator_for(run.accelerator.device, run.args.seed, number)
     torch.manual_seed(generator.initial_seed() % 2**63)  # dropout draws from the global generator
     return training_loss(run.base, transformer, batch, generator=generator, dtype=run.dtype, encode=encode_images)
@@ -591,9 +591,6 @@ def train(run: Run, smoothed_loss: float | None) -> None:
         CannotContinue: too many updates in a row were skipped.
     """
     args, timeline, skipped, validations = run.args, run.timeline, SkippedUpdates(run), Validations(run)
-    progress = progress_bar(
-        run.accelerator, None, "Training", "update", total=timeline.total_steps, initial=timeline.first_step
-    )
     if begins_with_validation(run) and (signal := validations.validate(timeline.first_step)):
         raise signals.Stopped(signal, "stopped in the first validation; the same command starts again")
     micro_batches = run.micro_batches()
@@ -601,7 +598,11 @@ def train(run: Run, smoothed_loss: float | None) -> None:
     # `seconds` of a row are those of updates only: the clock restarts after whatever else a turn does.
     clock_step, clock_start = timeline.first_step, time.perf_counter()
     last_saved = clock_start
-    with run.image_encoder() as encode_images:
+    shown = {"total": timeline.total_steps, "initial": timeline.first_step}
+    with (
+        run.image_encoder() as encode_images,
+        progress_bar(run.accelerator, None, "Training", "update", **shown) as progress,
+    ):
         for step in range(timeline.first_step + 1, timeline.total_steps + 1):
             is_late = args.save_minutes and time.perf_counter() > last_saved + 60 * args.save_minutes
             measured = update(run, micro_batches, encode_images, requests=[run.stop.number, bool(is_late)])
@@ -626,7 +627,6 @@ def train(run: Run, smoothed_loss: float | None) -> None:
                 raise signals.Stopped(signal, stopped_message(step))
             if is_logged or is_saved or is_validated:
                 clock_step, clock_start = step, time.perf_counter()
-    progress.close()
 
 
 def stopped_message(step: int) -> str:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from cogvideox.base_model import BaseModel
-from files import publish
+from files import publish, with_metadata
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' default name, with which load_lora_weights(folder) finds it
 TRANSFORMER_FOLDER = "transformer"  # beside it in a run directory where all weights are trained
@@ -150,5 +150,5 @@ def save_lora(weights: dict[str, torch.Tensor], settings: dict, folder: Path, ba
         "cogvideox_transformer": json.dumps(base.identity),
     }
     weights = {f"{PREFIX}{name}": weight.cpu() for name, weight in weights.items()}
-    publish(folder / LORA_FILE, save(weights, metadata))
+    publish(folder / LORA_FILE, with_metadata(save(weights), metadata))
     return folder / LORA_FILE

@@ -45,8 +45,8 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
 
 
 def recorded(options: dict) -> dict:
-    """Returns options as a checkpoint records them, in JSON's types and without secrets."""
-    options = {name: value for name, value in options.items() if name != "hub_token"}
+    """Returns the options that belong to the course of a run, as a checkpoint records them, in JSON's types."""
+    options = {name: value for name, value in options.items() if name not in BESIDE}
     return json.loads(json.dumps(options, default=str))
 
 
@@ -57,15 +57,15 @@ def check_options_of_checkpoint(
 
     Args:
         name: of the checkpoint, for messages.
-        saved: options that it was trained with, of which earlier formats hold only some, and its "processes".
+        saved: options that it was trained with (earlier formats hold only some), and its "processes".
         allowed: values of --change.
         derived: returns, from such options, the ones that follow from others unless they are given.
 
     Raises:
         ValueError: an option differs that has to be kept, or that no value of --change allows.
     """
-    both = [option for option in options if option in saved and option not in BESIDE]
-    differing = {option: [saved[option], options[option]] for option in both if saved[option] != options[option]}
+    both = options.keys() & saved.keys() - {"processes"}
+    differing = {name: [saved[name], options[name]] for name in sorted(both) if saved[name] != options[name]}
     ours, theirs = derived(options), derived(saved)
     follows = {name for name, pair in differing.items() if name in ours and [theirs[name], ours[name]] == pair}
     kept = [option for option in differing if option in KEPT and option not in follows]

@@ -242,7 +242,7 @@ def _ending_explained():
 
 
 def _leave(code: int, message: str, *, everywhere: bool = False) -> NoReturn:
-    """Ends this process with a message, of which ranks other than the first print one line unless `everywhere`."""
+    """Ends this process with a message; ranks other than the first print its first line unless `everywhere`."""
     rank = int(os.environ.get("RANK", 0))
     if rank == 0:
         message = f"{Path(sys.argv[0]).name}: {message}"
