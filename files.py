@@ -24,7 +24,7 @@ TEMPORARY = re.compile(r"\..+?(\.(?P<host>[^.]+)\.(?P<process>\d+))?\.[0-9a-f]{8
 
 
 class CannotContinue(RuntimeError):
-    """Ends a run that cannot go on; what it has saved stays."""
+    """Ends a run that cannot continue; what it has saved stays."""
 
 
 def publish(path: Path, content: bytes) -> None:

@@ -6,6 +6,7 @@ import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -114,6 +115,12 @@ def held_out_losses(
             )
             losses.append(((clip, timestep), loss.item()))
     losses = dict(ranks.gather(losses))
+    if wrong := sorted(pair for pair, loss in losses.items() if not isfinite(loss)):
+        clip, timestep = wrong[0]
+        raise Failed(
+            f"the loss on {len(wrong)} of {len(losses)} held-out pairs of a clip and a timestep is not finite, the first "
+            f"one on {data.labels[clip]}, timestep {timestep}"
+        )
     means = {
         f"validation_loss_t{timestep}": fmean(losses[clip, timestep] for clip in range(len(data.shapes)))
         for timestep in timesteps
