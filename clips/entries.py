@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
 from clips.known import publish_in_cache
+from files import with_metadata
 
 CHECKSUM, DAMAGE = "checksum", "damage"  # all that the metadata of an entry hold
 NO_CHECKSUM = "0" * 64
@@ -90,22 +91,10 @@ def _set_aside(folder: Path) -> None:
 
 
 def to_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-    """Returns the file for an entry; equal content gives equal bytes.
-
-    The header is written here, since safetensors 0.8 writes the keys of metadata in random order.
-    """
+    """Returns the file for an entry; equal content gives equal bytes."""
     plain = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-    text, data = _split(plain)
-    header = json.dumps({"__metadata__": {CHECKSUM: NO_CHECKSUM} | metadata} | json.loads(text)).encode()
-    header += b" " * (-len(header) % 8)  # aligns the data, as the format wants it
-    content = len(header).to_bytes(8, "little") + header + data
+    content = with_metadata(plain, {CHECKSUM: NO_CHECKSUM} | metadata)
     return content.replace(NO_CHECKSUM.encode(), hashlib.sha256(content).hexdigest().encode(), 1)
-
-
-def _split(content: bytes) -> tuple[bytes, bytes]:
-    """Returns the header, JSON, and the data of a safetensors file."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    return content[8:end], content[end:]
 
 
 # ---- read ------------------------------------------------------------------------------------------------------------
@@ -153,7 +142,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_content(content: bytes, tensors: dict[str, torch.Tensor]) -> None:
-    metadata = json.loads(_split(content)[0]).get("__metadata__") or {}
+    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
     _check_metadata(metadata)
     if checksum := metadata.get(CHECKSUM):
         blank = content.replace(checksum.encode(), NO_CHECKSUM.encode(), 1)

@@ -118,7 +118,7 @@ def held_out_losses(
     if wrong := sorted(pair for pair, loss in losses.items() if not isfinite(loss)):
         clip, timestep = wrong[0]
         raise Failed(
-            f"the loss on {len(wrong)} of {len(losses)} held-out pairs of a clip and a timestep is not finite, the first "
+            f"the loss on {len(wrong)} of {len(losses)} held-out pairs of clip and timestep is not finite, the first "
             f"one on {data.labels[clip]}, timestep {timestep}"
         )
     means = {
