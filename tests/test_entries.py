@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import training_options
+from conftest import reset_accelerate, training_options
 from make_example import make_clips
 from safetensors.torch import load, load_file, save
 
@@ -208,8 +208,10 @@ def undisturbed(tmp_path_factory, tiny_checkpoint, clips):
     """A run and its cache, of which each test takes a copy."""
     folder = tmp_path_factory.mktemp("undisturbed")
     options = training_options(tiny_checkpoint, clips, folder / "run", latents_cache_dir=folder / "cache", **OPTIONS)
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    train_cogvideox_lora.main(train_cogvideox_lora.parse_args(options))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ACCELERATE_USE_CPU", "true")
+        train_cogvideox_lora.main(train_cogvideox_lora.parse_args(options))
+    reset_accelerate()
     return folder
 
 
