@@ -132,6 +132,7 @@ def encode_dataset(
     ranks: Ranks,
     everyone: Ranks,
     used_by: Path,
+    before_encoding: Callable[[list[Facts]], None] = lambda _: None,
     allow_damaged: bool = False,
     check_all: bool = False,
 ) -> Data:
@@ -143,27 +144,26 @@ def encode_dataset(
         ranks: the ranks that see the same cache, and so share its work.
         everyone: all ranks; where machines do not share a disk, each must have the whole dataset.
         used_by: output directory of the run, for which `clips.clean` keeps these files.
+        before_encoding: called with the facts of the clips once they are known; may refuse the run.
         allow_damaged: remark on what the decoder reports of a damaged clip instead of refusing it.
         check_all: read all files again, also those whose size and time of change are as they were.
 
     Raises:
-        ValueError: lists all problems that probing finds, before anything is loaded or encoded, or else all that
-            decoding and encoding find.
+        ValueError: lists all problems: those of probing before anything is encoded, or else those of encoding.
     """
     clips, notes, encoder = listing.clips, Notes(cache), video_encoder.fingerprint
     facts = check_clips(listing, view, notes, ranks=ranks, everyone=everyone, progress=progress, check_all=check_all)
     probed = probe_cache(facts, view, cache=cache, encoder=encoder, random_flip=random_flip)
-    latents = [clip.paths for clip in probed]
     captions = caption_paths([*(clip.caption for clip in clips), *prompts], cache, text_encoder.fingerprint)
-    sources = Sources(clips, facts, view, latents, captions, video_encoder, text_encoder)
-    files = list(itertools.chain(*latents, captions.values()))
+    sources = Sources(clips, facts, view, [clip.paths for clip in probed], captions, video_encoder, text_encoder)
+    files = list(itertools.chain(*sources.latents, captions.values()))
+    before_encoding(facts)
     if ranks.index == 0:
         remove_leftovers(cache)
         record_use(cache, used_by, files)  # before hours of encoding, in which `clean` may be called
     _refuse(listing, everyone, encode_missing(sources, probed, cache, ranks=ranks, progress=progress))
     _wait_for_files(listing, files, everyone)
-    headers = sound_headers(sources, notes, listing, ranks=ranks, everyone=everyone, progress=progress)
-    shapes, damage = zip(*headers)
+    shapes, damage = zip(*sound_headers(sources, notes, listing, ranks=ranks, everyone=everyone, progress=progress))
     if not allow_damaged:
         _refuse(listing, everyone, [clip.problem(f"{of}; {MEND}") for clip, of in zip(clips, damage) if of])
     facts = [of_clip.without_times()._replace(damage=found) for of_clip, found in zip(facts, damage)]

@@ -181,6 +181,13 @@ def expanded_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def plain_name(text: str) -> str:
+    """Returns a name that files can have; a type for argparse."""
+    if Path(text).name != text or "\\" in text or text in ("", ".", ".."):
+        raise argparse.ArgumentTypeError(f"{text}: must be a name, not a path")
+    return text
+
+
 def at_least(lowest: int) -> Callable[[str], int]:
     """Returns a type for whole numbers from `lowest`."""
 

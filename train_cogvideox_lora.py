@@ -37,9 +37,21 @@ from cogvideox.budget import MemoryPlan
 from cogvideox.objective import generator_for, training_loss
 from cogvideox.rehearsal import Models, Settings, models_of
 from dataset import Data
-from files import CannotContinue, at_least, expanded_path, parse_options
+from files import CannotContinue, at_least, expanded_path, parse_options, plain_name
 from pages import report
-from run import checkpoints, course, dry_run, guard, hub, optimizers, processes, run_directory, signals, validation
+from run import (
+    checkpoints,
+    course,
+    dry_run,
+    guard,
+    hub,
+    optimizers,
+    processes,
+    run_directory,
+    signals,
+    trackers,
+    validation,
+)
 from run.checkpoints import Start
 from run.guard import MicroBatch
 
@@ -156,7 +168,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     course.add_options(group)
     out("--logging_steps", type=positive, default=1, metavar="N", help="updates from one row of metrics to the next")
     out("--report_to", default="none", help=tracker)
-    out("--tracker_name", default="cogvideox-lora", help="name of the project in the tracker")
+    out("--tracker_name", type=plain_name, default="cogvideox-lora", help="name of the project in the tracker")
     out("--logging_dir", type=path, default="logs", help="folder for the tracker's files, inside --output_dir")
     out("--push_to_hub", action="store_true", help="upload the result to the hub after training")
     out("--hub_model_id", help="hub repository for the result (default: the name of --output_dir)")
@@ -242,8 +254,9 @@ def lora_to_start_from(args: argparse.Namespace) -> Path | None:
 
 def end(accelerator: Accelerator) -> None:
     # Without waiting torch 2.13 can hang at exit: gloo's thread and the destructor of DDP wait for each other.
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    with contextlib.suppress(RuntimeError):  # another rank may have left by now: the result is written
+        accelerator.wait_for_everyone()
+    trackers.end(accelerator)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -292,6 +305,16 @@ def plan_memory(args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, d
     if plan.impossible and not (args.allow_oversubscription or args.encode_only):
         raise ValueError(budget.refusal(plan))
     return plan
+
+
+def memory_advice(run: "Run", phase: str) -> str:
+    """Returns what would need less memory in a phase, and how much less by the prediction."""
+    settings = memory_settings(run.args, run.dtype, run.accelerator.device, run.ranks.count)
+    decided = {name: value for name, value in run.memory_plan._asdict().items() if name in Settings._fields}
+    options = budget.savings(phase, rehearsed_models(run.args, run.base), settings._replace(**decided))
+    return f"out of memory in {phase}; by the prediction, the cheapest first: " + ", ".join(
+        [*options, "or lower --max_num_frames, --height and --width"]
+    )
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -364,6 +387,7 @@ def prepare_data(
         everyone=ranks,
         used_by=args.output_dir,
         check_all=args.check_all and not is_checked,
+        before_encoding=partial(check_room, args, accelerator, ranks, base, memory_plan, listed),
         allow_damaged=args.allow_damaged,
     )
     if accelerator.device.type == "cuda":  # later peaks are those of training
@@ -372,6 +396,28 @@ def prepare_data(
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     training_data, held_out = data.split(args.validation_split, args.seed)
     return base, training_data, held_out
+
+
+def check_room(args, accelerator, ranks: Ranks, base, memory_plan: MemoryPlan, listed: Listing, facts) -> None:
+    """Refuses a run for whose cache, next checkpoint and result there is no room; the main rank looks."""
+    outlook = outlook_of(args, accelerator, ranks, base, memory_plan, listed=listed, facts=facts, num_checkpoints=1)
+    output_dir = None if args.encode_only else args.output_dir
+    check = partial(dry_run.check_disk, outlook, cache=cache_of(args, listed), output_dir=output_dir)
+    processes.from_main(accelerator, check)
+
+
+def outlook_of(
+    args, accelerator, ranks: Ranks, base, memory_plan: MemoryPlan, *, listed: Listing, facts, num_checkpoints: int
+) -> dry_run.Outlook:
+    settings = memory_settings(args, DTYPES[accelerator.mixed_precision], accelerator.device, ranks.count)
+    return dry_run.look_ahead(
+        rehearsed_models(args, base),
+        settings._replace(gradient_checkpointing=memory_plan.gradient_checkpointing),
+        facts,
+        captions={clip.caption for clip in listed.clips} | {*validation.prompts(args), ""},
+        views=2 if args.random_flip else 1,
+        num_checkpoints=num_checkpoints,
+    )
 
 
 def plan_updates(args, data: Data, ranks: Ranks, position: dict) -> Timeline:
@@ -708,8 +754,16 @@ def save(run: Run, step: int) -> None:
         record=run.timeline.position(step) | run.record,
         total_limit=run.args.checkpoints_total_limit,
     )
+    write_report(run)
+
+
+def write_report(run: Run) -> None:
+    """Writes the page of the run; training does not need it."""
     if run.accelerator.is_main_process:
-        report.write_report(run.args.output_dir)
+        try:
+            report.write_report(run.args.output_dir)
+        except (ValueError, OSError) as error:
+            print(f"\nreport.html is not written: {error}")
 
 
 def begins_with_validation(run: Run) -> bool:
@@ -745,7 +799,8 @@ class Validations:
             return stopped.number
         except validation.Failed as failed:
             self.failures += 1
-            message = f"the validation after update {step} has failed: {validation.cause(failed, run.memory_plan)}"
+            cause = validation.cause(failed, partial(memory_advice, run, "validation"))
+            message = f"the validation after update {step} has failed: {cause}"
             if self.failures == validation.MOST_FAILURES:
                 raise CannotContinue(f"{message}; it is the {self.failures}rd in a row") from failed
             run.accelerator.print(f"\n{message}; training continues")
@@ -753,8 +808,7 @@ class Validations:
         self.failures = 0
         if losses:
             keep_losses(run, step, losses)
-        if run.accelerator.is_main_process:
-            report.write_report(run.args.output_dir)
+        write_report(run)
         return 0
 
 
@@ -889,14 +943,9 @@ def report_dry_run(
     data, held_out = dataset.unencoded(clips, facts, view, base.latent_shape).split(args.validation_split, args.seed)
     timeline = plan_updates(args, data, ranks, position)
     level = memory_plan.gradient_checkpointing
-    settings = memory_settings(args, DTYPES[accelerator.mixed_precision], accelerator.device, ranks.count)
-    outlook = dry_run.look_ahead(
-        rehearsed_models(args, base),
-        settings._replace(gradient_checkpointing=level),
-        facts,
-        captions={clip.caption for clip in clips} | {*validation.prompts(args), ""},
-        views=2 if args.random_flip else 1,
-        num_checkpoints=timeline.count_checkpoints(args.checkpointing_steps, args.checkpoints_total_limit),
+    num_checkpoints = timeline.count_checkpoints(args.checkpointing_steps, args.checkpoints_total_limit)
+    outlook = outlook_of(
+        args, accelerator, ranks, base, memory_plan, listed=listed, facts=facts, num_checkpoints=num_checkpoints
     )
     dry_run.check_disk(outlook, cache=cache, output_dir=args.output_dir)
     lines = describe_run(
@@ -966,13 +1015,20 @@ def main(args: argparse.Namespace) -> None:
             stop.check()
             smoothed_loss = announce(run, starting, changed)
 
-        train(run, smoothed_loss)
+        try:
+            train(run, smoothed_loss)
+        except torch.OutOfMemoryError as error:
+            raise CannotContinue(
+                f"{memory_advice(run, 'training')}; --resume_from_checkpoint auto continues from the last checkpoint"
+            ) from error
 
         # Result.
         accelerator.print(f"Result: {checkpoints.save_result(accelerator, run.state, run.export, args.output_dir)}")
         end(accelerator)
     if uploads and accelerator.is_main_process:  # the other ranks do not wait for the upload
-        hub.push_to_hub(hub_repo, args.output_dir, base, options=vars(args), token=args.hub_token)
+        hub.push_to_hub(
+            hub_repo, args.output_dir, base, name=args.hub_model_id, options=vars(args), token=args.hub_token
+        )
 
 
 if __name__ == "__main__":

@@ -128,6 +128,17 @@ def _smaller(phase: str, settings: Settings, num_layers: int) -> list[tuple[str,
     return options
 
 
+def savings(phase: str, models: Models, settings: Settings) -> list[str]:
+    """Returns the options that make a phase smaller, each with the predicted GiB that it saves by itself."""
+    before, found = rehearse(phase, models, settings).peak_bytes, []
+    for option, change in _smaller(phase, settings, models.base.transformer["num_layers"]):
+        changed = settings._replace(**change)
+        saved = before - rehearse(phase, models, changed).peak_bytes if changed != settings else 0
+        if saved > 0:
+            found.append(f"{option} ({saved / GIB:.1f} GiB less)")
+    return found
+
+
 # ---- messages --------------------------------------------------------------------------------------------------------
 
 

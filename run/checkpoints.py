@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from cogvideox.base_model import BaseModel
 from cogvideox.lora import Export
 from cogvideox.lora_files import LORA_FILE, TRANSFORMER_FOLDER
-from files import CannotContinue, publish_folder, restore_folder, write_json
+from files import TEMPORARY, CannotContinue, publish_folder, restore_folder, write_json
 from run import course
 from run.manifest import read_manifest, write_manifest
 from run.optimizers import WeightAverage
@@ -41,6 +41,7 @@ from run.run_directory import (
     STATE_FILE,
     STATE_FOLDER,
     STATE_TENSORS,
+    VALIDATION_FOLDER,
     check_writable,
     checkpoint_folder,
     list_checkpoints,
@@ -101,18 +102,14 @@ def starting_point(output_dir: Path, resume_from: str | None) -> Start:
         ValueError: it is damaged, or the directory holds the results of a run that got further.
     """
     check_writable(output_dir)
-    restore_folder(output_dir / BEST_FOLDER)
     _remove_leftovers(output_dir)
     if resume_from not in ("latest", "auto"):
         return _start_at(output_dir, resume_from) if resume_from else _fresh_start(output_dir, resume_from)
-    remarks = []
+    remarks = _best_aside(output_dir)
     for checkpoint in reversed(list_checkpoints(output_dir)):
         if not (problem := damage(checkpoint)):
             return Start(checkpoint, _read_state(checkpoint), tuple(remarks))
-        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(checkpoint, aside)
-        remarks.append(f"{checkpoint}: passed over and renamed to {aside.name}: {problem}")
+        remarks.append(_set_aside(checkpoint, problem))
     if resume_from == "latest":
         seen = f" ({'; '.join(remarks)})" if remarks else ""
         raise FileNotFoundError(
@@ -120,6 +117,24 @@ def starting_point(output_dir: Path, resume_from: str | None) -> Start:
             "starts from the beginning"
         )
     return _fresh_start(output_dir, resume_from)._replace(remarks=tuple(remarks))
+
+
+def _set_aside(folder: Path, problem: str) -> str:
+    """Renames a damaged folder, and returns a line on it."""
+    aside = folder.with_name(f"damaged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    return f"{folder}: passed over and renamed to {aside.name}: {problem}"
+
+
+def _best_aside(output_dir: Path) -> list[str]:
+    """Sets the best result aside if its losses cannot be read, since no later one could be compared with it."""
+    try:
+        is_known = isinstance(read_best(output_dir).get("validation_loss", 0.0), float | int)
+        problem = None if is_known else f"its {BEST_FILE} has no validation_loss"
+    except ValueError as error:
+        problem = str(error)
+    return [_set_aside(output_dir / BEST_FOLDER, problem)] if problem else []
 
 
 def _start_at(output_dir: Path, resume_from: str) -> Start:
@@ -159,10 +174,14 @@ def _fresh_start(output_dir: Path, resume_from: str | None) -> Start:
 
 
 def _remove_leftovers(output_dir: Path) -> None:
-    """Removes what a killed process has left half-written; the caller holds the lock of the run directory."""
-    for path in output_dir.glob(".*"):
-        if path.name.endswith(".incomplete"):
-            shutil.rmtree(path, ignore_errors=True)
+    """Removes what killed processes have left half-written; the caller holds the lock of the run directory."""
+    restore_folder(output_dir / BEST_FOLDER)
+    for path in output_dir.glob(".*.incomplete"):
+        shutil.rmtree(path)
+    for folder in (output_dir, *output_dir.glob(f"{VALIDATION_FOLDER}/*")):
+        for path in folder.glob(".*"):
+            if TEMPORARY.fullmatch(path.name):
+                path.unlink()
 
 
 def damage(checkpoint: Path) -> str | None:

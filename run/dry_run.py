@@ -67,14 +67,20 @@ def look_ahead(
     return Outlook(num_trained, cache, result, round(state) + result, num_checkpoints)
 
 
-def check_disk(outlook: Outlook, *, cache: Path, output_dir: Path) -> None:
-    """Refuses a run whose files have no room; what is in the cache already counts as room."""
+def check_disk(outlook: Outlook, *, cache: Path, output_dir: Path | None) -> None:
+    """Refuses a run whose files have no room; what is in the cache already counts as room.
+
+    Args:
+        output_dir: None where nothing is trained.
+    """
     cached = sum(file.stat().st_size for file in cache.rglob("*.safetensors")) if cache.exists() else 0
     written = outlook.num_checkpoints * outlook.checkpoint + outlook.result
     for option, folder, needed, remedy in (
         ("--latents_cache_dir", cache, outlook.cache - cached, "give a folder on another disk"),
         ("--output_dir", output_dir, written, "keep fewer with --checkpoints_total_limit, or give another folder"),
     ):
+        if folder is None:
+            continue
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free
         if needed > free:

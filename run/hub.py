@@ -1,13 +1,15 @@
 """The result on the hub: its repository, the model card that says how to use it, the upload."""
 
+import shlex
 from pathlib import Path
 
 from huggingface_hub import ModelCardData, create_repo, upload_folder
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from cogvideox.base_model import BaseModel, published_as
 from cogvideox.lora import Lora
 from cogvideox.lora_files import LORA_FILE, TRANSFORMER_FOLDER
-from files import publish
+from files import CannotContinue, publish
 from run.run_directory import ARGS_FILE, METRICS_FILE, REPORT_FILE, VALIDATION_FOLDER, read_validation_videos
 
 CARD = """---
@@ -45,15 +47,26 @@ LOAD_TRANSFORMER = """transformer = CogVideoXTransformer3DModel.from_pretrained(
 pipe = {pipeline}.from_pretrained("{base_name}", transformer=transformer, torch_dtype=torch.bfloat16).to("cuda")"""
 
 
-def create_hub_repo(name: str, token: str | None) -> str:
-    """Creates the repository, before training so that a wrong token is found then, and returns its full name."""
+def create_hub_repo(name: str, token: str | None) -> str | None:
+    """Creates the repository, before training so that a wrong token is found then, and returns its full name.
+
+    Returns None if the hub cannot be reached; `push_to_hub` tries again.
+    """
     try:
         return create_repo(name, token=token, exist_ok=True).repo_id
     except Exception as error:  # the HTTP library's errors pass through, and which one it is depends on the version
+        answers = (HfHubHTTPError, ValueError, LocalTokenNotFoundError, OfflineModeIsEnabled)
+        if not isinstance(error, answers):  # the hub has not answered
+            print(f"--push_to_hub: the hub cannot be reached ({_first_line(error)}); it is tried again after training")
+            return None
         raise ValueError(
-            f"--push_to_hub: cannot create {name} ({str(error).strip().splitlines()[0]}); log in with `hf auth login`, "
+            f"--push_to_hub: cannot create {name} ({_first_line(error)}); log in with `hf auth login`, "
             "or pass --hub_token, or leave --push_to_hub out"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _is_local(base: BaseModel) -> bool:
@@ -142,10 +155,30 @@ def model_card(repo: str, base: BaseModel, options: dict, videos: dict[str, str]
     )
 
 
-def push_to_hub(repo: str, output_dir: Path, base: BaseModel, options: dict, token: str | None) -> None:
-    """Uploads the result, its card, the validation videos and the report; not the checkpoints."""
-    card = model_card(repo, base, options, last_validation(output_dir))
+def push_to_hub(
+    repo: str | None, output_dir: Path, base: BaseModel, *, name: str, options: dict, token: str | None
+) -> None:
+    """Uploads the result, its card, the validation videos and the report; not the checkpoints.
+
+    Args:
+        repo: from `create_hub_repo`.
+        name: of the repository, where `repo` is None.
+
+    Raises:
+        CannotContinue: the upload has failed; the message has the command for later.
+    """
+    card = model_card(repo or name, base, options, last_validation(output_dir))
     publish(output_dir / "README.md", card.encode())
     result = [LORA_FILE, f"{TRANSFORMER_FOLDER}/**"]
     about = ["README.md", f"{VALIDATION_FOLDER}/**", ARGS_FILE, METRICS_FILE, REPORT_FILE]
-    upload_folder(repo_id=repo, folder_path=output_dir, allow_patterns=result + about, token=token)
+    patterns = " ".join(f"--include {shlex.quote(pattern)}" for pattern in result + about)
+    later = f"hf upload {repo or name} {shlex.quote(str(output_dir))} . {patterns}"
+    print(f"uploading to {repo or name}; if it is interrupted: {later}", flush=True)
+    try:
+        repo = repo or create_repo(name, token=token, exist_ok=True).repo_id
+        upload_folder(repo_id=repo, folder_path=output_dir, allow_patterns=result + about, token=token)
+    except Exception as error:  # as in create_hub_repo
+        raise CannotContinue(
+            f"--push_to_hub: the upload has failed ({_first_line(error)}). The result is in {output_dir}; upload it "
+            f"with: {later}"
+        ) from error

@@ -1,6 +1,7 @@
 """The processes of a run: how they start, which of them share a disk, and how they end with a message."""
 
 import contextlib
+import errno
 import os
 import secrets
 import sys
@@ -226,7 +227,17 @@ def _ending_explained():
     except Stopped as stopped:
         _leave(128 + stopped.number, str(stopped))
     except CannotContinue as error:
-        _leave(3, f"error: {error}")
+        _leave(3, f"error: {error}", everywhere=True)
+    except torch.OutOfMemoryError as error:
+        advice = "docs/hardware.md lists what needs less memory, and --dry_run predicts each phase"
+        _leave(3, f"error: out of memory ({str(error).splitlines()[0]}); {advice}", everywhere=True)
+    except KeyboardInterrupt:
+        _leave(130, "interrupted")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        way_out = "free some space, then start again with --resume_from_checkpoint auto"
+        _leave(3, f"error: {error.filename or 'a file'}: {error.strerror}; what is saved stays: {way_out}")
     except RuntimeError as error:
         # NCCL's watchdog may end the process before such an error gets here.
         if not torch.distributed.is_initialized() or not any(words in str(error) for words in LOST):

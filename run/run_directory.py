@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 
 from files import publish, write_json
+from run import trackers
 
 STATE_FILE = "training_state.json"
 STATE_TENSORS = "training_state.pt"  # for a LoRA
@@ -144,14 +145,14 @@ def log_row(accelerator, output_dir: Path, row: dict, group: str = "train") -> N
     if accelerator.is_main_process:
         append_metrics(output_dir, row)
     shown = {f"{group}/{name.removeprefix(f'{group}_')}": value for name, value in row.items() if name != "step"}
-    accelerator.log(shown, step=row["step"])
+    trackers.log(accelerator, shown, row["step"])
 
 
 def log_skipped(accelerator, output_dir: Path, row: dict, reasons: list[str]) -> None:
     """Writes a row on an update that was skipped, with the reasons in metrics.jsonl only: trackers take numbers."""
     if accelerator.is_main_process:
         append_metrics(output_dir, row | {"reasons": reasons})
-    accelerator.log({"train/skipped_updates": row["skipped_updates"]}, step=row["step"])
+    trackers.log(accelerator, {"train/skipped_updates": row["skipped_updates"]}, row["step"])
 
 
 def append_metrics(output_dir: Path, row: dict) -> None:
@@ -221,7 +222,7 @@ def start_records(
     config = {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in options.items()}
     # accelerate gives trackers of files their folder, except this one.
     wandb = {"dir": os.environ.get("WANDB_DIR", accelerator.logging_dir)}
-    accelerator.init_trackers(tracker_name, config, {"wandb": wandb})
+    trackers.start(accelerator, tracker_name, config, {"wandb": wandb})
     if accelerator.is_main_process:
         versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "peft")}
         lineage = []
@@ -245,4 +246,17 @@ def read_best(output_dir: Path) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Returns what a file holds; empty where there is no file.
+
+    Raises:
+        ValueError: it is damaged; the message names it.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no names and values")
+        return content
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); move it away, training does not need it") from error

@@ -2,37 +2,28 @@
 
 import argparse
 import contextlib
-import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
-import imageio.v3 as iio
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 
 from clips.frames import read_image
 from clips.order import Ranks
 from cogvideox.base_model import BaseModel
-from cogvideox.budget import MemoryPlan
 from cogvideox.objective import generator_for, training_loss
 from cogvideox.sampling import encode_mp4, sample_video
 from dataset import Data
 from files import at_least
+from run import trackers
 from run.run_directory import write_validation_videos
+from run.trackers import Video
 
 MOST_FAILURES = 3  # in a row
-
-
-class Video(NamedTuple):
-    name: str
-    prompt: str
-    mp4: bytes
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -132,12 +123,12 @@ class Failed(RuntimeError):
     """A validation has failed on one of the ranks; the cause is known on that one."""
 
 
-def cause(failed: Failed, plan: MemoryPlan) -> str:
-    """Returns why a validation has failed, and the option that helps where memory is short."""
+def cause(failed: Failed, memory_advice: Callable[[], str]) -> str:
+    """Returns why a validation has failed, and what helps where memory is short."""
     error = failed.__cause__
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
-        return f"out of memory; {'lower --height or --width' if plan.tile_decoding else 'pass --enable_tiling'}"
+        return memory_advice()
     return f"{type(error).__name__}: {error}" if error else str(failed)
 
 
@@ -233,46 +224,4 @@ def sample_videos(
     videos = list({video.name: video for video in ranks.gather(videos)}.values())
     if accelerator.is_main_process:
         folder = write_validation_videos(output_dir, step, videos)
-        log_videos(accelerator, folder, videos, step)
-
-
-def log_videos(accelerator, folder: Path, videos: list[Video], step: int) -> None:
-    """Logs the videos to the trackers that show videos: tensorboard, wandb, trackio."""
-    loggers = {"tensorboard": _log_to_tensorboard, "wandb": _log_to_wandb, "trackio": _log_to_trackio}
-    for tracker in accelerator.trackers:
-        if tracker.name in loggers:
-            loggers[tracker.name](tracker, folder, videos, step)
-
-
-def _log_to_tensorboard(tracker, folder: Path, videos: list[Video], step: int) -> None:
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    # Animated GIFs: tensorboard's own add_video writes nothing without moviepy.
-
-    for video in videos:
-        frames = [Image.fromarray(frame) for frame in iio.imread(folder / video.name)]
-        duration = 1000 / iio.immeta(folder / video.name)["fps"]  # milliseconds
-        gif = io.BytesIO()
-        frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)
-        width, height = frames[0].size
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif.getvalue())
-        summary = Summary(value=[Summary.Value(tag=f"validation/{Path(video.name).stem}", image=image)])
-        tracker.writer.file_writer.add_summary(summary, step)
-        tracker.writer.add_text(f"validation/{Path(video.name).stem}", video.prompt, step)
-
-
-def _log_to_wandb(tracker, folder: Path, videos: list[Video], step: int) -> None:
-    import wandb
-
-    shown = [wandb.Video(str(folder / video.name), caption=video.prompt, format="mp4") for video in videos]
-    tracker.tracker.log({"validation": shown}, step=step)
-
-
-def _log_to_trackio(tracker, folder: Path, videos: list[Video], step: int) -> None:
-    import trackio
-
-    shown = {
-        f"validation/{Path(video.name).stem}": trackio.Video(folder / video.name, caption=video.prompt)
-        for video in videos
-    }
-    tracker.tracker.log(shown, step=step)
+        trackers.log_videos(accelerator, folder, videos, step)

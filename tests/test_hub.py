@@ -41,6 +41,23 @@ def test_push_to_hub_uploads_the_result_with_a_card_that_loads_it(
     assert not [p for p in (tmp_path / "my-run").rglob("*") if p.is_file() and b"secret" in p.read_bytes()]
 
 
+def unreachable(*_, **__):
+    raise ConnectionError("no route to the hub, asked for with secret-token".replace("secret-token", "a token"))
+
+
+def test_a_hub_that_cannot_be_reached_costs_no_training(tiny_checkpoint, tmp_path, train, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "create_repo", unreachable)
+    options = {"push_to_hub": True, "hub_token": "secret-token", "hub_model_id": "someone/mine", "max_train_steps": 1}
+    with pytest.raises(SystemExit) as stop:
+        train(tiny_checkpoint, tmp_path / "run", **options)
+    said = capsys.readouterr()
+    assert stop.value.code == 3 and (tmp_path / "run" / LORA_FILE).is_file()
+    assert "the hub cannot be reached (no route to the hub" in said.out and "tried again after training" in said.out
+    assert f"hf upload someone/mine {tmp_path}/run . --include {LORA_FILE}" in said.err
+    assert "secret-token" not in said.out + said.err
+    assert not [p for p in (tmp_path / "run").rglob("*") if p.is_file() and b"secret-token" in p.read_bytes()]
+
+
 # ---- the card
 
 APACHE = {"license": "apache-2.0"}

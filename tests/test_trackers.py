@@ -10,9 +10,13 @@ import types
 import pytest
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import LoggerType, ProjectConfiguration
 from conftest import ROOT, training_options
 
+import train_cogvideox_lora
+from cogvideox.lora_files import LORA_FILE
+from run import processes
 from run.run_directory import start_records
 
 OPTIONS = {"max_train_steps": 2, "validation_prompt": "a cat", "tracker_name": "name"}
@@ -34,7 +38,7 @@ def test_numbers_and_switches_reach_the_tracker_as_such(tiny_checkpoint, tmp_pat
 
 def test_a_tracker_gets_no_value_that_it_may_not_take(tmp_path):
     class Accelerator:
-        is_main_process, logging_dir = False, "logs"
+        is_main_process, logging_dir, log_with = False, "logs", ["any"]
 
         def init_trackers(self, name, config, init_kwargs):
             self.config = config
@@ -91,3 +95,55 @@ def test_wandb_gets_options_and_videos(tiny_checkpoint, clips, tmp_path):
     shown = [path.read_bytes() for path in tmp_path.glob("run/logs/wandb/offline-run-*/files/media/videos/*.mp4")]
     assert len(shown) == 2 and video in shown  # before the first update and after the last
     assert not (tmp_path / "wandb").exists()
+
+
+class Failing(GeneralTracker):
+    """Fails at one moment."""
+
+    name, requires_logging_directory, tracker = "failing", False, None
+
+    def __init__(self, moment):
+        super().__init__()
+        self.moment, self.steps = moment, []
+
+    def happens(self, moment):
+        if moment == self.moment:
+            raise ConnectionError("the network is gone\nand more")
+
+    def start(self):
+        self.happens("start")
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step, **_):
+        self.happens("log")
+        self.steps.append(step)
+
+    def finish(self):
+        self.happens("finish")
+
+
+@pytest.mark.parametrize("moment", ["start", "log", "finish"])
+def test_a_tracker_that_fails_is_named_once_and_training_continues(
+    tiny_checkpoint, tmp_path, train, monkeypatch, capsys, moment
+):
+    """Another one beside it is told everything."""
+    trackers, start = [Failing(moment), Failing("never")], processes.start
+
+    def with_both(**options):
+        accelerator, ranks = start(**options)
+        accelerator.log_with = trackers
+        return accelerator, ranks
+
+    monkeypatch.setattr(processes, "start", with_both)
+    rows = train(tiny_checkpoint, tmp_path / "run", max_train_steps=3)
+    error = capsys.readouterr().err
+    assert len(rows) == 3 and trackers[1].steps == [1, 2, 3] and (tmp_path / "run" / LORA_FILE).exists()
+    assert error.count("the network is gone; training continues without it") == 1 and "and more" not in error
+
+
+def test_the_name_of_a_project_is_no_path(capsys):
+    with pytest.raises(SystemExit):
+        train_cogvideox_lora.parse_args(training_options("m", "d", "o", tracker_name="../../elsewhere"))
+    assert "../../elsewhere: must be a name, not a path" in capsys.readouterr().err

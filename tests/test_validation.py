@@ -90,6 +90,7 @@ def test_the_loss_on_held_out_clips_is_the_training_loss_at_fixed_noise(tiny_che
 
 def cached(args, checkpoint):
     class Here:
+        mixed_precision = "no"
         device, is_main_process, print = torch.device("cpu"), False, staticmethod(print)
 
     whole = MemoryPlan("none", tile_encoding=False, tile_decoding=False)

@@ -1,0 +1,206 @@
+"""What may fail while training goes on: memory, disk, validation; and that nothing is loaded by pickle."""
+
+import ast
+import errno
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+from conftest import ROOT, reset_accelerate
+from safetensors.torch import load_file
+
+import train_cogvideox_lora
+from cogvideox import budget
+from cogvideox.lora_files import LORA_FILE
+from run import checkpoints, dry_run, validation
+from run.run_directory import list_checkpoints, read_metrics
+
+
+def ended(call, code):
+    with pytest.raises(SystemExit) as stop:
+        call()
+    reset_accelerate()
+    assert stop.value.code == code
+
+
+def failing(times, error, call):
+    """The function, which raises the error in its first calls."""
+    left = [times]
+
+    def fail(*args, **options):
+        if left[0]:
+            left[0] -= 1
+            raise error
+        return call(*args, **options)
+
+    return fail
+
+
+def test_out_of_memory_in_an_update_names_what_would_need_less(tiny_checkpoint, tmp_path, train, monkeypatch, capsys):
+    loss, seen = train_cogvideox_lora.training_loss, []
+
+    def out_of_memory(*args, **options):
+        seen.append(1)
+        if len(seen) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(*args, **options)
+
+    monkeypatch.setattr(train_cogvideox_lora, "training_loss", out_of_memory)
+    options = {"max_train_steps": 4, "checkpointing_steps": 2, "gradient_checkpointing": "none"}
+    ended(lambda: train(tiny_checkpoint, tmp_path / "run", **options), 3)
+    error = capsys.readouterr().err
+    assert "out of memory in training; by the prediction, the cheapest first: --gradient_checkpointing full (" in error
+    assert "GiB less)" in error and "--resume_from_checkpoint auto continues from the last checkpoint" in error
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+
+
+def test_what_is_said_to_save_memory_saves_it_by_the_rehearsal(checkpoint_of, monkeypatch, capsys):
+    """The figure of each option is the difference of two rehearsals, and the option alone makes it."""
+    line = ["--pretrained_model_name_or_path", str(checkpoint_of("5b")), "--instance_data_root", "d", "--rank", "4"]
+    args = train_cogvideox_lora.parse_args([*line, "--height", "64", "--width", "96", "--max_num_frames", "9"])
+    base = train_cogvideox_lora.read_base_model(args.pretrained_model_name_or_path, None, None, None)
+    settings = train_cogvideox_lora.memory_settings(args, torch.bfloat16, torch.device("cuda"), 1)
+    models = train_cogvideox_lora.rehearsed_models(args, base)
+    before = budget.rehearse("training", models, settings).peak_bytes
+    lines = budget.savings("training", models, settings)
+    smaller = settings._replace(gradient_checkpointing="full")
+    saved = (before - budget.rehearse("training", models, smaller).peak_bytes) / budget.GIB
+    assert lines[0] == f"--gradient_checkpointing full ({saved:.1f} GiB less)"
+    assert len(lines) == len(set(lines)) and all(" GiB less)" in line for line in lines)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("a codec is missing")])
+def test_a_validation_that_fails_does_not_end_training(tiny_checkpoint, tmp_path, train, monkeypatch, capsys, error):
+    without = train(tiny_checkpoint, tmp_path / "a", max_train_steps=4)
+    monkeypatch.setattr(validation, "sample_video", failing(2, error, validation.sample_video))
+    options = {"validation_prompt": "a cat", "validation_steps": 2, "max_train_steps": 4, "validate_first": False}
+    rows = train(tiny_checkpoint, tmp_path / "b", **options | {"validation_steps": 1})
+    said = capsys.readouterr().out
+    assert said.count("has failed: ") == 2 and "; training continues" in said
+    is_memory = isinstance(error, torch.OutOfMemoryError)
+    assert ("out of memory in validation; by the prediction" in said) == is_memory
+    assert ("RuntimeError: a codec is missing" in said) != is_memory
+    assert [row["loss"] for row in rows] == [row["loss"] for row in without]
+    assert sorted(path.name for path in (tmp_path / "b" / "validation").iterdir()) == ["step-000003", "step-000004"]
+
+
+def test_three_failed_validations_in_a_row_end_the_run(tiny_checkpoint, tmp_path, train, monkeypatch, capsys):
+    monkeypatch.setattr(validation, "sample_video", failing(99, RuntimeError("a codec is missing"), None))
+    options = {"validation_prompt": "a cat", "validation_steps": 1, "max_train_steps": 9, "checkpointing_steps": 1}
+    ended(lambda: train(tiny_checkpoint, tmp_path / "run", **options), 3)
+    error = capsys.readouterr().err
+    assert (
+        "the validation after update 2 has failed: RuntimeError: a codec is missing" in error
+        and "3rd in a row" in error
+    )
+    assert list_checkpoints(tmp_path / "run")[-1].name == "checkpoint-2"
+
+
+@pytest.mark.parametrize("place", ["torch.save", "run.checkpoints.write_manifest", "files.os.fsync"])
+def test_a_full_disk_ends_with_a_message_and_whole_checkpoints(
+    tiny_checkpoint, tmp_path, train, monkeypatch, capsys, place
+):
+    """What torch raises for it depends on where it happens; here it is the system's own error."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    save = checkpoints.save_checkpoint
+
+    def save_on_a_full_disk(*args, record, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            if record["step"] == 4:
+                patch.setattr(place, failing(99, full, None))
+            save(*args, record=record, **options)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", save_on_a_full_disk)
+    options = {"max_train_steps": 4, "checkpointing_steps": 2, "checkpoints_total_limit": 1}
+    ended(lambda: train(tiny_checkpoint, tmp_path / "run", **options), 3)
+    assert "checkpoint-4 cannot be written (No space left on device). checkpoint-2 is whole" in capsys.readouterr().err
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    rows = train(tiny_checkpoint, tmp_path / "run", **options, resume_from_checkpoint="auto")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_checkpoint_is_not_begun_where_there_is_no_room(tiny_checkpoint, tmp_path, train, monkeypatch, capsys):
+    usage = checkpoints.shutil.disk_usage
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
+    monkeypatch.setattr(dry_run, "check_disk", lambda *_, **__: None)  # room at the start
+    ended(lambda: train(tiny_checkpoint, tmp_path / "run", max_train_steps=2), 3)
+    error = capsys.readouterr().err
+    assert "checkpoint-2: needs 0.00 GiB, and " in error and "nothing is saved yet. Free some space" in error
+    assert list_checkpoints(tmp_path / "run") == [] and len(read_metrics(tmp_path / "run")) == 2
+
+
+def test_a_run_without_room_for_cache_and_checkpoint_is_refused_before_encoding(
+    tiny_checkpoint, clips, tmp_path, train, monkeypatch, capsys
+):
+    usage = dry_run.shutil.disk_usage
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
+    monkeypatch.setattr("cogvideox.encoders.video_encoder", lambda *_, **__: pytest.fail("a model was loaded"))
+    options = {"latents_cache_dir": tmp_path / "cache", "max_train_steps": 1}
+    ended(lambda: train(tiny_checkpoint, tmp_path / "run", **options), 2)
+    assert f"--latents_cache_dir {tmp_path}/cache: the run needs 0.00 GiB there" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_disk_that_is_really_full_ends_with_a_message(tiny_checkpoint, tmp_path, train, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this machine does not allow mounts")
+    try:
+        options = {"max_train_steps": 40, "checkpointing_steps": 2, "logging_steps": 100}
+        ended(lambda: train(tiny_checkpoint, disk / "run", **options), 3)
+        assert "GiB free" in (error := capsys.readouterr().err) or "No space left" in error
+        whole = list_checkpoints(disk / "run")
+        assert whole and all(checkpoints.damage(checkpoint) is None for checkpoint in whole)
+        assert torch.isfinite(load_file(whole[-1] / LORA_FILE).popitem()[1]).all()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def calls_of(node, name):
+    return [call for call in ast.walk(node) if isinstance(call, ast.Call) and ast.unparse(call.func) == name]
+
+
+@pytest.mark.parametrize("folder", [".", "run", "cogvideox", "clips", "pages"])
+def test_nothing_is_loaded_by_pickle(folder):
+    """Each torch.load says weights_only, and no module imports pickle."""
+    for path in (ROOT / folder).glob("*.py"):
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        for call in calls_of(module, "torch.load"):
+            assert "weights_only=True" in [ast.unparse(word) for word in call.keywords], path
+        imported = [ast.unparse(node) for node in ast.walk(module) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        assert not [line for line in imported if "pickle" in line], path
+
+
+def test_metrics_with_a_damaged_line_are_refused_by_name(tiny_checkpoint, tmp_path, train, capsys):
+    train(tiny_checkpoint, tmp_path / "run", max_train_steps=2)
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": \n' + json.dumps({"step": 3}) + "\n")
+    options = {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
+    ended(lambda: train(tiny_checkpoint, tmp_path / "run", **options), 2)
+    assert f"{path}: line 3 is no row of metrics" in capsys.readouterr().err
+
+
+def test_what_killed_runs_left_is_removed_by_the_next(tiny_checkpoint, tmp_path, train):
+    run, options = tmp_path / "run", {"validation_prompt": "a cat", "validation_split": 1, "checkpointing_steps": 1}
+    train(tiny_checkpoint, run, max_train_steps=1, **options)
+    (run / ".checkpoint-2.incomplete").mkdir()
+    (run / ".args.json.host-1.99.0123abcd").write_text("{")
+    (run / "validation" / "step-000001" / ".a.mp4.0123abcd").write_text("")
+    os.rename(run / "checkpoint-best", run / ".checkpoint-best.previous")  # killed in its replacement
+    train(tiny_checkpoint, run, max_train_steps=2, resume_from_checkpoint="auto", **options)
+    assert not [path for path in run.rglob(".*")] and (run / "checkpoint-best" / "best.json").is_file()
+
+
+def test_damaged_records_are_named_and_do_not_end_training(tiny_checkpoint, tmp_path, train, capsys):
+    run, options = tmp_path / "run", {"validation_split": 1, "checkpointing_steps": 1, "validation_prompt": "a cat"}
+    train(tiny_checkpoint, run, max_train_steps=1, **options)
+    (run / "checkpoint-best" / "best.json").write_text("{")
+    (run / "validation" / "step-000001" / "prompts.json").write_text("[]")
+    train(tiny_checkpoint, run, max_train_steps=2, resume_from_checkpoint="auto", **options)
+    said = capsys.readouterr().out
+    assert "renamed to damaged-checkpoint-best" in said and "report.html is not written: " in said
+    assert "prompts.json: damaged" in said and (run / "checkpoint-best" / "best.json").is_file()
