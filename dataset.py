@@ -714,11 +714,22 @@ def stacked(items: list[dict[str, torch.Tensor] | Damaged]) -> dict[str, torch.T
 
 
 def micro_batches(
-    data: Data, timeline: Timeline, ranks: Ranks, *, batch_size: int, seed: int, random_flip: bool, num_workers: int
+    data: Data,
+    timeline: Timeline,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    seed: int,
+    random_flip: bool,
+    num_workers: int,
+    in_worker: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Yields (number, batch) of this rank without end; a batch holds items of `CachedClips`, stacked.
 
     What is found damaged while reading ahead is encoded again when its batch is asked for, in the caller's thread.
+
+    Args:
+        in_worker: called at the start of each of the `num_workers` processes.
     """
     numbers = partial(itertools.count, timeline.first_batch + ranks.index, ranks.count)
     batches_of = partial(rank_batches, data.shapes, batch_size=batch_size, seed=seed, random_flip=random_flip)
@@ -727,6 +738,7 @@ def micro_batches(
         batch_sampler=batches_of(numbers=numbers()),
         collate_fn=stacked,
         num_workers=num_workers,
+        worker_init_fn=in_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # the default would draw from the global generator
     )

@@ -218,11 +218,11 @@ def where_to_start(
     """
 
     def find() -> Start:
-        if not (args.dry_run or args.encode_only):
+        if not args.dry_run:
             held.enter_context(run_directory.locked(args.output_dir))
-        return checkpoints.starting_point(args.output_dir, args.resume_from_checkpoint)
+        return checkpoints.starting_point(args.output_dir, args.resume_from_checkpoint, only_look=args.dry_run)
 
-    starting = processes.from_main(accelerator, find)
+    starting = Start.fresh() if args.encode_only else processes.from_main(accelerator, find)
     options = options_of(args, accelerator) | {"processes": ranks.count}
     changed = checkpoints.check_course(starting, options, base, allowed=args.change, derived=derived_options)
     for line in [*starting.remarks, *course.describe(starting.name, changed)]:
@@ -509,7 +509,28 @@ class Run(NamedTuple):
             seed=self.args.seed,
             random_flip=self.args.random_flip,
             num_workers=self.args.dataloader_num_workers,
+            in_worker=signals.ignore,
         )
+
+
+def checked_record(
+    args: argparse.Namespace, accelerator: Accelerator, ranks: Ranks, base: BaseModel, *, data: Data, starting: Start
+) -> tuple[dict, dict]:
+    """Returns what checkpoints will record beside the position, and what of the clips and weights has changed.
+
+    Raises:
+        ValueError: clips or weights are not those of the checkpoint, and --change does not allow it.
+    """
+    record = {
+        "options": options_of(args, accelerator),
+        "processes": ranks.count,
+        "base": {"identity": base.identity, "weights": encoders.transformer_fingerprint(base)},
+        "data": data.record,
+    }
+    changed = course.check_content(starting.name, starting.saved, record, args.change)
+    for line in course.describe(starting.name, changed):
+        accelerator.print(line)
+    return record, changed
 
 
 def prepare_run(
@@ -524,21 +545,9 @@ def prepare_run(
     held_out: Data,
     starting: Start,
     stop: signals.StopRequest,
+    record: dict,
 ) -> Run:
-    """Returns what the loop works with: the model as it starts or as the checkpoint holds it.
-
-    Raises:
-        ValueError: clips or weights are not those of the checkpoint, and --change does not allow it.
-    """
-    record = {
-        "options": options_of(args, accelerator),
-        "processes": ranks.count,
-        "base": {"identity": base.identity, "weights": encoders.transformer_fingerprint(base)},
-        "data": data.record,
-    }
-    changed = course.check_content(starting.name, starting.saved, record, args.change)
-    for line in course.describe(starting.name, changed):
-        accelerator.print(line)
+    """Returns what the loop works with: the model as it starts or as the checkpoint holds it."""
     position = course.moved_position(starting.saved, data.batches_per_epoch(args.train_batch_size))
     timeline = plan_updates(args, data, ranks, position)
 
@@ -639,13 +648,13 @@ def train(run: Run, smoothed_loss: float | None) -> None:
     args, timeline, skipped, validations = run.args, run.timeline, SkippedUpdates(run), Validations(run)
     if begins_with_validation(run) and (signal := validations.validate(timeline.first_step)):
         raise signals.Stopped(signal, "stopped in the first validation; the same command starts again")
-    micro_batches = run.micro_batches()
 
     # `seconds` of a row are those of updates only: the clock restarts after whatever else a turn does.
     clock_step, clock_start = timeline.first_step, time.perf_counter()
     last_saved = clock_start
     shown = {"total": timeline.total_steps, "initial": timeline.first_step}
     with (
+        contextlib.closing(run.micro_batches()) as micro_batches,
         run.image_encoder() as encode_images,
         progress_bar(run.accelerator, None, "Training", "update", **shown) as progress,
     ):
@@ -830,7 +839,7 @@ def agree(run: Run, error: Exception | None = None) -> None:
         validation.Failed: `error`, or one of another rank.
     """
     if error and run.accelerator.is_fsdp2:  # the others wait in the middle of a forward pass
-        raise error
+        raise CannotContinue(f"a validation has failed: {type(error).__name__}: {error}") from error
     signal, failed = processes.of_each_rank(run.accelerator, [run.stop.number, error is not None]).amax(0).tolist()
     if signal:
         raise signals.Stopped(int(signal), "stopped in a validation")
@@ -1000,6 +1009,7 @@ def main(args: argparse.Namespace) -> None:
                 return
 
             # What is trained, and from where.
+            record, other_content = checked_record(args, accelerator, ranks, base, data=data, starting=starting)
             run = prepare_run(
                 args,
                 accelerator,
@@ -1011,9 +1021,10 @@ def main(args: argparse.Namespace) -> None:
                 held_out=held_out,
                 starting=starting,
                 stop=stop,
+                record=record,
             )
             stop.check()
-            smoothed_loss = announce(run, starting, changed)
+            smoothed_loss = announce(run, starting, changed | other_content)
 
         try:
             train(run, smoothed_loss)

@@ -80,6 +80,10 @@ class Start(NamedTuple):
     saved: dict
     remarks: tuple[str, ...] = ()
 
+    @classmethod
+    def fresh(cls) -> "Start":
+        return cls(None, {"step": 0, "batches_seen": 0})
+
     @property
     def name(self) -> str:
         return self.checkpoint.name if self.checkpoint else ""
@@ -90,33 +94,39 @@ class Start(NamedTuple):
         return {name: self.saved[name] for name in ("step", "batches_seen")}
 
 
-def starting_point(output_dir: Path, resume_from: str | None) -> Start:
+def starting_point(output_dir: Path, resume_from: str | None, *, only_look: bool = False) -> Start:
     """Returns where to start; sets damaged checkpoints aside and removes what a killed run has left half-written.
 
     Args:
         resume_from: a checkpoint's name or path; "latest" for the newest complete one in `output_dir`; "auto" for the
             same, or a fresh run where there is none; None for a fresh run.
+        only_look: change nothing.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
         ValueError: it is damaged, or the directory holds the results of a run that got further.
     """
     check_writable(output_dir)
-    _remove_leftovers(output_dir)
-    if resume_from not in ("latest", "auto"):
-        return _start_at(output_dir, resume_from) if resume_from else _fresh_start(output_dir, resume_from)
-    remarks = _best_aside(output_dir)
-    for checkpoint in reversed(list_checkpoints(output_dir)):
+    remarks = []
+    if not only_look:
+        _remove_leftovers(output_dir)
+        remarks += _best_aside(output_dir)
+    if resume_from not in (None, "latest", "auto"):
+        return _start_at(output_dir, resume_from)._replace(remarks=tuple(remarks))
+    for checkpoint in reversed(list_checkpoints(output_dir) if resume_from else []):
         if not (problem := damage(checkpoint)):
             return Start(checkpoint, _read_state(checkpoint), tuple(remarks))
-        remarks.append(_set_aside(checkpoint, problem))
+        remarks.append(f"{checkpoint}: {problem}" if only_look else _set_aside(checkpoint, problem))
     if resume_from == "latest":
         seen = f" ({'; '.join(remarks)})" if remarks else ""
         raise FileNotFoundError(
             f"--resume_from_checkpoint latest: {output_dir} holds no complete checkpoint{seen}; pass auto, which then "
             "starts from the beginning"
         )
-    return _fresh_start(output_dir, resume_from)._replace(remarks=tuple(remarks))
+    _check_unused(output_dir, resume_from)
+    if not only_look:
+        shutil.rmtree(output_dir / BEST_FOLDER, ignore_errors=True)  # of a run killed before its first checkpoint
+    return Start.fresh()._replace(remarks=tuple(remarks))
 
 
 def _set_aside(folder: Path, problem: str) -> str:
@@ -159,18 +169,16 @@ def _start_at(output_dir: Path, resume_from: str) -> Start:
     return Start(checkpoint, saved)
 
 
-def _fresh_start(output_dir: Path, resume_from: str | None) -> Start:
-    results = [path for name in (LORA_FILE, TRANSFORMER_FOLDER) if (path := output_dir / name).exists()]
-    unfinished, best = list_checkpoints(output_dir)[-1:], output_dir / BEST_FOLDER
-    if resume_from == "auto" and not results:
-        shutil.rmtree(best, ignore_errors=True)  # of a run that was killed before its first checkpoint
-    elif used := [path.name for path in (*unfinished, best, *results) if path.exists()]:
+def _check_unused(output_dir: Path, resume_from: str | None) -> None:
+    """Refuses to begin a run where there are results of another; "auto" may repeat one that has only a best result."""
+    names = (LORA_FILE, TRANSFORMER_FOLDER) if resume_from else (BEST_FOLDER, LORA_FILE, TRANSFORMER_FOLDER)
+    results = [path for name in names if (path := output_dir / name).exists()]
+    if used := [path.name for path in (*list_checkpoints(output_dir)[-1:], *results)]:
         way_out = "" if resume_from else "continue that run with --resume_from_checkpoint auto, or "
         raise ValueError(
             f"--output_dir {output_dir}: holds {' and '.join(used)} of an earlier run, which a new run would mix with "
             f"its own; {way_out}choose another --output_dir"
         )
-    return Start(None, {"step": 0, "batches_seen": 0})
 
 
 def _remove_leftovers(output_dir: Path) -> None:

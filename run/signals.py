@@ -72,6 +72,16 @@ def noted() -> Iterator[StopRequest]:
         reader.close()
 
 
+def ignore(_worker: int = 0) -> None:
+    """Makes a worker process of a data loader leave signals to its parent, which ends it when it needs it no longer.
+
+    A terminal and Slurm send a signal to all processes; a worker that died would tear its parent out of an update.
+    """
+    signal.set_wakeup_fd(-1)  # inherited: it would report to the parent
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _listen(request: StopRequest, reader: socket.socket, launcher: int | None) -> None:
     first = 0.0
     while True:

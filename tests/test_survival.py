@@ -4,11 +4,14 @@ import ast
 import errno
 import json
 import os
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from conftest import ROOT, reset_accelerate
+from conftest import ROOT, reset_accelerate, training_options
 from safetensors.torch import load_file
 
 import train_cogvideox_lora
@@ -204,3 +207,59 @@ def test_damaged_records_are_named_and_do_not_end_training(tiny_checkpoint, tmp_
     said = capsys.readouterr().out
     assert "renamed to damaged-checkpoint-best" in said and "report.html is not written: " in said
     assert "prompts.json: damaged" in said and (run / "checkpoint-best" / "best.json").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_run_finishes_the_update_and_saves(
+    tiny_checkpoint, clips, tmp_path, train, number
+):
+    """To the workers of its data loader as well, as a terminal and Slurm send it; and the resumed run loses nothing."""
+    options = {"max_train_steps": 400, "dataloader_num_workers": 1, "checkpointing_steps": 1000}
+    line = [sys.executable, ROOT / "train_cogvideox_lora.py"]
+    line += training_options(tiny_checkpoint, clips, tmp_path / "run", **options)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        deadline = time.monotonic() + 120
+        while not read_metrics(tmp_path / "run") and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, error
+    (checkpoint,) = list_checkpoints(tmp_path / "run")
+    assert checkpoint.name == f"checkpoint-{read_metrics(tmp_path / 'run')[-1]['step']}" and checkpoint.name in error
+    if number == signal.SIGTERM:
+        step = int(checkpoint.name.removeprefix("checkpoint-"))
+        more = options | {"max_train_steps": step + 2}
+        resumed = train(tiny_checkpoint, tmp_path / "run", **more, resume_from_checkpoint="auto")
+        straight = train(tiny_checkpoint, tmp_path / "straight", **more)
+        assert [row["loss"] for row in resumed] == [row["loss"] for row in straight]
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    """After the seconds in which it could be the same one, passed on by a launcher."""
+    program = (
+        "import time; from run import signals; signals.SECONDS_OF_ONE_SIGNAL = 0.5\n"
+        "with signals.noted() as request: print('ready', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        for wait in (0.1, 1.0):
+            process.terminate()
+            time.sleep(wait)
+            assert process.poll() is None
+        process.terminate()
+        assert process.wait(timeout=10) == 143
+
+
+def test_a_run_whose_launcher_is_gone_ends_as_by_sigterm(tmp_path):
+    program = "import time; from run import signals\nwith signals.noted() as r:\n print('ready', flush=True)\n"
+    program += " while not r.number: time.sleep(0.1)\nprint(r.number, flush=True)"
+    launcher = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {program!r}])\ntime.sleep(60)"
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", launcher], cwd=ROOT, stdout=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.kill()
+        assert process.stdout.readline() == b"15\n"
