@@ -287,7 +287,8 @@ def save_checkpoint(
         publish_folder(temporary, final)
         if total_limit:
             for old in list_checkpoints(output_dir)[:-total_limit]:
-                shutil.rmtree(old)
+                os.rename(old, temporary)  # no half-deleted folder under a checkpoint's name
+                shutil.rmtree(temporary)
 
     with full_disk_explained(output_dir, final.name):
         from_main(accelerator, begin)

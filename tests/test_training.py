@@ -1,6 +1,7 @@
 """The training script end to end, on tiny models: what it leaves behind, and what it must not depend on."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -306,14 +307,14 @@ def test_a_checkpoint_is_complete_or_absent(tiny_checkpoint, clips, tmp_path, tr
 
 def test_the_new_checkpoint_is_complete_before_an_old_one_goes(tiny_checkpoint, tmp_path, train, monkeypatch):
     removed = []
-    rmtree = shutil.rmtree
+    rename = os.rename
 
-    def watch(path, **options):
-        if path.name.startswith("checkpoint-"):
-            removed.append((path.name, [c.name for c in list_checkpoints(tmp_path / "run")]))
-        rmtree(path, **options)
+    def watch(old, new):
+        if old.name.startswith("checkpoint-"):
+            removed.append((old.name, [c.name for c in list_checkpoints(tmp_path / "run")]))
+        rename(old, new)
 
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", watch)
+    monkeypatch.setattr(checkpoints.os, "rename", watch)
     train(tiny_checkpoint, tmp_path / "run", max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
     assert removed == [
         ("checkpoint-1", ["checkpoint-1", "checkpoint-2", "checkpoint-3"]),
