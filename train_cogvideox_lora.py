@@ -494,6 +494,7 @@ class Run(NamedTuple):
     state: checkpoints.State
     export: lora.Export
     stop: signals.StopRequest
+    failures: guard.Failures
     record: dict  # what a checkpoint records, beside the position
 
     def image_encoder(self) -> AbstractContextManager[Callable | None]:
@@ -575,6 +576,7 @@ def prepare_run(
         state=state,
         export=export,
         stop=stop,
+        failures=guard.Failures(),
         record=record,
     )
 
@@ -645,8 +647,8 @@ def train(run: Run, smoothed_loss: float | None) -> None:
         Stopped: a signal has asked for the end; a checkpoint of the last update is written.
         CannotContinue: too many updates in a row were skipped.
     """
-    args, timeline, skipped, validations = run.args, run.timeline, SkippedUpdates(run), Validations(run)
-    if begins_with_validation(run) and (signal := validations.validate(timeline.first_step)):
+    args, timeline = run.args, run.timeline
+    if begins_with_validation(run) and (signal := validate(run, timeline.first_step)):
         raise signals.Stopped(signal, "stopped in the first validation; the same command starts again")
 
     # `seconds` of a row are those of updates only: the clock restarts after whatever else a turn does.
@@ -667,7 +669,10 @@ def train(run: Run, smoothed_loss: float | None) -> None:
             is_saved = step % args.checkpointing_steps == 0 or step == timeline.total_steps or signal or is_late
             is_logged = step % args.logging_steps == 0 and not measured.is_skipped
             is_validated = timeline.due(step, args.validation_steps, args.validation_epochs) and not signal
-            skipped.count(step, measured, encode_images)
+            if measured.is_skipped:
+                count_skipped(run, step, measured, encode_images)
+            else:
+                run.failures.skipped_in_a_row = 0
             if is_logged:
                 seconds = (time.perf_counter() - clock_start) / (step - clock_step)
                 smoothed_loss = smoothed(measured.loss, smoothed_loss, weight=args.logging_steps / step)
@@ -676,7 +681,7 @@ def train(run: Run, smoothed_loss: float | None) -> None:
             if is_saved:
                 save(run, step)
                 last_saved = time.perf_counter()
-            if is_validated and (signal := validations.validate(step)) and not is_saved:
+            if is_validated and (signal := validate(run, step)) and not is_saved:
                 save(run, step)
             if signal:
                 raise signals.Stopped(signal, stopped_message(step))
@@ -691,40 +696,31 @@ def stopped_message(step: int) -> str:
     )
 
 
-class SkippedUpdates:
-    """Counts the updates that were skipped, names their clips, and ends the run after too many in a row."""
+def count_skipped(run: Run, step: int, measured: Update, encode_images: Callable | None) -> None:
+    """Counts and logs an update that was skipped. Every rank must call it.
 
-    def __init__(self, run: Run):
-        self.run, self.in_a_row = run, 0
-        self.total = run_directory.skipped_updates(run.args.output_dir) if run.accelerator.is_main_process else 0
-
-    def count(self, step: int, measured: Update, encode_images: Callable | None) -> None:
-        """Logs an update if it was skipped. Every rank must call it.
-
-        Raises:
-            CannotContinue: it is one of too many in a row.
-        """
-        run, scaler = self.run, self.run.accelerator.scaler
-        if not measured.is_skipped:
-            self.in_a_row = 0
-            return
-        is_overflow = scaler and isfinite(measured.loss) and scaler.get_scale() >= 1
-        suspects = guard.suspects(measured.micro_batches)
-        reasons = run.ranks.gather([describe_micro_batch(run, suspect, encode_images) for suspect in suspects])
-        if is_overflow:
-            reasons = [f"float16 gradients overflowed; their scale is now {scaler.get_scale():g}"]
-        self.in_a_row, self.total = self.in_a_row + (not is_overflow), self.total + 1
-        run.accelerator.print(f"\nupdate {step} is skipped: not finite: {'; '.join(reasons)}")
-        row = {"step": step, "epoch": round(run.timeline.epoch(step), 4), "skipped_updates": self.total}
-        run_directory.log_skipped(run.accelerator, run.args.output_dir, row, reasons)
-        if self.in_a_row == run.args.max_skipped_updates:
-            precision, rate = run.accelerator.mixed_precision, measured.learning_rate
-            raise CannotContinue(
-                f"{self.in_a_row} updates in a row were not finite (--max_skipped_updates), the last one: "
-                f"{'; '.join(reasons)}. {guard.advice(suspects, precision=precision, learning_rate=rate)}. The weights "
-                "are as before these updates, and no checkpoint was written since; --resume_from_checkpoint auto "
-                "continues from the last one"
-            )
+    Raises:
+        CannotContinue: it is one of too many in a row.
+    """
+    failures, scaler = run.failures, run.accelerator.scaler
+    is_overflow = scaler and isfinite(measured.loss) and scaler.get_scale() >= 1
+    suspects = guard.suspects(measured.micro_batches)
+    reasons = run.ranks.gather([describe_micro_batch(run, suspect, encode_images) for suspect in suspects])
+    if is_overflow:
+        reasons = [f"float16 gradients overflowed; their scale is now {scaler.get_scale():g}"]
+    failures.skipped += 1
+    failures.skipped_in_a_row += not is_overflow
+    run.accelerator.print(f"\nupdate {step} is skipped: not finite: {'; '.join(reasons)}")
+    row = {"step": step, "epoch": round(run.timeline.epoch(step), 4), "skipped_updates": failures.skipped}
+    run_directory.log_skipped(run.accelerator, run.args.output_dir, row, reasons)
+    if failures.skipped_in_a_row == run.args.max_skipped_updates:
+        precision, rate = run.accelerator.mixed_precision, measured.learning_rate
+        raise CannotContinue(
+            f"{failures.skipped_in_a_row} updates in a row were not finite (--max_skipped_updates), the last one: "
+            f"{'; '.join(reasons)}. {guard.advice(suspects, precision=precision, learning_rate=rate)}. The weights are "
+            "as before these updates, and no checkpoint was written since; --resume_from_checkpoint auto continues "
+            "from the last one"
+        )
 
 
 def describe_micro_batch(run: Run, one: MicroBatch, encode_images: Callable | None) -> str:
@@ -783,42 +779,37 @@ def begins_with_validation(run: Run) -> bool:
     return is_due and not processes.from_main(run.accelerator, is_complete)
 
 
-class Validations:
-    """Validates; training continues where that fails, but not after several failures in a row."""
+def validate(run: Run, step: int) -> int:
+    """Samples videos and computes the loss on held-out clips, both with the moving average if there is one.
 
-    def __init__(self, run: Run):
-        self.run, self.failures = run, 0
+    Returns:
+        The signal that has cut it short; 0 if none has.
 
-    def validate(self, step: int) -> int:
-        """Samples videos and computes the loss on held-out clips, both with the moving average if there is one.
-
-        Returns:
-            The signal that has cut it short; 0 if none has.
-
-        Raises:
-            CannotContinue: it has failed as often in a row as is allowed.
-        """
-        run = self.run
-        try:
-            with run.state.average.applied():
-                if run.args.validation_prompt:
-                    sample_videos(run, step)
-                losses = held_out_losses(run) if run.held_out.shapes else None
-        except signals.Stopped as stopped:
-            return stopped.number
-        except validation.Failed as failed:
-            self.failures += 1
-            cause = validation.cause(failed, partial(memory_advice, run, "validation"))
-            message = f"the validation after update {step} has failed: {cause}"
-            if self.failures == validation.MOST_FAILURES:
-                raise CannotContinue(f"{message}; it is the {self.failures}rd in a row") from failed
-            run.accelerator.print(f"\n{message}; training continues")
-            return 0
-        self.failures = 0
-        if losses:
-            keep_losses(run, step, losses)
-        write_report(run)
+    Raises:
+        CannotContinue: it has failed as often in a row as is allowed; less often, training continues.
+    """
+    losses, failures = None, run.failures
+    try:
+        with run.state.average.applied():
+            if run.args.validation_prompt:
+                sample_videos(run, step)
+            if run.held_out.shapes:
+                losses = held_out_losses(run)
+    except signals.Stopped as stopped:
+        return stopped.number
+    except validation.Failed as failed:
+        failures.validations_in_a_row += 1
+        cause = validation.cause(failed, partial(memory_advice, run, "validation"))
+        message = f"the validation after update {step} has failed: {cause}"
+        if failures.validations_in_a_row == validation.MOST_FAILURES:
+            raise CannotContinue(f"{message}; it is the {validation.MOST_FAILURES}rd in a row") from failed
+        run.accelerator.print(f"\n{message}; training continues")
         return 0
+    failures.validations_in_a_row = 0
+    if losses:
+        keep_losses(run, step, losses)
+    write_report(run)
+    return 0
 
 
 def keep_losses(run: Run, step: int, losses: dict[str, float]) -> None:
@@ -904,6 +895,7 @@ def announce(run: Run, start: Start, changed: dict) -> float | None:
     run_directory.start_records(
         accelerator, args.output_dir, args.tracker_name, record, resumed_from=start.checkpoint, changed=changed
     )
+    run.failures.skipped = run_directory.skipped_updates(args.output_dir)
     return run_directory.smoothed_loss(args.output_dir)
 
 

@@ -45,6 +45,7 @@ from cogvideox.lora import add_lora, count_trained, lora_of, trained_parameters
 from cogvideox.rehearsal import models_of, rehearse
 from files import at_least, write_json
 from run import checkpoints, processes, run_directory
+from run.guard import Failures
 from run.optimizers import WeightAverage
 from run.signals import StopRequest
 
@@ -263,6 +264,7 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> train.Ru
         state=checkpoints.State(transformer, optimizer, lr_scheduler, average),
         export=None,
         stop=StopRequest(),
+        failures=Failures(),
         record={},
     )
 

@@ -1,11 +1,21 @@
 """Names the causes of updates whose loss or gradient is not finite, and what to do about them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 LARGEST_CACHED = 1e4  # latents and embeddings of real clips and captions stay far below it
+
+
+@dataclass
+class Failures:
+    """How often something has failed while training went on."""
+
+    skipped: int = 0  # updates, over all starts of the run
+    skipped_in_a_row: int = 0
+    validations_in_a_row: int = 0
 
 
 class MicroBatch(NamedTuple):
