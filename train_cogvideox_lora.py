@@ -653,7 +653,7 @@ def train(run: Run, smoothed_loss: float | None) -> None:
 
     # `seconds` of a row are those of updates only: the clock restarts after whatever else a turn does.
     clock_step, clock_start = timeline.first_step, time.perf_counter()
-    last_saved = clock_start
+    last_saved, is_due = clock_start, False
     shown = {"total": timeline.total_steps, "initial": timeline.first_step}
     with (
         contextlib.closing(run.micro_batches()) as micro_batches,
@@ -666,7 +666,9 @@ def train(run: Run, smoothed_loss: float | None) -> None:
             progress.update()
 
             signal, is_late = map(int, measured.requests)
-            is_saved = step % args.checkpointing_steps == 0 or step == timeline.total_steps or signal or is_late
+            # Not on a skipped update: it would replace the last checkpoint that is known to be good.
+            is_due = is_due or step % args.checkpointing_steps == 0 or is_late
+            is_saved = (is_due and not measured.is_skipped) or step == timeline.total_steps or signal
             is_logged = step % args.logging_steps == 0 and not measured.is_skipped
             is_validated = timeline.due(step, args.validation_steps, args.validation_epochs) and not signal
             if measured.is_skipped:
@@ -680,7 +682,7 @@ def train(run: Run, smoothed_loss: float | None) -> None:
                 progress.set_postfix(loss=f"{smoothed_loss:.4f}", lr=f"{measured.learning_rate:.2e}", refresh=False)
             if is_saved:
                 save(run, step)
-                last_saved = time.perf_counter()
+                last_saved, is_due = time.perf_counter(), False
             if is_validated and (signal := validate(run, step)) and not is_saved:
                 save(run, step)
             if signal:
