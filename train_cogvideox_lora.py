@@ -1028,7 +1028,9 @@ def main(args: argparse.Namespace) -> None:
             ) from error
 
         # Result.
-        accelerator.print(f"Result: {checkpoints.save_result(accelerator, run.state, run.export, args.output_dir)}")
+        limit = args.checkpoints_total_limit
+        result = checkpoints.save_result(accelerator, run.state, run.export, args.output_dir, total_limit=limit)
+        accelerator.print(f"Result: {result}")
         end(accelerator)
     if uploads and accelerator.is_main_process:  # the other ranks do not wait for the upload
         hub.push_to_hub(

@@ -285,16 +285,21 @@ def save_checkpoint(
         write_json(temporary / STATE_FILE, record | numbers)
         write_manifest(temporary)
         publish_folder(temporary, final)
-        if total_limit:
-            for old in list_checkpoints(output_dir)[:-total_limit]:
-                os.rename(old, temporary)  # no half-deleted folder under a checkpoint's name
-                shutil.rmtree(temporary)
+        _prune(output_dir, total_limit)
 
     with full_disk_explained(output_dir, final.name):
         from_main(accelerator, begin)
         if is_whole:
             dcp.save(tensors, checkpoint_id=temporary / STATE_FOLDER, no_dist=not is_initialized())
         from_main(accelerator, write)
+
+
+def _prune(output_dir: Path, total_limit: int | None) -> None:
+    """Deletes the oldest checkpoints over the limit."""
+    for old in list_checkpoints(output_dir)[:-total_limit] if total_limit else []:
+        aside = old.with_name(f".{old.name}.incomplete")
+        os.rename(old, aside)  # no half-deleted folder under a checkpoint's name
+        shutil.rmtree(aside)
 
 
 def load_checkpoint(accelerator, state: State, start: Start, changes: list[str]) -> None:
@@ -368,12 +373,17 @@ def save_best(accelerator, state: State, export: Export, output_dir: Path, *, st
         from_main(accelerator, write)
 
 
-def save_result(accelerator, state: State, export: Export, output_dir: Path) -> Path:
+def save_result(accelerator, state: State, export: Export, output_dir: Path, *, total_limit: int | None) -> Path:
     """Writes the result of the run and returns its path. Every rank must call it."""
+
+    def write() -> Path:
+        _prune(output_dir, total_limit)  # a run that was killed after its last checkpoint may not have
+        return export(weights, output_dir)
+
     weights = result_weights(state)
     _check_finite(accelerator, weights, "the result")
     with full_disk_explained(output_dir, "the result"):
-        return from_main(accelerator, lambda: export(weights, output_dir))
+        return from_main(accelerator, write)
 
 
 def _check_finite(accelerator, tensors: dict, name: str) -> None:
