@@ -3,6 +3,7 @@
 What differs between base models is read from their configs, never from their names.
 """
 
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -294,21 +295,34 @@ def _where(base: BaseModel) -> dict:
     return {option: value for option, value in base.hub.items() if option != "variant"}
 
 
+@contextlib.contextmanager
+def _buildable(part: str):
+    """Turns what the libraries raise for values that fit no model into a message."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {why_not_loaded(error)}"
+        raise ValueError(
+            f"{part} of the base model: its config describes no model that can be built ({reason}); take that folder "
+            "from the published model"
+        ) from error
+
+
 def empty_transformer(config: dict) -> CogVideoXTransformer3DModel:
     """Builds the transformer on the meta device, without memory for its weights; its config has all defaults."""
     # diffusers 0.42.1 lists there which values were defaults, and takes the default whatever the config says now.
     config = {name: value for name, value in config.items() if name != "_use_default_values"}
-    with torch.device("meta"):
+    with torch.device("meta"), _buildable("transformer/"):
         return CogVideoXTransformer3DModel.from_config(config)
 
 
 def empty_vae(config: dict) -> AutoencoderKLCogVideoX:
-    with torch.device("meta"):
+    with torch.device("meta"), _buildable("vae/"):
         return AutoencoderKLCogVideoX.from_config(config)
 
 
 def empty_text_encoder(config: dict) -> T5EncoderModel:
-    with torch.device("meta"):
+    with torch.device("meta"), _buildable("text_encoder/"):
         return T5EncoderModel(T5Config(**config))
 
 
@@ -386,7 +400,8 @@ def load_tokenizer(base: BaseModel):
             reason = why_not_loaded(error)
             raise ValueError(f"{base.name}: its tokenizer cannot be downloaded ({reason}); try again") from error
     _check_tokenizer(folder)
-    return AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    with _buildable("tokenizer/"):
+        return AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
 
 
 def load_transformer(base: BaseModel, dtype: torch.dtype) -> CogVideoXTransformer3DModel:

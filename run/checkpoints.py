@@ -198,6 +198,8 @@ def damage(checkpoint: Path) -> str | None:
         state = _read_state(checkpoint)
     except FileNotFoundError:
         return f"it has no {STATE_FILE}"
+    except OSError as error:
+        return f"its {STATE_FILE} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {STATE_FILE} is damaged ({error})"
     if state["format"] > FORMAT:

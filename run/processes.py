@@ -203,6 +203,13 @@ LOST = (
 )  # fmt: skip
 
 
+# Errors of disks, folders and limits of the system, no faults of the script.
+SURROUNDINGS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EMFILE,
+    errno.ENFILE,
+}  # fmt: skip
+
+
 @contextlib.contextmanager
 def endings_explained():
     """Turns what ends a run early into a message and an exit code: 3, or 128 and the number of the signal.
@@ -234,10 +241,14 @@ def _ending_explained():
     except KeyboardInterrupt:
         _leave(130, "interrupted")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in SURROUNDINGS:
             raise
-        way_out = "free some space, then start again with --resume_from_checkpoint auto"
-        _leave(3, f"error: {error.filename or 'a file'}: {error.strerror}; what is saved stays: {way_out}")
+        where = f"{error.filename}: " if error.filename else ""
+        _leave(
+            3,
+            f"error: {where}{error.strerror}. What is saved stays; put that right, and start again with "
+            "--resume_from_checkpoint auto",
+        )
     except RuntimeError as error:
         # NCCL's watchdog may end the process before such an error gets here.
         if not torch.distributed.is_initialized() or not any(words in str(error) for words in LOST):

@@ -83,7 +83,8 @@ def locked(output_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder has become read-only: no reason to hide why the run ends
+            path.unlink()
         file.close()
         with suppress(OSError):  # not empty
             output_dir.rmdir()
