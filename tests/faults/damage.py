@@ -82,15 +82,17 @@ def check_found(world: World, kind: str, file: str, way: str, seed: int) -> bool
     Raises:
         AssertionError: it is not found, or its description does not name the file.
     """
-    folder = copied(world, kind, f"look-{kind}")
+    folder = copied(world, kind, f"look-{kind}-{file.replace('/', '-')}-{way.replace(' ', '-')}-{seed}")
     path = folder / NEWEST / file
     before = path.read_bytes()
     WAYS[way](path, random.Random(f"{file} {way} {seed}"))
     problem = damage(folder / NEWEST)
     if is_harmless(before, path):
+        shutil.rmtree(folder)
         return False
     assert problem, f"{file}, {way}, seed {seed}: not found"
     assert Path(file).name in problem or file == MANIFEST_FILE, f"{file}, {way}, seed {seed}: {problem}"
+    shutil.rmtree(folder)
     return True
 
 

@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from conftest import training_options
 from same_bits import first_difference, read_tensors
 
 from run.manifest import MANIFEST_FILE
-from run.run_directory import ARGS_FILE, METRICS_FILE, REPORT_FILE, STATE_TENSORS, read_metrics
+from run.run_directory import ARGS_FILE, METRICS_FILE, REPORT_FILE, STATE_FILE, STATE_TENSORS, read_metrics
 
 SECONDS_UNTIL_HUNG = 60
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
@@ -40,6 +41,7 @@ KINDS = {"lora": {"lora_dropout": 0.1, "ema_decay": 0.5}, "sft": {"training_type
 NOT_COMPARED = (ARGS_FILE, REPORT_FILE, MANIFEST_FILE)  # they hold times, places and hashes of the others
 TAKES_TIME = ("seconds", "peak_memory_gib")
 
+_making = threading.Lock()
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["train_cogvideox_lora", "faults.harness"])
 
@@ -98,14 +100,22 @@ class Started(NamedTuple):
 
 
 @contextmanager
-def started(line: list[str], *, ranks: int = 1, disturb: Callable[[], None] | None = None, **environment):
+def started(
+    line: list[str],
+    *,
+    ranks: int = 1,
+    disturb: Callable[[], None] | None = None,
+    log: Path | None = None,
+    **environment,
+):
     """Starts a run, and kills what is left of it when the `with` block ends.
 
     Args:
         line: options of the training script.
         disturb: called in each process before the script; it must be importable, or a `partial` of such a function.
+        log: file for what the run says (default: beside its output directory).
     """
-    log = Path(line[line.index("--output_dir") + 1]).with_suffix(".log")
+    log = log or Path(line[line.index("--output_dir") + 1]).with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     each = ENVIRONMENT | environment
@@ -211,6 +221,11 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def hold(gate: Path) -> None:
+    """Waits until a file is there."""
+    wait_until(gate.exists)
+
+
 def kill_at(place: Place, rank: int = 0) -> None:
     if int(os.environ.get("RANK", 0)) == rank:
         at(place, die)
@@ -232,6 +247,10 @@ def left_by(output_dir: Path) -> dict[str, str]:
             found |= {f"{name}: {key}": value for key, value in read_tensors(path).items()}
         elif path.name == STATE_TENSORS:
             found |= {f"{name}: {key}": value for key, value in _hashes(torch.load(path)).items()}
+        elif path.name == STATE_FILE:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            del state["options"]["instance_data_root"]
+            found[name] = json.dumps(state)
         elif path.name in NOT_COMPARED or path.parent.name == "training_state":
             found[name] = "file"
         else:
@@ -265,20 +284,28 @@ def leftovers(*folders: Path) -> list[str]:
 def undisturbed(world: World, kind: str = "lora", ranks: int = 1, **options) -> dict[str, str]:
     """Returns what the undisturbed run leaves, which is made once."""
     folder = world.folder / "-".join(["undisturbed", kind, str(ranks), *map(str, options.values())])
-    if not folder.exists():
-        ended = run(world.course(folder, kind, **options), ranks=ranks)
-        assert ended.codes == [0] * ranks, ended.output[-3000:]
+    make_once(folder, world.course(folder, kind, **options), ranks=ranks)
     return left_by(folder)
 
 
-def check_resumed(world: World, output_dir: Path, kind: str = "lora", ranks: int = 1, **options) -> Ended:
+def make_once(folder: Path, line: list[str], code: int = 0, **options) -> None:
+    """Runs the script if its output directory is not there yet; further arguments are those of `started`."""
+    with _making:
+        if not folder.exists():
+            ended = run(line, **options)
+            assert set(ended.codes) == {code}, ended.output[-3000:]
+
+
+def check_resumed(
+    world: World, output_dir: Path, kind: str = "lora", ranks: int = 1, log: Path | None = None, **options
+) -> Ended:
     """Resumes a disturbed run, and compares what it leaves with what the undisturbed one has left.
 
     Raises:
         AssertionError: they differ, or something temporary is left.
     """
     expected = undisturbed(world, kind, ranks, **{key: value for key, value in options.items() if key in COURSE})
-    ended = run(world.course(output_dir, kind, **options, resume_from_checkpoint="auto"), ranks=ranks)
+    ended = run(world.course(output_dir, kind, **options, resume_from_checkpoint="auto"), ranks=ranks, log=log)
     assert ended.codes == [0] * ranks, ended.output[-3000:]
     difference = first_difference(expected, left_by(output_dir))
     assert difference is None, difference
