@@ -24,8 +24,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
-os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 from faults import damage, kills, long_run, mutations, nonfinite, stops, surroundings
 from faults.harness import World
@@ -158,7 +159,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--flips", type=positive, default=50, metavar="N", help="bits to flip and places to truncate, of each file")
     add("--inputs", type=at_least(0), default=300, metavar="N", help="inputs with something wrong in them")
     add("--updates", type=at_least(60), default=5000, metavar="N", help="updates of the long run")
-    add("--jobs", type=positive, default=2, metavar="N", help="trials at the same time; the long run is alone")
+    add("--jobs", type=positive, default=2, metavar="N", help="trials at the same time; of the long run's, one")
     add("--folder", type=expanded_path, metavar="FOLDER", help="where to run (default: a temporary folder)")
     add("--output", type=expanded_path, metavar="FILE", help="file to write the JSON to; parts that are in it stay")
     return parser.parse_args(argv)

@@ -30,7 +30,7 @@ from run.manifest import MANIFEST_FILE
 from run.run_directory import ARGS_FILE, METRICS_FILE, REPORT_FILE, STATE_FILE, STATE_TENSORS, read_metrics
 
 SECONDS_UNTIL_HUNG = 60
-ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 # A validation falls before the first checkpoint, one on a checkpoint, one on the last update, which is both.
 COURSE = {
     "max_train_steps": 7, "checkpointing_steps": 3, "checkpoints_total_limit": 2, "gradient_accumulation_steps": 2,
