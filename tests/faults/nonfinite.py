@@ -140,7 +140,7 @@ def check(world: World, name: str) -> None:
     folder = harness.fresh(world.folder / "nonfinite" / name.replace(" ", "-").replace(",", ""))
     note = folder.with_suffix(".json")
     note.unlink(missing_ok=True)
-    folder.parent.mkdir(exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     ended = harness.run(world.options(folder, **COURSE), disturb=partial(put, poison, note))
     check_saved(folder)
     rows = read_metrics(folder)
