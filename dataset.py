@@ -181,6 +181,15 @@ def encode_dataset(
     )
 
 
+def describe_cache(parts: list[Data]) -> str:
+    """Returns a line on what is encoded of the parts of a dataset, and where it is."""
+    files = [part.clips for part in parts]
+    num_clips = len({paths[0] for clips in files for paths in clips.latents})
+    num_captions = len({path for clips in files for path in clips.captions})
+    folder = files[0].latents[0][0].parents[1]
+    return f"encoded: {count_clips(num_clips)}, captions: {num_captions}, in {folder}; nothing was trained"
+
+
 def content_record(clips: list[Clip], facts: list[Facts], view: View, *, random_flip: bool) -> dict:
     """Returns hashes that differ between datasets that are not the same to a model."""
     return {

@@ -12,6 +12,7 @@ compute the same.
 
 import argparse
 import contextlib
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -901,6 +902,15 @@ def announce(run: Run, start: Start, changed: dict) -> float | None:
     return run_directory.smoothed_loss(args.output_dir)
 
 
+def describe_result(args: argparse.Namespace, result: Path) -> list[str]:
+    """Returns lines on what a run has made, and the command that makes a video with it."""
+    option = "lora_path" if args.training_type == "lora" else "transformer_path"
+    prompt = (validation.prompts(args) or [" ".join(filter(None, [args.id_token, "..."]))])[0]
+    words = ["python", "cli_demo.py", f"--{option}", str(args.output_dir), "--prompt", prompt]
+    page = args.output_dir / run_directory.REPORT_FILE
+    return [f"Result: {result}", f"page of the run: {page}", f"a video with it: {shlex.join(words)}"]
+
+
 def describe_data(data: Data, held_out: Data) -> list[str]:
     return [data.summary()] + ([f"held out: {held_out.summary()}"] if held_out.shapes else [])
 
@@ -997,8 +1007,7 @@ def main(args: argparse.Namespace) -> None:
                 progress=partial(stop_checked, stop, accelerator),
             )
             if args.encode_only:
-                lines = [*describe_data(data, held_out), "encoded: nothing was trained (--encode_only)"]
-                accelerator.print(*lines, sep="\n")
+                accelerator.print(*describe_data(data, held_out), dataset.describe_cache([data, held_out]), sep="\n")
                 end(accelerator)
                 return
 
@@ -1030,7 +1039,7 @@ def main(args: argparse.Namespace) -> None:
         # Result.
         limit = args.checkpoints_total_limit
         result = checkpoints.save_result(accelerator, run.state, run.export, args.output_dir, total_limit=limit)
-        accelerator.print(f"Result: {result}")
+        accelerator.print(*describe_result(args, result), sep="\n")
         end(accelerator)
     if uploads and accelerator.is_main_process:  # the other ranks do not wait for the upload
         hub.push_to_hub(
