@@ -172,10 +172,10 @@ def main() -> int:
         for part in args.only:
             print(f"\n{part}", flush=True)
             results[part] = run_part(PARTS[part](world, args), 1 if part == "long" else args.jobs)
+            if args.output:
+                write_json(args.output, report(results, args.output))
     for part, result in results.items():
         print(f"{part:<13} {result['passed']} of {result['trials']} passed, {result['skipped']} skipped")
-    if args.output:
-        write_json(args.output, report(results, args.output))
     return any(result["failed"] for result in results.values())
 
 

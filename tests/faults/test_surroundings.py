@@ -5,7 +5,11 @@ import pytest
 from faults import surroundings
 
 
-@pytest.mark.parametrize("name", surroundings.CHECKS)
+FULL_DISKS = ("before the metrics begin", "before a row", "in a checkpoint", "in a best", "in encoding")
+SAMPLE = [name for name in surroundings.CHECKS if name.startswith("a full disk") <= name.endswith(FULL_DISKS)]
+
+
+@pytest.mark.parametrize("name", SAMPLE)
 def test_this_ends_in_its_message_or_is_harmless(world, name):
     try:
         surroundings.CHECKS[name](world)
