@@ -181,7 +181,7 @@ def run_ours(work: Work, stages: dict | None = None) -> float:
     """Returns the seconds of our preprocessing; adds those of its stages, which may overlap, to `stages`."""
     encode_videos = functools.partial(encoders.encode_videos, work.vae)
     encode_captions = functools.partial(
-        encoders.encode_captions, work.tokenizer, work.text_encoder, max_length=MAX_LENGTH
+        encoders.encode_captions, work.tokenizer, work.text_encoder, max_length=MAX_LENGTH, cut={}
     )
     with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
         if stages is not None:

@@ -19,6 +19,7 @@ from clips.listing import LFS, Clip, is_lfs_pointer, other_spelling
 from files import file_hash
 
 LEAST_CUT, LEAST_UNSEEN_SECONDS = 0.005, 0.05  # share of the picture; less is not worth a word
+MOST_LINES = 20  # of the message that lists problems
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue
 
 
@@ -254,4 +255,26 @@ def _enumeration(clips: list[Clip]) -> str:
 def list_problems(root: Path | str, problems: list[str], consequence: str) -> str:
     """Returns the error message for problems whose consequence is, for example, "nothing is trained"."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return f"{root}: {count} in the dataset, {consequence}:\n  " + "\n  ".join(problems)
+    return f"{root}: {count} in the dataset, {consequence}:\n  " + "\n  ".join(grouped(problems))
+
+
+def grouped(problems: list[str]) -> list[str]:
+    """Returns all problems, or of more than MOST_LINES some of each kind, and how many more there are of it."""
+    if len(problems) <= MOST_LINES:
+        return problems
+    kinds = {}
+    for problem in problems:
+        kinds.setdefault(_kind(problem), []).append(problem)
+    each, lines = max(1, MOST_LINES // len(kinds) - 1), []
+    for of_kind in (shown := list(kinds.values())[: MOST_LINES // 2]):
+        lines += of_kind[:each]
+        lines += [f"... and {len(of_kind) - each} more like this"] if len(of_kind) > each else []
+    if others := len(problems) - sum(map(len, shown)):
+        lines.append(f"... and {others} of {len(kinds) - len(shown)} other kinds")
+    return lines
+
+
+def _kind(problem: str) -> str:
+    """Returns what the problems of a kind have in common: their way out, after the last semicolon."""
+    _, semicolon, remedy = problem.rpartition("; ")
+    return re.sub(r"\d+", "", remedy.partition(":")[0]) if semicolon else problem

@@ -236,24 +236,49 @@ def find_layout(root: Path, caption_column: str | None = None, video_column: str
         raise ValueError(f"{tables[0]}: {rule}; pass those, or leave the options out")
     if any(name.endswith(".txt") or (root / name).is_file() for name in named):
         return LISTS
-    found = [name for name in TABLES if (root / name).is_file()]
-    if not (named and found):
-        found += [LISTS] * any((root / name).is_file() for name in (CAPTIONS_FILE, VIDEOS_FILE))
-        found += [SAT] * ((root / "videos").is_dir() and (root / "labels").is_dir())
-        found += [BESIDE] * any(path.with_suffix(".txt").is_file() for path in _media(root))
+    found = _evidence(root)
+    if named and any(layout in TABLES for layout in found):
+        found = {layout: files for layout, files in found.items() if layout in TABLES}
+    elif caption := _caption_beside(root):
+        found[BESIDE] = [os.path.relpath(caption, root)]
     if len(found) > 1:
+        layouts = [name if name in files else f"{name}: {', '.join(files)}" for name, files in found.items()]
         raise ValueError(
-            f"{root}: fits {len(found)} layouts ({'; '.join(found)}), which may disagree; move the files of all but "
+            f"{root}: fits {len(found)} layouts ({'; '.join(layouts)}), which may disagree; move the files of all but "
             "one to another folder, or name one by --caption_column: a list file or a column"
         )
-    return found[0] if found else LISTS
+    return next(iter(found), LISTS)
+
+
+def _evidence(root: Path) -> dict[str, list[str]]:
+    """Returns the layouts for which something in a folder itself speaks, its subfolders left out, and what that is."""
+    layouts = {table: [table] for table in TABLES} | {LISTS: [CAPTIONS_FILE, VIDEOS_FILE]}
+    found = {layout: [name for name in names if (root / name).is_file()] for layout, names in layouts.items()}
+    found[SAT] = [SAT] if (root / "videos").is_dir() and (root / "labels").is_dir() else []
+    return {layout: names for layout, names in found.items() if names}
+
+
+def _caption_beside(root: Path) -> str | None:
+    """Returns a text file of the name of a clip beside it, if there is one; Windows may hide that it ends twice."""
+    for folder, names in _folders(root):
+        texts = {name for name in names if name.endswith(".txt")}
+        for stem in (stem for stem, suffix in map(os.path.splitext, names) if suffix.lower() in MEDIA_SUFFIXES):
+            if caption := next((name for name in (f"{stem}.txt", f"{stem}.txt.txt") if name in texts), None):
+                return os.path.join(folder, caption)
+    return None
+
+
+def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yields a folder and its subfolders but for hidden ones, and the names of the files in each, in order."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))  # not into the cache
+        yield folder, sorted(name for name in names if not name.startswith("."))
 
 
 def _files(root: Path) -> Iterator[str]:
     """Yields the files in a folder and its subfolders but for hidden ones, folder by folder, by name."""
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))  # not into the cache
-        yield from (os.path.join(folder, name) for name in sorted(names) if not name.startswith("."))
+    for folder, names in _folders(root):
+        yield from (os.path.join(folder, name) for name in names)
 
 
 def _media(root: Path) -> Iterator[Path]:
@@ -282,7 +307,25 @@ def _read_pairs(root: Path, layout: str) -> tuple[list[Clip], list[str]]:
     ]
     if not clips:
         problems.append(f"{folder}: no videos or images in it; copy them there")
+    if problems and layout == BESIDE and (datasets := _datasets_in(root)):
+        problems.insert(0, _meant_datasets(root, datasets))
     return clips, problems
+
+
+def _datasets_in(root: Path) -> list[str]:
+    """Returns the names of the subfolders that are datasets of their own."""
+    subfolders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [path.name for path in subfolders if _evidence(path)]
+
+
+def _meant_datasets(root: Path, names: list[str]) -> str:
+    """Returns the problem of a folder that was probably given in place of datasets in it."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    paths = " ".join(str(root / name) for name in names[:3])
+    return (
+        f"{root}: has datasets of their own in it ({', '.join(names[:3])}{more}); pass the folders of the datasets in "
+        f"its place, several after each other: {paths}{' ...' if more else ''}"
+    )
 
 
 def _read_caption(path: Path) -> tuple[str, str | None]:
@@ -290,6 +333,9 @@ def _read_caption(path: Path) -> tuple[str, str | None]:
     if not path.is_file():
         if path.exists():
             return "", f"no caption: {path} is not a plain file; write a text file of that name"
+        if (twice := path.with_name(f"{path.name}.txt")).is_file():
+            there = f"{twice.name}, which Windows may show as {path.name}"
+            return "", f"no caption: {path} is missing, but there is {there}; rename it to {path.name}"
         if there := other_spelling(path):
             return "", f"no caption: {path} is missing, but there is {there}; rename it, its spelling is another"
         return "", f"no caption: {path} is missing; write it, or move the clip to another folder"
@@ -445,6 +491,8 @@ def _read_lists(root: Path, named: dict[str, str]) -> tuple[list[Clip], list[str
 
 def _no_layout(root: Path) -> str:
     """Returns the problem of a folder in which nothing tells the captions."""
+    if datasets := _datasets_in(root):
+        return _meant_datasets(root, datasets)
     others = sorted(path.name for path in root.iterdir() if not path.name.startswith(".") and path.is_file())
     others = [name for name in others if Path(name).suffix.lower() not in MEDIA_SUFFIXES]
     beside = f", and beside them {', '.join(others[:5])}" if others else ""

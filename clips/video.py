@@ -8,6 +8,8 @@ Shapes: H height, W width, C channels.
 
 import itertools
 import math
+import shlex
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -24,9 +26,10 @@ NO_FRAME = "no frame where the file promises one"
 FRAMES_COMPARED = 8  # decoded to see whether the packets of a file tell when its frames are shown
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # by their numbers in ITU-T H.273
 TO_SDR = (
-    "ffmpeg -i in -vf zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:desat=0,"
-    "zscale=t=bt709:m=bt709:r=tv,format=yuv420p -c:v libx264 -crf 16 out.mp4"
+    "-vf zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:desat=0,"
+    "zscale=t=bt709:m=bt709:r=tv,format=yuv420p -c:v libx264 -crf 16"
 )
+FFMPEG_OF_IMAGEIO = '"$(python -c "import imageio_ffmpeg; print(imageio_ffmpeg.get_ffmpeg_exe())")"'
 
 av.logging.set_level(av.logging.ERROR)  # what FFmpeg reports is collected by `Capture`, nothing is printed
 av.logging.set_skip_repeated(False)
@@ -90,7 +93,7 @@ def examine_video(path: Path) -> tuple[Video, np.ndarray]:
             )
         times, time_base = range(len(times)), 1 / Fraction(rate)
     times = np.array(sorted(times), np.int64)
-    _refuse_hdr(first[0])
+    _refuse_hdr(path, first[0])
     width, height = _shown_size(first[0], pixel_shape)
     video = Video(
         width=width,
@@ -104,11 +107,14 @@ def examine_video(path: Path) -> tuple[Video, np.ndarray]:
     return video, times
 
 
-def _refuse_hdr(frame: av.VideoFrame) -> None:
+def _refuse_hdr(path: Path, frame: av.VideoFrame) -> None:
     if transfer := HDR_TRANSFERS.get(frame.color_trc):
+        ffmpeg = "ffmpeg" if shutil.which("ffmpeg") else FFMPEG_OF_IMAGEIO
+        source, result = (shlex.quote(str(file)) for file in (path, path.with_name(f"{path.stem}-sdr.mp4")))
         raise ValueError(
             f"is HDR video ({transfer}), whose colours would be taken for washed-out SDR, and how bright it is meant "
-            f"to look is a matter of taste; make SDR of it with a tone curve that you like, such as: {TO_SDR}"
+            "to look is a matter of taste; make SDR of it with a tone curve that you like, and put that in its place, "
+            f"for example: {ffmpeg} -i {source} {TO_SDR} {result}"
         )
 
 

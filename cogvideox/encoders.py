@@ -5,10 +5,11 @@ f = (F - 1) / 4 + 1, h = H / 8, w = W / 8. L prompt tokens, D text width.
 """
 
 import hashlib
-import warnings
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from cogvideox import quantized
 from cogvideox.base_model import BaseModel, load_tokenizer
 
 TOKENS_AT_ONCE = 1024  # that T5 encodes together, the captions' padding included
+EXAMPLES = 3  # of captions that are cut off
 WEIGHTS = (".safetensors", ".bin")  # suffixes of files of weights
 PIXELS_AT_ONCE = 2**20  # that the VAE encodes together, over all frames of small clips
 
@@ -123,7 +125,7 @@ def caption_encoder(base: BaseModel, dtype, device, precision: str = "bf16") -> 
     Args:
         precision: of T5's linear layers, from `quantized.PRECISIONS`; they are quantised one by one on `device`.
     """
-    tokenizer = load_tokenizer(base)
+    tokenizer, max_length, cut = load_tokenizer(base), base.transformer["max_text_seq_length"], {}
     text_encoder = T5EncoderModel.from_pretrained(
         base.folder, subfolder="text_encoder", dtype=dtype, variant=base.variant
     )
@@ -131,7 +133,9 @@ def caption_encoder(base: BaseModel, dtype, device, precision: str = "bf16") -> 
         quantized.quantize_linears(text_encoder.encoder, precision, device)
     text_encoder.to(device).eval()
     try:
-        yield partial(encode_captions, tokenizer, text_encoder, max_length=base.transformer["max_text_seq_length"])
+        yield partial(encode_captions, tokenizer, text_encoder, max_length=max_length, cut=cut)
+        if cut:
+            print(describe_cut_captions(cut, max_length), file=sys.stderr)
     finally:
         text_encoder.to("meta")  # frees the memory even if something still refers to T5
         torch.cuda.empty_cache()
@@ -155,18 +159,29 @@ def encode_images(vae: AutoencoderKLCogVideoX, images: torch.Tensor) -> torch.Te
 
 
 @torch.no_grad()
-def encode_captions(tokenizer, text_encoder: T5EncoderModel, captions: list[str], max_length: int) -> torch.Tensor:
-    """Embeddings [B, L, D]; the padding is kept and no mask is used, since CogVideoX attends to all L tokens."""
+def encode_captions(
+    tokenizer, text_encoder: T5EncoderModel, captions: list[str], max_length: int, cut: dict[str, int]
+) -> torch.Tensor:
+    """Returns embeddings [B, L, D]; the padding is kept and no mask used, as CogVideoX attends to all L tokens.
+
+    Args:
+        cut: receives each caption that is too long, and how many of its tokens are cut off.
+    """
     for caption in captions:
         length = len(tokenizer(caption, verbose=False).input_ids)
         if length > max_length:
-            warnings.warn(
-                f"CogVideoX reads {max_length} tokens of a caption; the last {length - max_length} are cut off of: "
-                f"{caption[:60]} ...",
-                stacklevel=2,
-            )
+            cut[caption] = length - max_length
     tokens = tokenizer(captions, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
     return text_encoder(tokens.input_ids.to(text_encoder.device))[0]
+
+
+def describe_cut_captions(cut: dict[str, int], max_length: int) -> str:
+    """Returns a line on captions that are too long; `cut` holds how many tokens of each are cut off."""
+    most = sorted(cut.items(), key=itemgetter(1), reverse=True)[:EXAMPLES]
+    examples = "; ".join(f"the last {tokens} of: {caption[:60]} ..." for caption, tokens in most)
+    count = "1 caption is" if len(cut) == 1 else f"{len(cut)} captions are"
+    such_as = ", such as" if len(cut) > len(most) else ""
+    return f"CogVideoX reads {max_length} tokens of a caption; {count} longer and cut off{such_as}: {examples}"
 
 
 def cut_caption(tokenizer, caption: str, max_length: int) -> tuple[int, str]:

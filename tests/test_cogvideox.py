@@ -335,12 +335,22 @@ def test_timesteps_cover_the_schedule_one_per_sample(tiny_checkpoint):
     assert torch.histc(drawn.float(), 10, 0, 1000).min() > 140  # 200 on average
 
 
-def test_a_caption_that_is_too_long_is_cut_with_a_word(tiny_checkpoint):
+def test_captions_that_are_too_long_are_cut_with_one_line_for_all_of_them(tiny_checkpoint, capsys):
     checkpoint = download_weights(read_base_model(str(tiny_checkpoint)))
     with caption_encoder(checkpoint, torch.float32, "cpu") as encode:
-        with pytest.warns(UserWarning, match="the last 75 are cut off of: a circle"):
-            embeds = encode(["a circle", "a circle " * 150])
+        embeds = encode(["a circle", "a circle " * 150])
         assert embeds.shape == (2, 226, 32)
+    line = "CogVideoX reads 226 tokens of a caption; 1 caption is longer and cut off: the last 75 of: a circle a"
+    assert line in capsys.readouterr().err
+    with caption_encoder(checkpoint, torch.float32, "cpu") as encode:
+        for number in (160, 130, 150, 170, 150):  # the last one is encoded twice, as in a batch that is filled up
+            encode(["a circle " * number])
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "CogVideoX reads" in line)
+    assert "4 captions are longer and cut off, such as: the last 115 of: a circle" in said
+    assert said.count("; the last") == 2 and "the last 75 of" in said and "the last 35 of" not in said
+    with caption_encoder(checkpoint, torch.float32, "cpu") as encode:
+        encode(["a circle"])
+    assert "CogVideoX reads" not in capsys.readouterr().err
 
 
 # ---- what a base model is

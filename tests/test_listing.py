@@ -14,7 +14,8 @@ import pytest
 from make_example import make_clips
 from PIL import Image
 
-from clips.facts import examine, remarks
+from clips import check
+from clips.facts import examine, grouped, remarks
 from clips.frames import View
 from clips.listing import BESIDE, LISTS, SAT, Folder, find_layout, folder_option, read_clips, read_listing
 from cogvideox.lora_files import LORA_FILE
@@ -115,7 +116,7 @@ def test_two_layouts_at_once_are_refused_unless_one_is_named(other, drawn, tmp_p
     folder = lay_out(other, drawn, tmp_path / "clips")
     for name in ("videos.txt", "prompts.txt"):
         shutil.copy(drawn / name, folder)
-    with pytest.raises(ValueError, match="fits 2 layouts .*two lists.*--caption_column"):
+    with pytest.raises(ValueError, match="fits 2 layouts .*two lists: prompts.txt, videos.txt.*--caption_column"):
         read_clips(folder)
     assert len(read_clips(folder, "prompts.txt", "videos.txt")[0]) == 3
 
@@ -269,6 +270,11 @@ MISTAKES = {
     "a caption in another case": Mistake(
         "b.txt is missing, but there is {root}/b.TXT; rename", BESIDE_A | {"b.mp4": CLIP, "b.TXT": "x"}
     ),
+    "a caption that ends twice": Mistake(
+        "{root}/b.txt is missing, but there is b.txt.txt, which Windows may show as b.txt; rename it to b.txt",
+        BESIDE_A | {"b.mp4": CLIP, "b.txt.txt": "x"},
+    ),
+    "only captions that end twice": Mistake("but there is b.txt.txt, which", {"b.mp4": CLIP, "b.txt.txt": "x"}),
     "a caption with accents apart": Mistake(
         "but there is {root}/e\u0301.txt; rename it", BESIDE_A | {"\xe9.mp4": CLIP, "e\u0301.txt": "x"}
     ),
@@ -286,12 +292,29 @@ MISTAKES = {
     "no labels": Mistake("a.txt is missing; write it", {"videos/a.mp4": CLIP, "labels": FOLDER}),
     "no videos": Mistake("videos: no videos or images in it", {"videos/a.doc": "", "labels/a.txt": "x"}),
     "two tables": in_json("fits 2 layouts (metadata.jsonl; metadata.csv)", ROW, files={"metadata.csv": "text"}),
-    "a table and captions": in_json("fits 2 layouts (metadata.jsonl; a caption beside", ROW, files={"a.txt": "x"}),
+    "a table and captions": in_json(
+        "(metadata.jsonl; a caption beside each clip: b/a.txt)", ROW, files={"b/a.mp4": CLIP, "b/a.txt": "x"}
+    ),
     "lists and labels": in_lists(
-        "fits 2 layouts (two lists; videos/ and labels/)", "x", "a.mp4", {"videos": FOLDER, "labels": FOLDER}
+        "fits 2 layouts (two lists: prompts.txt, videos.txt; videos/ and labels/)",
+        "x",
+        "a.mp4",
+        {"videos": FOLDER, "labels": FOLDER},
     ),
     "nothing": Mistake("{root}: holds 0 videos and images, but no captions", {}),
     "only videos": Mistake("holds 2 videos and images, but no captions: ", {"a.mp4": CLIP, "b/b.mp4": CLIP}),
+    "the folder of several datasets": Mistake(
+        "{root}: has datasets of their own in it (a, b, c and 1 more); pass the folders of the datasets in its place, "
+        "several after each other: {root}/a {root}/b {root}/c ...",
+        {
+            "a/prompts.txt": "x", "a/videos.txt": "a.mp4", "b/metadata.jsonl": json.dumps(ROW), "b/a.mp4": CLIP,
+            "c/videos/a.mp4": CLIP, "c/labels/a.txt": "x", "d/videos.txt": "a.mp4", "e": FOLDER, ".f/videos.txt": "",
+        },
+    ),
+    "datasets beside captions beside clips": Mistake(
+        "{root}: has datasets of their own in it (b); pass the folders",
+        {"a/a.mp4": CLIP, "a/a.txt": "x", "b/b.mp4": CLIP, "b/videos.txt": "b.mp4", "b/prompts.txt": "x"},
+    ),
     "a table of another name": Mistake("beside them metadata.json, but no", {"metadata.json": "[]", "a.mp4": CLIP}),
 }  # fmt: skip
 
@@ -327,6 +350,33 @@ def test_a_mistake_in_a_dataset_is_said_with_its_place_and_the_way_out(name, dra
     problems, message = problems_of(tmp_path, mistake.options), mistake.message.replace("{root}", str(tmp_path))
     assert any(message in problem for problem in problems), problems
     assert all("; " in problem or ": pass " in problem for problem in problems)
+
+
+def test_many_problems_are_told_by_kind_with_their_number(drawn, tmp_path, capsys):
+    """As they are when the folder of several datasets is passed, or a disk is not there."""
+    for number in range(40):
+        (tmp_path / f"{number:02d}.mp4").touch()
+    for name in ("00", "01"):
+        (tmp_path / f"{name}.txt").write_text("x")
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "videos.txt").write_text("a.mp4")
+    with pytest.raises(SystemExit):
+        check.main([str(tmp_path)])
+    said = capsys.readouterr().err
+    first, *lines = said[said.index("python dataset.py check: error") :].splitlines()
+    assert first.endswith("79 problems in the dataset, training refuses it:") and len(lines) <= 20
+    assert "has datasets of their own in it (dataset)" in lines[0]
+    assert lines[1].endswith("02.txt is missing; write it, or move the clip to another folder")
+    assert "  ... and 33 more like this" in lines and "  ... and 35 more like this" in lines
+    assert lines[7].startswith(f"  {tmp_path}/00.mp4: the file is empty")
+
+
+def test_problems_of_many_kinds_are_not_all_told():
+    problems = [f"line {number}: x; way out {chr(65 + number % 13)}" for number in range(30)]
+    lines = grouped(problems)
+    assert lines[:2] == ["line 0: x; way out A", "... and 2 more like this"] and len(lines) == 21
+    assert lines[-1] == "... and 6 of 3 other kinds"
+    assert grouped(problems[:20]) == problems[:20]
 
 
 PARQUET_MISTAKES = {

@@ -3,7 +3,9 @@
 import gc
 import random
 import re
+import shutil
 import subprocess
+import sys
 
 import av
 import imageio_ffmpeg
@@ -191,11 +193,29 @@ def test_what_is_not_shown_as_meant_is_remarked_on(media, name, remark):
 
 
 @pytest.mark.parametrize(
-    "name, problem", [("hlg.mp4", r"HDR video \(HLG\).*ffmpeg -i in"), ("sound_only.mp4", "holds no video")]
+    "name, problem", [("hlg.mp4", r"HDR video \(HLG\).*hlg-sdr\.mp4$"), ("sound_only.mp4", "holds no video")]
 )
 def test_what_cannot_be_used_is_refused_by_name(media, name, problem):
     with pytest.raises(ValueError, match=problem):
         examine_video(media(name))
+
+
+@pytest.mark.parametrize("has_ffmpeg", [True, False])
+def test_the_line_of_the_message_makes_sdr_beside_the_hdr_file(media, tmp_path, monkeypatch, has_ffmpeg):
+    hdr = shutil.copy(media("hlg.mp4"), tmp_path / "my clip's.mp4")
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if has_ffmpeg else None)
+    with pytest.raises(ValueError, match="is HDR video") as refused:
+        examine_video(hdr)
+    line = str(refused.value).partition("for example: ")[2]
+    assert line.startswith("ffmpeg -i " if has_ffmpeg else '"$(python -c ')
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    name, program = ("ffmpeg", FFMPEG) if has_ffmpeg else ("python", sys.executable)
+    (programs / name).write_text(f'#!/bin/sh\nexec "{program}" "$@"\n')
+    (programs / name).chmod(0o755)
+    subprocess.run(line, shell=True, check=True, capture_output=True, env={"PATH": str(programs)})
+    sdr, times = examine_video(tmp_path / "my clip's-sdr.mp4")
+    assert (sdr.width, sdr.height, len(times)) == (320, 240, 30)
 
 
 @pytest.mark.parametrize("content", [b"", b"text\n", b"\0" * 4096])
