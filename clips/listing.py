@@ -146,6 +146,9 @@ def read_listing(
                 clip._replace(line=line, place=f"{folder.path}, {clip.named}" if clip.place != "" else str(clip.video))
                 for line, clip in enumerate(clips, start=len(listing.clips) + 1)
             ]
+        if folder.times > 1:
+            shown = f"{len(clips)} clips, each shown {folder.times} times an epoch, {folder.times * len(clips)} in all"
+            listing.remarks.append(f"{folder.path}: {shown}")
         listing.layouts.append(layout)
         listing.remarks.extend(_left_out(folder.path, layout, clips))
         listing.problems.extend(problems)

@@ -459,6 +459,7 @@ def test_several_folders_are_one_dataset_and_each_clip_names_its_folder(drawn, t
     listing = read_listing([Folder(lists), Folder(beside, times=2), Folder(table)], id_token="DISNEY")
     assert listing.layouts == [LISTS, BESIDE, "metadata.jsonl"] and listing.problems == []
     assert listing.name == f"{lists}, {beside}=2, {table}"
+    assert listing.describe().splitlines()[3:] == [f"{beside}: 3 clips, each shown 2 times an epoch, 6 in all"]
     assert [clip.line for clip in listing.clips] == list(range(1, 10))
     assert [clip.times for clip in listing.clips] == [1] * 3 + [2] * 3 + [1] * 3
     first, beside_clip, row = listing.clips[0], listing.clips[3], listing.clips[8]
