@@ -83,9 +83,13 @@ def describe(listed: Listing, all_seen: list[Seen], view: View) -> list[str]:
     return [listed.describe(), headline(facts, view), *remarks(clips, facts, view)]
 
 
+def all_problems(listed: Listing, all_seen: list[Seen]) -> list[str]:
+    return listed.problems + [seen.problem for seen in all_seen if seen.problem]
+
+
 def refuse_problems(listed: Listing, all_seen: list[Seen], consequence: str) -> None:
     """Raises a ValueError that lists the problems of a dataset, if it has any."""
-    if problems := listed.problems + [seen.problem for seen in all_seen if seen.problem]:
+    if problems := all_problems(listed, all_seen):
         raise ValueError(list_problems(listed.name, problems, consequence))
 
 

@@ -42,6 +42,7 @@ class Clip(NamedTuple):
     image: Path | None = None  # image that the video starts from; None: its own first frame
     place: str | None = None  # where it was read from, "" if its own name says it; None: line `line` of the lists
     times: int = 1  # how often an epoch shows it
+    problems: tuple[str, ...] = ()  # of how it is listed, which `Listing.problems` has as well
 
     @property
     def named(self) -> str:
@@ -141,9 +142,13 @@ def read_listing(
             raise ValueError(f"{folder.path}: is named twice; name it once, with =2 to show its clips twice an epoch")
         layout, clips, problems = _read_folder(folder.path, caption_column, video_column, image_column, id_token)
         if len(folders) > 1:  # lines and files of the same name may be in each of them
-            problems = [p if p.startswith(str(folder.path)) else f"{folder.path}: {p}" for p in problems]
+            problems = [_in_folder(folder.path, problem) for problem in problems]
             clips = [
-                clip._replace(line=line, place=f"{folder.path}, {clip.named}" if clip.place != "" else str(clip.video))
+                clip._replace(
+                    line=line,
+                    place=f"{folder.path}, {clip.named}" if clip.place != "" else str(clip.video),
+                    problems=tuple(_in_folder(folder.path, problem) for problem in clip.problems),
+                )
                 for line, clip in enumerate(clips, start=len(listing.clips) + 1)
             ]
         if folder.times > 1:
@@ -154,6 +159,10 @@ def read_listing(
         listing.problems.extend(problems)
         listing.clips.extend(clip._replace(times=folder.times) for clip in clips)
     return listing
+
+
+def _in_folder(folder: Path, problem: str) -> str:
+    return problem if problem.startswith(str(folder)) else f"{folder}: {problem}"
 
 
 def read_clips(
@@ -300,10 +309,10 @@ def _read_pairs(root: Path, layout: str) -> tuple[list[Clip], list[str]]:
         caption, problem = _read_caption(text)
         if text in clip_of_text:
             problem = f"shares its caption with {clip_of_text[text].name}; rename one of them, or move it away"
-        if problem:
-            problems.append(f"{path}: {problem}")
+        of_clip = (f"{path}: {problem}",) if problem else ()
+        problems += of_clip
         clip_of_text[text] = path
-        clips.append(Clip(path, caption, number, place=""))
+        clips.append(Clip(path, caption, number, place="", problems=of_clip))
     labels = sorted((root / "labels").rglob("*.txt")) if layout == SAT else ()
     problems += [
         f"{text}: no clip of this name in videos/; rename or remove it" for text in labels if text not in clip_of_text
@@ -394,7 +403,8 @@ def _read_row(root: Path, named: dict[str, str], row: dict, number: int, place: 
     if not video:
         return None, problems
     image_path = _path(root, image) if image else None
-    return Clip(_path(root, video), " ".join(caption.split()), number, image_path, place), problems
+    clip = Clip(_path(root, video), " ".join(caption.split()), number, image_path, place, problems=tuple(problems))
+    return clip, problems
 
 
 def _is_text(value: object) -> bool:
@@ -488,7 +498,10 @@ def _read_lists(root: Path, named: dict[str, str]) -> tuple[list[Clip], list[str
     lines = itertools.zip_longest(captions, videos, images, fillvalue="")
     for line, (caption, video, image) in enumerate(lines, start=1):
         if video:  # even without a caption, so that the problems of the video itself are reported as well
-            clips.append(Clip(_path(root, video), caption, line, _path(root, image) if image else None))
+            blank = tuple(
+                _blank_line(name, line) for name, lines in zip(names.values(), lists) if "" in lines[line - 1 : line]
+            )
+            clips.append(Clip(_path(root, video), caption, line, _path(root, image) if image else None, problems=blank))
     return clips, problems
 
 
@@ -548,12 +561,11 @@ def _read_list(root: Path, name: str, option: str, taken: set[str]) -> tuple[lis
         lines.pop()
     if not lines:
         return [], [f"{name}: the file is empty; write one line per clip"]
-    blank = [
-        f"{name}:{number}: blank line; write what is missing, or delete the line here and in the other lists"
-        for number, line in enumerate(lines, start=1)
-        if not line
-    ]
-    return lines, blank
+    return lines, [_blank_line(name, number) for number, line in enumerate(lines, start=1) if not line]
+
+
+def _blank_line(name: str, number: int) -> str:
+    return f"{name}:{number}: blank line; write what is missing, or delete the line here and in the other lists"
 
 
 def _near_names(root: Path, name: str, option: str, taken: set[str]) -> str:

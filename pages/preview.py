@@ -21,7 +21,17 @@ from tqdm.auto import tqdm
 
 from clips import check, frames
 from clips.check import Seen
-from clips.facts import LEAST_CUT, LEAST_UNSEEN_SECONDS, Facts, brightness, count_clips, examine, motion, repetitions
+from clips.facts import (
+    LEAST_CUT,
+    LEAST_UNSEEN_SECONDS,
+    Facts,
+    brightness,
+    count_clips,
+    examine,
+    grouped,
+    motion,
+    repetitions,
+)
 from clips.frames import View, choose_source, first_image, seen_rectangle
 from clips.listing import Clip
 from clips.video import read_pictures
@@ -177,28 +187,36 @@ def url(picture: bytes | None) -> str | None:
     return picture and f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
 
 
-def cards(all_seen: list[Seen], captions: list[dict], view: View) -> list[dict]:
-    """Returns what the page shows of each clip that was drawn, and of each that cannot be used.
+def problems_of(seen: Seen) -> list[str]:
+    return [*seen.clip.problems, *filter(None, [seen.problem])]
+
+
+def cards(all_seen: list[Seen], captions: list[dict], view: View, most_problems: int) -> list[dict]:
+    """Returns what the page shows of each clip that was drawn, and of the first ones that have only problems.
 
     Args:
         captions: `caption_of` each clip.
+        most_problems: how many clips without pictures are shown for their problems.
     """
     usable = [seen for seen in all_seen if not seen.problem]
     notes = remarks_by_clip([seen.clip for seen in usable], [seen.facts for seen in usable])
     measured = [seen.made for seen in usable if seen.made]
     motions = range_of([made.motion for made in measured if made.motion is not None])
     levels = range_of([made.brightness for made in measured])
-    shown = []
+    shown, without_pictures = [], 0
     for seen, caption in zip(all_seen, captions):
-        if not seen.problem and not seen.made:
+        problems = problems_of(seen)
+        if not seen.made and (not problems or without_pictures == most_problems):
             continue
+        without_pictures += not seen.made
         video = seen.clip.video
         card = {
             "number": seen.clip.line,
             "place": seen.clip.place,
             "file": video.name,
             "folder": str(video.parent),
-            "problem": seen.problem,
+            "problems": problems,
+            "film": None,  # where there are no pictures
         }
         card |= caption
         if seen.made:
@@ -367,7 +385,9 @@ def preview(args: argparse.Namespace) -> None:
     )
     all_seen = read(args, listed.clips, view)
     captions = captions_of(listed.clips, base)
-    shown = cards(all_seen, captions, view)
+    shown = cards(all_seen, captions, view, most_problems=args.clips)
+    on_cards = {problem for card in shown for problem in card["problems"]}
+    others = [problem for problem in check.all_problems(listed, all_seen) if problem not in on_cards]
     facts = [seen.facts for seen in all_seen if not seen.problem]
     lines = check.describe(listed, all_seen, view)
     spread_lines = [*spread(facts), cut_captions(captions, base)] if facts else []
@@ -377,7 +397,7 @@ def preview(args: argparse.Namespace) -> None:
         layouts=listed.describe().splitlines(),
         lines=lines[1:],
         spread=[line.split(": ", 1) for line in spread_lines],
-        problems=listed.problems,
+        problems=grouped(others),
         cards=shown,
         num_clips=len(all_seen),
         view=view,

@@ -270,6 +270,43 @@ def test_problems_are_told_as_training_tells_them_and_the_good_clips_shown(tmp_p
     assert page.count('class="film"') == 2 and page.count('class="problem"') == 3
 
 
+def test_a_problem_is_on_the_card_of_its_clip_and_otherwise_above_all_cards(tmp_path, capsys):
+    folder = make_clips(tmp_path / "clips", count=3)
+    first, second, third = (folder / "videos.txt").read_text().split()
+    (folder / "videos.txt").write_text(f"{first}\n{second}\n\n{third}\n")
+    (folder / "prompts.txt").write_text("a\n\nc\nd\ne\n")
+    said = refused(capsys, [folder, *SMALL])
+    top, *articles = (folder / "preview.html").read_text().split("<article ")
+    assert "3 problems in the dataset" in said.err and len(articles) == 3
+    top = top[top.index('class="problems"') :]
+    assert "videos.txt:3: blank line" in top and "prompts.txt has 5 lines and videos.txt 4" in top
+    assert top.count('class="problem"') == 2 and "prompts.txt:2: blank line" in articles[1]
+    assert 'class="film"' in articles[1] and "data-noted" in articles[1] and 'class="problem"' not in articles[0]
+
+
+def test_a_caption_that_is_missing_is_told_on_the_card_also_in_one_of_several_folders(tmp_path, capsys):
+    for name, texts in {"a": ["x", "y"], "b": ["x"]}.items():
+        (tmp_path / name).mkdir()
+        for text in "xy":
+            path = tmp_path / name / f"{text}.mp4"
+            imageio.mimsave(path, draw_clip("circle", "red", "left", 9, 64, 96), fps=8, macro_block_size=1)
+        for text in texts:
+            (tmp_path / name / f"{text}.txt").write_text(text)
+    refused(capsys, [tmp_path / "a", tmp_path / "b", *SMALL])
+    top, *articles = (tmp_path / "a" / "preview.html").read_text().split("<article ")
+    assert 'class="problem"' not in top and [article.count('class="problem"') for article in articles] == [0, 0, 0, 1]
+
+
+def test_many_clips_that_cannot_be_used_are_counted_above_those_that_have_a_card(tmp_path, capsys):
+    for number in range(40):
+        (tmp_path / f"{number:02d}.mp4").touch()
+        (tmp_path / f"{number:02d}.txt").write_text("x")
+    refused(capsys, [tmp_path, *SMALL, "--clips", "3"])
+    top, *articles = (tmp_path / "preview.html").read_text().split("<article ")
+    assert len(articles) == 3 and "3 of 40 clips are shown" in articles[-1]
+    assert "03.mp4: the file is empty" in top and "02.mp4" not in top and "... and 18 more like this" in top
+
+
 def test_a_damaged_video_is_told_and_shown_where_it_is_allowed(tmp_path, capsys):
     folder = make_clips(tmp_path / "clips", count=2)
     damage_second_clip(folder)
