@@ -933,7 +933,7 @@ def describe_run(
         f"{args.training_type}, {num_trained / 1e6:.4g} million weights, learning rate {args.learning_rate:g}",
         compute.describe(level, compute.options_of(args), DTYPES[accelerator.mixed_precision], device),
         timeline.summary(args.train_batch_size),
-        *base.remarks(args.max_num_frames, args.fps),
+        *base.remarks(args.max_num_frames, args.fps, args.height, args.width),
     ]
 
 

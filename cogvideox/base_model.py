@@ -4,6 +4,7 @@ What differs between base models is read from their configs, never from their na
 """
 
 import contextlib
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ KINDS = (
     Kind("text-to-video",  ("CogVideoXPipeline", "CogVideoXVideoToVideoPipeline"), 1),  # the noisy video
     Kind("image-to-video", ("CogVideoXImageToVideoPipeline",),                     2),  # beside it the first image
 )  # fmt: skip
+FAR = 2  # times as many pixels, or as few, as a base model was made for
 INSTEAD = "use a base model such as THUDM/CogVideoX-2b or THUDM/CogVideoX-5b-I2V"
 
 
@@ -145,14 +147,19 @@ class BaseModel(NamedTuple):
             f"{positions} positions"
         )
 
-    def remarks(self, num_frames: int, fps: int) -> list[str]:
-        """Sentences on settings that work, but may not be what was meant."""
+    def remarks(self, num_frames: int, fps: int, height: int, width: int) -> list[str]:
+        """Returns sentences on settings that work, but may not be what was meant."""
         remarks = []
         if num_frames % 8 != 1:
             remarks.append(f"--max_num_frames {num_frames} is not 8k + 1: the VAE gives back videos of another length")
         if self.published.version == "1.5" and fps != self.published.fps:
             trained = f"CogVideoX 1.5 was trained at {self.published.fps}"
             remarks.append(f"--fps {fps}: {trained}, at which cli_demo.py writes its videos")
+        # 1.5-I2V allows sizes far beyond those that it was trained on, and a small model is in no table.
+        usual = min(self.sample_size[0], self.published.height), min(self.sample_size[1], self.published.width)
+        if not 1 / FAR <= height * width / math.prod(usual) <= FAR:
+            made = f"the base model was made for {usual[0]}x{usual[1]}, and sizes far from that give worse videos"
+            remarks.append(f"--height {height} --width {width}: {made}")
         return remarks
 
 

@@ -390,6 +390,8 @@ def preview(args: argparse.Namespace) -> None:
     others = [problem for problem in check.all_problems(listed, all_seen) if problem not in on_cards]
     facts = [seen.facts for seen in all_seen if not seen.problem]
     lines = check.describe(listed, all_seen, view)
+    if lines and base:
+        lines += base.remarks(view.max_num_frames, view.fps, view.height, view.width)
     spread_lines = [*spread(facts), cut_captions(captions, base)] if facts else []
     page = load_template(TEMPLATE).render(
         name=listed.name,

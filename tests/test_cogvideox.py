@@ -394,7 +394,18 @@ def test_a_folder_is_read_without_asking_the_hub(tiny_checkpoint, monkeypatch):
 def test_a_base_model_is_compared_with_the_published_one_of_its_kind(checkpoint_of, variant, name):
     base = read_base_model(str(checkpoint_of(variant)))
     assert base.published == published_as(f"zai-org/{name}") == published_as(f"THUDM/{name}")
-    assert [bool(base.remarks(9, fps)) for fps in (8, 16)] == [variant.startswith("1.5"), False]
+    assert [bool(base.remarks(9, fps, 64, 96)) for fps in (8, 16)] == [variant.startswith("1.5"), False]
+
+
+def test_a_size_far_from_the_base_model_s_is_remarked_on(checkpoint_of):
+    base = read_base_model(str(checkpoint_of("5b")))
+    (said,) = base.remarks(9, 8, 480, 720)
+    assert said.startswith("--height 480 --width 720: the base model was made for 64x96")
+    assert base.remarks(9, 8, 32, 80) and base.remarks(9, 8, 96, 144)
+    for height, width in ((64, 96), (96, 64), (80, 112), (48, 80)):
+        assert base.remarks(9, 8, height, width) == [], (height, width)
+    large = base._replace(transformer=base.transformer | {"sample_height": 300, "sample_width": 300})  # as 1.5-I2V
+    assert large.remarks(9, 8, 480, 720) == []
 
 
 def test_only_the_publishers_names_are_published_models():

@@ -229,6 +229,14 @@ def test_captions_are_counted_for_all_clips_also_those_that_are_not_shown(tmp_pa
     assert "<del" not in (folder / "preview.html").read_text()  # it is the one between
 
 
+def test_a_size_far_from_the_base_model_s_is_told(clips, tmp_path, tiny_checkpoint, capsys):
+    page = tmp_path / "page.html"
+    model = ["--pretrained_model_name_or_path", str(tiny_checkpoint), "--output", str(page), "--clips", "1"]
+    preview.main([str(clips), "--height", "96", "--width", "160", "--max_num_frames", "9", *model])
+    line = "--height 96 --width 160: the base model was made for 64x96"
+    assert line in capsys.readouterr().out and line in page.read_text()
+
+
 def test_clips_of_several_folders_are_told_apart(tmp_path):
     for name in "ab":
         make_dataset(tmp_path / name, [("same.mp4", 9, 8, 64, 96)])
