@@ -24,13 +24,12 @@ from diffusers import (
 )
 from diffusers.utils import load_image
 from huggingface_hub import hf_hub_download
-from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
 
 from cogvideox.base_model import IDENTITY, BaseModel, empty_transformer, reaches_hub, read_base_model, why_not_loaded
 from cogvideox.encoders import set_tiling
-from cogvideox.lora_files import LORA_FILE, LoraHeader, read_header
+from cogvideox.lora_files import LORA_FILE, LoraHeader, load_lora, lora_file_in, read_header, read_lora
 from cogvideox.sampling import encode_mp4
 from files import at_least, parse_options, publish
 
@@ -214,8 +213,8 @@ def check_transformer(tuned: TunedTransformer, base: BaseModel) -> None:
 
 def find_lora(path: Path) -> Path:
     """Returns the LoRA's file: `path` itself, the file in it, or a download from the hub."""
-    file = path / LORA_FILE if path.is_dir() else path
-    if file.exists():
+    file = path if path.is_file() else lora_file_in(path)
+    if file:
         return file
     if path.is_dir():
         way_out = newest_below(path, LORA_FILE) or other_option(path) or "give the folder or file that has it"
@@ -225,24 +224,6 @@ def find_lora(path: Path) -> Path:
     except (OSError, ValueError) as error:
         message = f"no such file or folder, nor a LoRA on the hub; check it ({why_not_loaded(error)})"
         raise FileNotFoundError(f"--lora_path {path}: {message}") from error
-
-
-def read_lora(path: Path) -> LoraHeader:
-    file = find_lora(path)
-    header = read_header(file)
-    foreign = next((name for name in header.shapes if not name.startswith("transformer.") or ".lora" not in name), None)
-    if foreign or not header.shapes:
-        rule = "a LoRA in diffusers' format holds transformer.<layer>.lora_A.weight and the like; convert it first"
-        raise ValueError(f"--lora_path {file}: holds {foreign or 'nothing'}; {rule}")
-    if header.changes_base:
-        start = header.settings["init_lora_weights"]
-        rule = f"init_lora_weights {start} changed the base model's own weights, which are not in it"
-        raise ValueError(f"--lora_path {file}: {rule}; convert it: peft's path_initial_model_for_weight_conversion")
-    try:
-        LoraConfig(**header.settings)
-    except TypeError as error:
-        raise ValueError(f"--lora_path {file}: this peft does not know its settings; update peft ({error})") from error
-    return header
 
 
 def fits(part: str, shape: tuple[int, ...], layer_shape: tuple[int, ...]) -> bool:
@@ -261,15 +242,11 @@ def check_lora_fits(lora: LoraHeader, base: BaseModel, named_by: str) -> None:
     weights = empty_transformer(here).named_parameters()
     layers = {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in weights}
     for name, shape in lora.shapes.items():
-        layer, _, part = name.removeprefix("transformer.").partition(".lora")
+        layer, _, part = name.partition(".lora")
         if layer not in layers:
-            wrong.append(f"{name} {list(shape)}, here no such layer")
+            wrong.append(f"{lora.names[name]} {list(shape)}, here no such layer")
         elif not fits(part, shape, layers[layer]):
-            wrong.append(f"{name} {list(shape)}, here {list(layers[layer])}")
-    if lora.settings and not lora.settings.get("rank_pattern"):
-        recorded = LoraConfig(**lora.settings).r
-        ranks = {shape[0] for name, shape in lora.shapes.items() if name.endswith("lora_A.weight")}
-        wrong += [f"recorded as rank {recorded}, its weights have {rank}" for rank in ranks - {recorded}]
+            wrong.append(f"{lora.names[name]} {list(shape)}, here {list(layers[layer])}")
     if wrong:
         made_for = f" ({lora.base_model})" if lora.base_model else ""
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -277,6 +254,10 @@ def check_lora_fits(lora: LoraHeader, base: BaseModel, named_by: str) -> None:
             f"--lora_path {lora.file}: trained on another base model{made_for} than {named_by}: "
             f"{'; '.join(wrong[:3])}{more}. Give the one that it was trained on"
         )
+    blocks = {int(name.split(".")[1]) for name in lora.shapes if name.startswith("transformer_blocks.")}
+    if missing := sorted(set(range(here["num_layers"])) - blocks if blocks else []):
+        listed = ", ".join(map(str, missing))
+        print(f"--lora_path {lora.file}: has no LoRA in {len(missing)} of {here['num_layers']} blocks: {listed}")
 
 
 # ---- the base model, and what it is asked for ------------------------------------------------------------------------
@@ -399,7 +380,7 @@ def choose_model_path(args: argparse.Namespace, tuned: TunedTransformer | None, 
 def make_request(args: argparse.Namespace) -> VideoRequest:
     """Reads and checks everything but weights."""
     tuned = read_transformer(args.transformer_path) if args.transformer_path else None
-    lora = read_lora(Path(args.lora_path)) if args.lora_path else None
+    lora = read_lora(find_lora(Path(args.lora_path))) if args.lora_path else None
     parts = ("vae", "text_encoder") if tuned else ("transformer", "vae", "text_encoder")
     base = read_base(choose_model_path(args, tuned, lora), parts)
     named_by = f"--model_path {base.name}"
@@ -459,19 +440,25 @@ def load_pipeline(request: VideoRequest, args: argparse.Namespace):
     return pipe
 
 
+def values_of(numbers) -> str:
+    return "/".join(f"{number:g}" for number in sorted(set(numbers)))
+
+
 def apply_lora(pipe, lora: LoraHeader, lora_scale: float) -> None:
     """Loads the LoRA at `lora_scale` times its trained strength, and prints the strength that its layers apply."""
-    pipe.load_lora_weights(str(lora.file.parent), weight_name=lora.file.name, adapter_name="lora")
-    pipe.set_adapters("lora", lora_scale)  # on top of alpha/rank, which diffusers reads from the file
+    weights = load_lora(lora.file)
+    pipe.transformer.load_lora_adapter(weights, prefix=None, adapter_name="lora", metadata=dict(lora.settings))
+    pipe.set_adapters("lora", lora_scale)  # on top of alpha/rank, which is in the settings
     pipe.transformer.eval()  # diffusers 0.42.1 leaves the LoRA's layers in training mode, in which lora_dropout drops
-    trained = "no strength recorded: taken as 1"
-    if lora.settings:
-        config = LoraConfig(**lora.settings)
-        divisor, name = (math.sqrt(config.r), "sqrt(rank)") if config.use_rslora else (config.r, "rank")
-        trained = f"trained strength alpha/{name} = {config.lora_alpha / divisor:g}"
     layers = [module for module in pipe.transformer.modules() if isinstance(module, BaseTunerLayer)]
-    ranks = "/".join(f"{rank:g}" for rank in sorted({layer.r["lora"] for layer in layers}))
-    applied = "/".join(f"{scale:g}" for scale in sorted({layer.scaling["lora"] for layer in layers}))
+    ranks = values_of(layer.r["lora"] for layer in layers)
+    applied = values_of(layer.scaling["lora"] for layer in layers)
+    trained = "no strength recorded: taken as 1"
+    if lora.strength_from:
+        name = "sqrt(rank)" if lora.settings.get("use_rslora") else "rank"
+        strengths = values_of(lora.strengths.values())
+        source = "" if lora.strength_from == "metadata" else f" ({lora.strength_from})"
+        trained = f"trained strength alpha/{name} = {strengths}{source}"
     # peft 0.21.2 scales only the directions of a DoRA.
     kept = "; the magnitudes of its DoRA as trained" if lora.is_dora else ""
     print(f"LoRA {lora.file}: rank {ranks}, {trained}, --lora_scale {lora_scale:g} -> applied at {applied}{kept}")

@@ -527,7 +527,9 @@ MISTAKES = {  # name: (options, parts of the message); {2b} is that tiny checkpo
         "--transformer_path {tmp}/sft --generate_type i2v --image_or_video_path {image}",
         "--generate_type i2v: --transformer_path {tmp}/sft/transformer is made to start from text only",
     ),
-    "lora of other tools": ("--lora_path {tmp}/kohya.safetensors", "holds lora_unet_to_q.alpha", "convert it first"),
+    "lora of another model": (
+        "--lora_path {tmp}/kohya.safetensors", "holds lora_unet_to_q.alpha", "give the file of a LoRA"
+    ),
     "lora of the future": ("--lora_path {tmp}/future", "update peft", "of_tomorrow"),
     "frames": ("--model_path {2b} --num_frames 11", "--num_frames 11: must be 4k + 1; nearest is 9"),
     "size": ("--model_path {2b} --height 100", "--height 100: must be a multiple of 16; nearest is 96"),

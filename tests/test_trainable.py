@@ -189,19 +189,20 @@ def test_a_file_without_a_strength_starts_at_the_strength_that_diffusers_gives_i
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"init_lora_weights": "pissa"}, "was made with init_lora_weights pissa"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights pissa changed the base"),
         ({"rank_pattern": {"to_q": 8}}, "was made with rank_pattern"),
     ],
 )
 def test_a_lora_that_changes_the_base_or_has_several_ranks_is_refused(tiny_checkpoint, tmp_path, settings, message):
     adapter = {f"transformer.{name}": value for name, value in ({"r": 4, "lora_alpha": 4} | settings).items()}
-    weights = {"transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(4, 64)}
+    layer = "transformer.transformer_blocks.0.attn1.to_q"
+    weights = {f"{layer}.lora_A.weight": torch.zeros(8, 64), f"{layer}.lora_B.weight": torch.zeros(64, 8)}
     file = tmp_path / LORA_FILE
     publish(file, save(weights, {"lora_adapter_metadata": json.dumps(adapter)}))
     with pytest.raises(ValueError, match=message):
         check_lora(read_base_model(str(tiny_checkpoint)), Lora(4, 4, TARGETS), file)
     publish(file, save({"lora_unet_to_q.lora_down.weight": torch.zeros(4, 64)}))
-    with pytest.raises(ValueError, match="holds no LoRA in diffusers' format, but lora_unet_to_q"):
+    with pytest.raises(ValueError, match="holds lora_unet_to_q.*, which belongs to no LoRA of CogVideoX"):
         check_lora(read_base_model(str(tiny_checkpoint)), Lora(4, 4, TARGETS), file)
 
 
