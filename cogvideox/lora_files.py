@@ -2,11 +2,11 @@
 
 import json
 import math
-import pickle
 import re
 import zipfile
 from collections import Counter
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -158,7 +158,7 @@ def _load_pickled(file: Path, found: str) -> dict[str, torch.Tensor]:
     """Loads tensors that torch.save wrote, without running code; SAT keeps them in "module"."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         way_out = "copy it again, or ask for it as .safetensors"
         raise ValueError(f"{found}: cannot be read as tensors only ({reason}); {way_out}") from error

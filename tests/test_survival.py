@@ -175,7 +175,7 @@ def test_nothing_is_loaded_by_pickle(folder):
         for call in calls_of(module, "torch.load"):
             assert "weights_only=True" in [ast.unparse(word) for word in call.keywords], path
         imported = [ast.unparse(node) for node in ast.walk(module) if isinstance(node, (ast.Import, ast.ImportFrom))]
-        assert not [line for line in imported if "pickle" in line], path
+        assert not {line for line in imported if "pickle" in line} - {"from pickle import UnpicklingError"}, path
 
 
 def test_metrics_with_a_damaged_line_are_refused_by_name(tiny_checkpoint, tmp_path, train, capsys):
