@@ -190,6 +190,9 @@ def check_random(world: World, number: int, *, kind: str, ranks: int, longest: f
             victim = moments.randrange(ranks)
             if run.ranks[victim].is_alive():
                 run.send(signal.SIGKILL, victim)
+            if not run.said():  # not connected yet: a launcher would end the others, which wait for --ddp_timeout
+                for process in run.ranks:
+                    process.kill()
             ended = run.wait()
             assert not ended.has_traceback, ended.output[-2000:]
             assert set(ended.codes) <= {0, 3, -signal.SIGKILL}, f"{ended.codes}: {ended.output[-2000:]}"
