@@ -46,7 +46,7 @@ class Data(NamedTuple):
     clips: "CachedClips"
     shapes: list[tuple[int, ...]]  # of each clip's cached latents, (2c, f, h, w)
     prompts: dict[str, Path]  # embeddings of the validation prompts, and of ""
-    times: Sequence[int] = ()  # how often an epoch shows each clip; empty: once
+    repeats: Sequence[int] = ()  # how often an epoch shows each clip; empty: once
     facts: Sequence[Facts] = ()  # of each clip, however often it is shown; none where clips are made up
     labels: Sequence[str] = ()  # where each clip was read from, and its file
     record: dict | None = None  # hashes of what the whole dataset holds, for `run.course.check_content`
@@ -94,16 +94,16 @@ class Data(NamedTuple):
         chosen = set(random.Random(f"{seed} held out").sample(videos, count_held_out(held_out, len(videos))))
         training = [clip for clip, video in enumerate(video_of_clip) if video not in chosen]
         validation = [clip for clip, video in enumerate(video_of_clip) if video in chosen]
-        return self._take(training, self.times), self._take(validation)._replace(remarks=())
+        return self._take(training, self.repeats), self._take(validation)._replace(remarks=())
 
-    def _take(self, clips: list[int], times: Sequence[int] | None = None) -> "Data":
-        """Returns some of the clips, each as often as `times` tells, by default once."""
-        shown = [clip for clip in clips for _ in range(times[clip] if times else 1)]
+    def _take(self, clips: list[int], repeats: Sequence[int] | None = None) -> "Data":
+        """Returns some of the clips, each as often as `repeats` tells, by default once."""
+        shown = [clip for clip in clips for _ in range(repeats[clip] if repeats else 1)]
         return self._replace(
             clips=self.clips.take(shown),
             shapes=[self.shapes[clip] for clip in shown],
             labels=[self.labels[clip] for clip in shown] if self.labels else (),
-            times=(),
+            repeats=(),
             facts=[self.facts[clip] for clip in clips] if self.facts else (),
         )
 
@@ -170,7 +170,7 @@ def encode_dataset(
     return Data(
         clips=sources.cached_clips(shapes),
         shapes=list(shapes),
-        times=[clip.times for clip in clips],
+        repeats=[clip.repeats for clip in clips],
         prompts={prompt: captions[prompt] for prompt in prompts},
         facts=facts,
         labels=[clip.problem("") for clip in clips],
@@ -195,7 +195,7 @@ def content_record(clips: list[Clip], facts: list[Facts], view: View, *, random_
     return {
         "clips": len(clips),
         "videos": hash_of([[of_clip.file.content, of_clip.image] for of_clip in facts]),
-        "captions": hash_of([[clip.caption, clip.times] for clip in clips]),
+        "captions": hash_of([[clip.caption, clip.repeats] for clip in clips]),
         "frames": hash_of(view.cache_key() | {"random_flip": random_flip}),
     }
 
@@ -235,7 +235,7 @@ def unencoded(clips: list[Clip], facts: list[Facts], view: View, latent_shape: C
     return Data(
         clips=CachedClips(files, [Path(clip.caption) for clip in clips]),
         shapes=[latent_shape(of_clip.num_seen, view.height, view.width) for of_clip in facts],
-        times=[clip.times for clip in clips],
+        repeats=[clip.repeats for clip in clips],
         prompts={},
         facts=facts,
         view=view,
@@ -261,7 +261,7 @@ def examine_clips(
     """Returns the facts or the problem of each clip; each rank reads its share of the files that are not known."""
     share, examined = ranks.share(clips), {}
     new = [number for number, clip in enumerate(share) if check_all or not is_known(clip, notes)]
-    look = partial(examine, view=view, notes=notes, again=check_all)
+    look = partial(examine, view=view, notes=notes, read_again=check_all)
     published = time.monotonic()
     with closing(map_ahead(look, [share[number] for number in new], READING_THREADS)) as looked_at:
         for number, result in zip(progress(new, "Reading clips", "clip"), looked_at):
@@ -270,7 +270,9 @@ def examine_clips(
                 notes.publish()
                 published = time.monotonic()
     notes.publish()
-    return ranks.gather_shares([examined.get(number) or look(clip, again=False) for number, clip in enumerate(share)])
+    return ranks.gather_shares(
+        [examined.get(number) or look(clip, read_again=False) for number, clip in enumerate(share)]
+    )
 
 
 class Probed(NamedTuple):
@@ -287,7 +289,7 @@ def probe_cache(facts: list[Facts], view: View, *, cache: Path, encoder: str, ra
     Args:
         encoder: fingerprint of the VAE.
     """
-    there, probed = sizes_in(cache / "latents"), []
+    there, probed = names_in(cache / "latents"), []
     versions = [False, True] if random_flip else [False]
     for of_clip in facts:
         key = view.cache_key() | {"video": of_clip.file.content, "encoder": encoder}
@@ -320,7 +322,7 @@ class NewCaption(NamedTuple):
 
 
 def missing_captions(clips: list[Clip], captions: dict[str, Path], cache: Path) -> list[NewCaption]:
-    there = sizes_in(cache / "captions")
+    there = names_in(cache / "captions")
     first_clips = {clip.caption: clip for clip in reversed(clips)}
     missing = [(caption, path) for caption, path in captions.items() if path.name not in there]
     return [NewCaption(caption, path, first_clips.get(caption)) for caption, path in missing]
@@ -549,7 +551,7 @@ def _wait_for_files(listing: Listing, files: list[Path], everyone: Ranks) -> Non
         raise ValueError(
             f"{listing.name}: the machines of this run see different clips or captions there; copy one to all machines"
         )
-    there = {folder: sizes_in(folder) for folder in {path.parent for path in files}}
+    there = {folder: names_in(folder) for folder in {path.parent for path in files}}
     for path in (path for path in files if path.name not in there[path.parent]):
         deadline = time.monotonic() + SECONDS_TO_APPEAR
         while not path.exists():
@@ -560,6 +562,11 @@ def _wait_for_files(listing: Listing, files: list[Path], everyone: Ranks) -> Non
                     "on another disk"
                 )
             time.sleep(0.5)
+
+
+def names_in(folder: Path) -> set[str]:
+    """Returns the names of the files in a folder, which need not exist."""
+    return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
 def sizes_in(folder: Path) -> dict[str, int]:
@@ -659,7 +666,7 @@ def encode_again(sources: Sources, damaged: Damaged) -> None:
 
 def _encode_unchanged(sources: Sources, new: NewLatents) -> list[str]:
     """Encodes latents again; returns a problem if the clip is not the one that it was at the start."""
-    facts, problem = examine(new.clip, sources.view, again=True)
+    facts, problem = examine(new.clip, sources.view, read_again=True)
     if problem:
         return [problem]
     cache, encoder = new.path.parents[1], sources.video_encoder

@@ -325,9 +325,7 @@ def read_listing(args: argparse.Namespace) -> Listing:
     folders = args.instance_data_root
     if args.dataset_name:
         folders = [listing.Folder(listing.download_dataset(args.dataset_name, args.cache_dir))]
-    listed = listing.read_listing(
-        folders, args.caption_column, args.video_column, args.image_column, id_token=args.id_token
-    )
+    listed = listing.read_listing(folders, listing.columns_of(args), id_token=args.id_token)
     count_held_out(args.validation_split, len(listed.clips))  # before hours of encoding
     images = [image for image in validation.images(args) if image]
     listed.problems.extend(image_problems(images, "--validation_images"))

@@ -49,7 +49,7 @@ from step import T5S, VAES, clip_size
 import dataset
 from clips import frames
 from clips.frames import View
-from clips.listing import Folder, read_listing
+from clips.listing import Columns, Folder, read_listing
 from clips.order import Ranks
 from cogvideox import encoders
 from cogvideox.encoders import TOKENS_AT_ONCE, Encoder, clips_at_once
@@ -160,7 +160,7 @@ def store_channels_last(vae: AutoencoderKLCogVideoX) -> None:
 
 def preprocess(work: Work, cache: Path, encode_videos: Callable, encode_captions: Callable) -> None:
     """Fills a cache as train_cogvideox_lora.py does, with models that are loaded already."""
-    listing = read_listing([Folder(work.folder)], "prompts.txt", "videos.txt")
+    listing = read_listing([Folder(work.folder)], Columns("prompts.txt", "videos.txt"))
     captions_at_once = TOKENS_AT_ONCE // MAX_LENGTH
     dataset.encode_dataset(
         listing,

@@ -39,9 +39,7 @@ def add_options(parser: argparse.ArgumentParser, *, flips: bool = False) -> None
 
 
 def listing_of(args: argparse.Namespace) -> Listing:
-    return listing.read_listing(
-        args.folders, args.caption_column, args.video_column, args.image_column, id_token=args.id_token
-    )
+    return listing.read_listing(args.folders, listing.columns_of(args), id_token=args.id_token)
 
 
 def see(
@@ -64,14 +62,14 @@ def _look(clip: Clip, view: View, make: Callable, *, damaged: bool) -> Seen:
         return Seen(clip, None, None, problem)
     damage = []
     try:
-        seen = decode(clip, view, mirrored=False, file=facts.file, damage=damage)
+        seen_frames = decode(clip, view, mirrored=False, file=facts.file, damage=damage)
     except ValueError as error:
         return Seen(clip, facts, None, str(error))
     problem = None
     if damage:
         facts = facts._replace(damage=describe_damage(damage))
         problem = None if damaged else clip.problem(f"{facts.damage}; {MEND}")
-    return Seen(clip, facts, None if problem else make(clip, facts, seen), problem)
+    return Seen(clip, facts, None if problem else make(clip, facts, seen_frames), problem)
 
 
 def describe(listed: Listing, all_seen: list[Seen], view: View) -> list[str]:

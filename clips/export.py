@@ -18,14 +18,14 @@ from clips.listing import Clip
 from files import expanded_path, parse_options, run_command, write_json
 
 
-def write_clip(folder: Path, view: View, clip: Clip, facts: Facts, seen: torch.Tensor) -> None:
+def write_clip(folder: Path, view: View, clip: Clip, facts: Facts, seen_frames: torch.Tensor) -> None:
     """Writes the frames of a clip, uint8 [F, H, W, C], into a folder named by the clip's place in the listing."""
     folder = folder / f"{clip.line:05d}"
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise ValueError(f"--output_dir {folder}: cannot be made ({error.strerror}); pass another folder") from error
-    for number, frame in enumerate(seen.numpy()):
+    for number, frame in enumerate(seen_frames.numpy()):
         Image.fromarray(frame).save(folder / f"{number:03d}.png")
     seconds = choose_source(clip.video, facts.file, view).seconds
     about = {"source": str(clip.video), "caption": clip.caption, "times": seconds}

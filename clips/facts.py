@@ -60,25 +60,25 @@ class Facts(NamedTuple):
 
 
 def examine(
-    clip: Clip, view: View, notes: Notes | None = None, *, again: bool = False
+    clip: Clip, view: View, notes: Notes | None = None, *, read_again: bool = False
 ) -> tuple[Facts | None, str | None]:
     """Returns the facts of a clip, or its problem: why the clip cannot be used.
 
     Args:
         notes: what is known of its files, which need not be read then, and where what is found out is added.
-        again: read them all the same.
+        read_again: read them all the same.
     """
     notes = notes or Notes()
     for file in filter(None, (clip.video, clip.image)):
         if problem := _not_a_file(file):
             return None, clip.problem(problem, file)
     try:
-        facts = facts_of(clip.video, look_at(clip.video, notes, again=again), view)
+        facts = facts_of(clip.video, look_at(clip.video, notes, read_again=read_again), view)
     except ValueError as error:
         return None, clip.problem(str(error))
     if clip.image:
         try:
-            image = _image_hash(clip.image, notes, again=again)
+            image = _image_hash(clip.image, notes, read_again=read_again)
         except ValueError as error:
             return None, clip.problem(str(error), clip.image)
         facts = facts._replace(image=image)
@@ -116,10 +116,10 @@ def _not_a_file(path: Path) -> str | None:
     return "no such file; correct the path, which is relative to the dataset's folder"
 
 
-def _image_hash(path: Path, notes: Notes, *, again: bool) -> str:
+def _image_hash(path: Path, notes: Notes, *, read_again: bool) -> str:
     """Returns the hash of an image file; raises a ValueError if it cannot be read as an image."""
     key = file_key("image", path)
-    content = None if again else notes.get(key)
+    content = None if read_again else notes.get(key)
     if not content:
         read_image(path, 16, 16)
         content = file_hash(path)

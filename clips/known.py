@@ -143,18 +143,18 @@ def record_use(cache: Path, output_dir: Path, files: list[Path]) -> None:
         publish_in_cache(cache / USES / f"{hash_of(output_dir)}.json", json.dumps(use).encode())
 
 
-def look_at(path: Path, notes: Notes | None = None, *, again: bool = False) -> File:
+def look_at(path: Path, notes: Notes | None = None, *, read_again: bool = False) -> File:
     """Returns what a video file holds, from the notes if it has not changed since they were made.
 
     Args:
-        again: read the file even if it is known.
+        read_again: read the file even if it is known.
 
     Raises:
         ValueError: the file cannot be read.
     """
     notes = notes or Notes()
     key = file_key("video", path)
-    if not again and (note := notes.get(key)):
+    if not read_again and (note := notes.get(key)):
         return _from_note(note)
     if not path.stat().st_size:
         raise ValueError("the file is empty; copy it again, or remove the clip")

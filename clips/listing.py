@@ -41,7 +41,7 @@ class Clip(NamedTuple):
     line: int  # of the lists or the table, or the place in the order of names, counted from 1
     image: Path | None = None  # image that the video starts from; None: its own first frame
     place: str | None = None  # where it was read from, "" if its own name says it; None: line `line` of the lists
-    times: int = 1  # how often an epoch shows it
+    repeats: int = 1  # how often an epoch shows it
     problems: tuple[str, ...] = ()  # of how it is listed, which `Listing.problems` has as well
 
     @property
@@ -56,15 +56,30 @@ class Clip(NamedTuple):
         return ": ".join(filter(None, [place, str(file or self.video), description]))
 
 
+class Columns(NamedTuple):
+    """The list files that options name, or the columns of a folder's table; None: what is found."""
+
+    caption: str | None = None
+    video: str | None = None
+    image: str | None = None
+
+    def named(self) -> dict[str, str]:
+        """Returns the names that are given, by their options."""
+        return {f"--{kind}_column": name for kind, name in self._asdict().items() if name}
+
+
+NONE_NAMED = Columns()
+
+
 @dataclass(frozen=True)  # no tuple: as JSON it is its text
 class Folder:
     """A folder of a dataset, as an option names it: FOLDER, or FOLDER=N."""
 
     path: Path
-    times: int = 1  # how often an epoch shows its clips
+    repeats: int = 1  # how often an epoch shows its clips
 
     def __str__(self) -> str:
-        return str(self.path) if self.times == 1 else f"{self.path}={self.times}"
+        return str(self.path) if self.repeats == 1 else f"{self.path}={self.repeats}"
 
 
 class Listing(NamedTuple):
@@ -87,13 +102,13 @@ class Listing(NamedTuple):
 
 def folder_option(text: str) -> Folder:
     """Returns the folder that FOLDER or FOLDER=N names; a type for argparse."""
-    path, _, times = text.rpartition("=")
+    path, _, repeats = text.rpartition("=")
     if not path or Path(text).expanduser().is_dir():
         return Folder(Path(text).expanduser())
-    if not (times.isascii() and times.isdecimal() and int(times)):
+    if not (repeats.isascii() and repeats.isdecimal() and int(repeats)):
         rule = "FOLDER=N shows its clips N times an epoch, N a whole number of at least 1"
         raise argparse.ArgumentTypeError(f"{text}: {rule}; there is no folder of the name {text} either")
-    return Folder(Path(path).expanduser(), int(times))
+    return Folder(Path(path).expanduser(), int(repeats))
 
 
 def add_options(group: argparse._ArgumentGroup) -> None:
@@ -105,6 +120,10 @@ def add_options(group: argparse._ArgumentGroup) -> None:
     data("--video_column", metavar="NAME", help=videos)
     data("--image_column", metavar="NAME", help=images)
     data("--id_token", help="name of the style or character to learn, put before each caption with a space")
+
+
+def columns_of(args: argparse.Namespace) -> Columns:
+    return Columns(args.caption_column, args.video_column, args.image_column)
 
 
 def download_dataset(name: str, cache_dir: Path | None) -> Path:
@@ -122,25 +141,22 @@ def download_dataset(name: str, cache_dir: Path | None) -> Path:
         ) from error
 
 
-def read_listing(
-    folders: list[Folder],
-    caption_column: str | None = None,
-    video_column: str | None = None,
-    image_column: str | None = None,
-    id_token: str | None = None,
-) -> Listing:
-    """Returns the clips of all folders, in the order of the folders; the arguments are those of `read_clips`.
+def read_listing(folders: list[Folder], columns: Columns = NONE_NAMED, *, id_token: str | None = None) -> Listing:
+    """Returns the clips of all folders, in the order of the folders, and of the lists, the table or the names in each.
+
+    Args:
+        id_token: word put before each caption.
 
     Raises:
         FileNotFoundError: a folder does not exist.
-        ValueError: a folder is named twice, or fits more than one layout.
+        ValueError: a folder is named twice, or fits more than one layout, or not what the options name.
     """
     listing = Listing(folders, layouts=[], clips=[], problems=[], remarks=[])
-    paths = [os.path.realpath(folder.path) for folder in folders]
+    paths, prefix = [os.path.realpath(folder.path) for folder in folders], f"{id_token} " if id_token else ""
     for folder, path in zip(folders, paths):
         if paths.count(path) > 1:
             raise ValueError(f"{folder.path}: is named twice; name it once, with =2 to show its clips twice an epoch")
-        layout, clips, problems = _read_folder(folder.path, caption_column, video_column, image_column, id_token)
+        layout, clips, problems = _read_folder(folder.path, columns)
         if len(folders) > 1:  # lines and files of the same name may be in each of them
             problems = [_in_folder(folder.path, problem) for problem in problems]
             clips = [
@@ -151,13 +167,14 @@ def read_listing(
                 )
                 for line, clip in enumerate(clips, start=len(listing.clips) + 1)
             ]
-        if folder.times > 1:
-            shown = f"{len(clips)} clips, each shown {folder.times} times an epoch, {folder.times * len(clips)} in all"
+        if folder.repeats > 1:
+            count, repeats = len(clips), folder.repeats
+            shown = f"{count} clips, each shown {repeats} times an epoch, {repeats * count} in all"
             listing.remarks.append(f"{folder.path}: {shown}")
         listing.layouts.append(layout)
         listing.remarks.extend(_left_out(folder.path, layout, clips))
         listing.problems.extend(problems)
-        listing.clips.extend(clip._replace(times=folder.times) for clip in clips)
+        listing.clips.extend(clip._replace(caption=prefix + clip.caption, repeats=folder.repeats) for clip in clips)
     return listing
 
 
@@ -165,39 +182,14 @@ def _in_folder(folder: Path, problem: str) -> str:
     return problem if problem.startswith(str(folder)) else f"{folder}: {problem}"
 
 
-def read_clips(
-    root: Path,
-    caption_column: str | None = None,
-    video_column: str | None = None,
-    image_column: str | None = None,
-    id_token: str | None = None,
-) -> tuple[list[Clip], list[str]]:
-    """Returns the clips of a folder, in the order of the lists, of the table, or of their names, and its problems.
-
-    Args:
-        caption_column, video_column, image_column: list files, or columns of the table; None: what is found.
-        id_token: word put before each caption.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        ValueError: the folder fits more than one layout, or not what the options name.
-    """
-    _, clips, problems = _read_folder(root, caption_column, video_column, image_column, id_token)
-    return clips, problems
-
-
-def _read_folder(
-    root: Path, caption_column: str | None, video_column: str | None, image_column: str | None, id_token: str | None
-) -> tuple[str, list[Clip], list[str]]:
-    """Returns a folder's layout beside the result of `read_clips`."""
+def _read_folder(root: Path, columns: Columns) -> tuple[str, list[Clip], list[str]]:
+    """Returns a folder's layout, its clips and its problems."""
     if not root.is_dir():
         found = "is a file, not a folder" if root.exists() else "no such folder"
         raise FileNotFoundError(
             f"{root}: {found}; pass the one that holds the clips (--instance_data_root, or FOLDER of dataset.py)"
         )
-    layout = find_layout(root, caption_column, video_column)
-    options = {"--caption_column": caption_column, "--video_column": video_column, "--image_column": image_column}
-    named = {option: name for option, name in options.items() if name}
+    layout, named = find_layout(root, columns), columns.named()
     if layout in TABLES:
         clips, problems = _read_table(root, layout, named)
     elif layout == LISTS:
@@ -209,8 +201,7 @@ def _read_folder(
         )
     else:
         clips, problems = _read_pairs(root, layout)
-    prefix = f"{id_token} " if id_token else ""
-    return layout, [clip._replace(caption=prefix + clip.caption) for clip in clips], problems
+    return layout, clips, problems
 
 
 def _left_out(root: Path, layout: str, clips: list[Clip]) -> Iterator[str]:
@@ -236,13 +227,13 @@ def _left_out(root: Path, layout: str, clips: list[Clip]) -> Iterator[str]:
             yield f"{root}: {kind}: {', '.join(map(os.path.basename, paths[:3]))}{more}"
 
 
-def find_layout(root: Path, caption_column: str | None = None, video_column: str | None = None) -> str:
+def find_layout(root: Path, columns: Columns = NONE_NAMED) -> str:
     """Returns how a folder tells which caption belongs to which clip: one of TABLES, LISTS, BESIDE or SAT.
 
     Raises:
         ValueError: it fits more than one, or an option names a table.
     """
-    named = [name for name in (caption_column, video_column) if name]
+    named = [name for name in (columns.caption, columns.video) if name]
     if tables := [name for name in named if name in TABLES]:
         rule = "a table is found without being named, and --caption_column and --video_column name columns of it"
         raise ValueError(f"{tables[0]}: {rule}; pass those, or leave the options out")

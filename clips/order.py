@@ -25,10 +25,10 @@ class Ranks(NamedTuple):
     def gather_shares(self, items: list) -> list:
         """Gathers what each rank made of its `share`, in the order of the shared items."""
         shares = self.gather([items])
-        whole = [None] * sum(len(share) for share in shares)
+        gathered = [None] * sum(len(share) for share in shares)
         for index, share in enumerate(shares):
-            whole[index :: self.count] = share
-        return whole
+            gathered[index :: self.count] = share
+        return gathered
 
 
 def count_held_out(held_out: float, videos: int) -> int:

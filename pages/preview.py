@@ -105,7 +105,7 @@ class Pictures(NamedTuple):
 
     film: bytes  # JPEG of some of them, side by side
     film_frames: int
-    whole: bytes  # JPEG of the first of them, before it is cropped
+    uncropped: bytes  # JPEG of the first of them, before it is cropped
     image: bytes | None  # JPEG of the image that the video starts from
     motion: float | None
     brightness: float
@@ -121,27 +121,27 @@ def film_size(num_clips: int) -> tuple[int, int]:
     return next((size for most, *size in FILMS if num_clips <= most), FILMS[-1][1:])
 
 
-def draw(clip: Clip, facts: Facts, seen: torch.Tensor, *, view: View, num_frames: int, side: int) -> Pictures:
-    """Returns the pictures of a clip; `seen` are the frames that the model sees, uint8 [F, H, W, C]."""
-    shown = [thumbnail(seen[i].numpy(), side) for i in evenly_spaced(len(seen), num_frames)]
+def draw(clip: Clip, facts: Facts, seen_frames: torch.Tensor, *, view: View, num_frames: int, side: int) -> Pictures:
+    """Returns the pictures of a clip; `seen_frames` are the frames that the model sees, uint8 [F, H, W, C]."""
+    shown = [thumbnail(seen_frames[i].numpy(), side) for i in evenly_spaced(len(seen_frames), num_frames)]
     width, height = shown[0].size
     film = Image.new("RGB", (width * len(shown), height))
     for number, frame in enumerate(shown):
         film.paste(frame, (number * width, 0))
     image = None
     if view.with_image and clip.image:
-        image = jpeg(thumbnail(first_image(clip, seen, view, mirrored=False, file=facts.file).numpy(), side))
+        image = jpeg(thumbnail(first_image(clip, seen_frames, view, mirrored=False, file=facts.file).numpy(), side))
     return Pictures(
         film=jpeg(film),
         film_frames=len(shown),
-        whole=jpeg(whole_picture(clip, facts, view, side)),
+        uncropped=jpeg(uncropped_picture(clip, facts, view, side)),
         image=image,
-        motion=motion(seen, view.fps),
-        brightness=brightness(seen),
+        motion=motion(seen_frames, view.fps),
+        brightness=brightness(seen_frames),
     )
 
 
-def whole_picture(clip: Clip, facts: Facts, view: View, side: int) -> Image.Image:
+def uncropped_picture(clip: Clip, facts: Facts, view: View, side: int) -> Image.Image:
     """Returns the first picture that is seen, with what is cropped away, as a player shows it."""
     video, _, times, _ = choose_source(clip.video, facts.file, view._replace(video_decoder="pyav"))
     picture = Image.fromarray(np.ascontiguousarray(next(read_pictures(clip.video, video, times[:1], []))))
@@ -199,7 +199,7 @@ def cards(all_seen: list[Seen], captions: list[dict], view: View, most_problems:
         most_problems: how many clips without pictures are shown for their problems.
     """
     usable = [seen for seen in all_seen if not seen.problem]
-    notes = remarks_by_clip([seen.clip for seen in usable], [seen.facts for seen in usable])
+    remarks = remarks_by_clip([seen.clip for seen in usable], [seen.facts for seen in usable])
     measured = [seen.made for seen in usable if seen.made]
     motions = range_of([made.motion for made in measured if made.motion is not None])
     levels = range_of([made.brightness for made in measured])
@@ -220,7 +220,7 @@ def cards(all_seen: list[Seen], captions: list[dict], view: View, most_problems:
         }
         card |= caption
         if seen.made:
-            card["remarks"] = notes[seen.clip.line]
+            card["remarks"] = remarks[seen.clip.line]
             card |= picture_of(seen.facts, seen.made, view) | time_of(seen.facts, seen.clip, view)
             card["measures"] = [
                 measure("motion", seen.made.motion, motions, "levels of 255 per second"),
@@ -268,8 +268,8 @@ def picture_of(facts: Facts, made: Pictures, view: View) -> dict:
     return {
         "film": url(made.film),
         "film_frames": made.film_frames,
-        "whole": url(made.whole),
-        "whole_aspect": f"{facts.width} / {facts.height}",
+        "uncropped": url(made.uncropped),
+        "uncropped_aspect": f"{facts.width} / {facts.height}",
         "image": url(made.image),
         "rectangle": f"left:{left:.2f}%;top:{top:.2f}%;width:{width:.2f}%;height:{height:.2f}%",
         "cropped": 100 * cropped if cropped >= LEAST_CUT else 0,
@@ -314,7 +314,7 @@ def measure(name: str, value: float | None, among: Range | None, unit: str) -> d
     }
 
 
-# ---- the whole -------------------------------------------------------------------------------------------------------
+# ---- the page --------------------------------------------------------------------------------------------------------
 
 
 def spread(facts: list[Facts]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 import dataset
 from clips.facts import examine
 from clips.frames import View, choose_frames, read_frames, resize_and_crop, trainable_length
-from clips.listing import Clip, Listing, read_clips
+from clips.listing import Clip, Columns, Folder, Listing, read_listing
 from clips.order import Ranks, epoch_batches, make_timeline, rank_batches
 from cogvideox.encoders import Encoder
 
@@ -24,7 +24,8 @@ def write(folder, prompts, videos):
     folder.mkdir(exist_ok=True)
     for name, content in (("prompts.txt", prompts), ("videos.txt", videos)):
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_clips(folder, "prompts.txt", "videos.txt")
+    _, _, clips, problems, _ = read_listing([Folder(folder)], Columns("prompts.txt", "videos.txt"))
+    return clips, problems
 
 
 def make_video(path, num_frames=16, fps=8, height=96, width=128, value=None):
@@ -70,7 +71,7 @@ def test_paths_may_be_relative_absolute_from_home_and_hold_spaces_and_umlauts(tm
 
 def test_the_id_token_is_put_before_each_caption_with_one_space(tmp_path):
     write(tmp_path, "a cat\n", "a.mp4\n")
-    clips, _ = read_clips(tmp_path, "prompts.txt", "videos.txt", id_token="DISNEY")
+    clips = read_listing([Folder(tmp_path)], id_token="DISNEY").clips
     assert clips[0].caption == "DISNEY a cat"
 
 
@@ -103,7 +104,7 @@ def test_a_blank_line_drops_no_caption_onto_another_video(tmp_path):
 def test_a_near_file_name_is_named_with_the_option_that_takes_it(tmp_path):
     (tmp_path / "prompt.txt").write_text("a cat\n")
     (tmp_path / "videos.txt").write_text("a.mp4\n")
-    _, problems = read_clips(tmp_path, "prompts.txt", "videos.txt")
+    problems = read_listing([Folder(tmp_path)], Columns("prompts.txt", "videos.txt")).problems
     assert "there is prompt.txt: pass --caption_column prompt.txt" in problems[0]
 
 

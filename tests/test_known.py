@@ -15,7 +15,7 @@ from clips.clean import clean
 from clips.facts import examine
 from clips.frames import View
 from clips.known import CACHE, File, Notes, look_at, record_use
-from clips.listing import read_clips
+from clips.listing import Folder, read_listing
 from clips.video import Damage, examine_video
 
 VIEW = View(64, 96, 8, 9, 0, 0, "center", 42)
@@ -23,7 +23,7 @@ VIEW = View(64, 96, 8, 9, 0, 0, "center", 42)
 
 @pytest.fixture
 def clips(tmp_path):
-    return read_clips(make_clips(tmp_path / "clips", count=3))[0]
+    return read_listing([Folder(make_clips(tmp_path / "clips", count=3))]).clips
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_known_file_is_not_read_and_gives_the_same_facts(clips, tmp_path, read
     assert [examine(clip, VIEW, later) for clip in clips] == first
     assert [examine(clip, VIEW._replace(fps=4), later)[0].num_seen for clip in clips] == [5, 5, 5]
     assert len(read_files) == 3
-    examine(clips[0], VIEW, later, again=True)
+    examine(clips[0], VIEW, later, read_again=True)
     assert len(read_files) == 4
 
 

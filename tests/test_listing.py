@@ -17,7 +17,7 @@ from PIL import Image
 from clips import check
 from clips.facts import examine, grouped, remarks
 from clips.frames import View
-from clips.listing import BESIDE, LISTS, SAT, Folder, find_layout, folder_option, read_clips, read_listing
+from clips.listing import BESIDE, LISTS, SAT, Columns, Folder, find_layout, folder_option, read_listing
 from cogvideox.lora_files import LORA_FILE
 from dataset import CachedClips, Data
 
@@ -64,7 +64,7 @@ LAYOUTS = [LISTS, "metadata.jsonl", "metadata.csv", BESIDE, SAT]
 def test_each_layout_gives_the_same_clips(layout, drawn, tmp_path):
     folder = lay_out(layout, drawn, tmp_path / "clips")
     assert find_layout(folder) == layout
-    clips, problems = read_clips(folder, id_token="DISNEY")
+    _, _, clips, problems, _ = read_listing([Folder(folder)], id_token="DISNEY")
     expected = (drawn / "prompts.txt").read_text().splitlines()
     assert problems == [] and [clip.caption for clip in clips] == [f"DISNEY {caption}" for caption in expected]
     assert [clip.video.read_bytes() for clip in clips] == [
@@ -80,7 +80,7 @@ def test_a_parquet_table_is_read(drawn, tmp_path):
     names = sorted(path.name for path in (folder / "videos").iterdir())
     table = pyarrow.table({"file_name": [f"videos/{name}" for name in names], "caption": names})
     parquet.write_table(table, folder / "metadata.parquet")
-    assert [clip.caption for clip in read_clips(folder)[0]] == names
+    assert [clip.caption for clip in read_listing([Folder(folder)]).clips] == names
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
@@ -96,7 +96,7 @@ def test_remarks_name_clips_as_their_layout_does(layout, named, drawn, tmp_path)
     folder = lay_out(layout, drawn, tmp_path / "clips")
     first, second, *_ = sorted((folder / "videos").glob("*.mp4"))
     shutil.copy(first, second)
-    clips, _ = read_clips(folder)
+    clips = read_listing([Folder(folder)]).clips
     said = remarks(clips, [examine(clip, VIEW)[0] for clip in clips], VIEW)
     expected = named.replace("00.mp4", first.name).replace("01.mp4", second.name)
     assert f"the same video more than once: {expected}" in said
@@ -106,7 +106,7 @@ def test_remarks_name_clips_as_their_layout_does(layout, named, drawn, tmp_path)
 def test_an_image_is_a_clip_of_one_frame(tmp_path, suffix):
     Image.new("RGB", (96, 64), "red").save(tmp_path / f"still.{suffix}")
     (tmp_path / "still.txt").write_text("a red picture")
-    (clip,), problems = read_clips(tmp_path)
+    _, _, (clip,), problems, _ = read_listing([Folder(tmp_path)])
     facts, _ = examine(clip, VIEW)
     assert problems == [] and (facts.width, facts.height, facts.num_frames, facts.num_seen) == (96, 64, 1, 1)
 
@@ -117,8 +117,8 @@ def test_two_layouts_at_once_are_refused_unless_one_is_named(other, drawn, tmp_p
     for name in ("videos.txt", "prompts.txt"):
         shutil.copy(drawn / name, folder)
     with pytest.raises(ValueError, match="fits 2 layouts .*two lists: prompts.txt, videos.txt.*--caption_column"):
-        read_clips(folder)
-    assert len(read_clips(folder, "prompts.txt", "videos.txt")[0]) == 3
+        read_listing([Folder(folder)])
+    assert len(read_listing([Folder(folder)], Columns("prompts.txt", "videos.txt")).clips) == 3
 
 
 CLIP, FOLDER, PIPE = "a clip", "a folder", "a pipe"  # stand for what is no text
@@ -173,8 +173,8 @@ MISTAKES = {
     "a pipe as a list": in_lists("prompts.txt: is not a plain file; write a text file", PIPE, "a.mp4"),
     "a list that cannot be read": in_lists("prompts.txt: cannot be read (Input", Path("/proc/self/mem"), "a.mp4"),
     "lists from Git LFS": in_lists("videos.txt: is a Git LFS pointer, not the file", LFS_POINTER, LFS_POINTER),
-    "one list for both": in_lists("videos.txt: is meant by --caption_col", "x", "a.mp4", caption_column="videos.txt"),
-    "no list of images": in_lists("images.txt: no such file; write", "x", "a.mp4", image_column="images.txt"),
+    "one list for both": in_lists("videos.txt: is meant by --caption_col", "x", "a.mp4", caption="videos.txt"),
+    "no list of images": in_lists("images.txt: no such file; write", "x", "a.mp4", image="images.txt"),
     "swapped lists": in_lists("line 1: {root}/x: no such file; correct the path", "a.mp4", "x"),
     # paths
     "a missing clip": in_lists("line 1: {root}/b.mp4: no such file; correct the path", "x", "b.mp4"),
@@ -237,29 +237,29 @@ MISTAKES = {
     "a nested value": in_json("metadata.jsonl:1: text is {'en': 'x'}; write a text", ROW | {"text": {"en": "x"}}),
     "half a character": in_json("jsonl:1: text is 'a \\ud83d'; write", '{"file_name": "a.mp4", "text": "a \\ud83d"}'),
     "no file in a row": in_json("metadata.jsonl:2: file_name is None; write", ROW, {"text": "x"}),
-    "no image in a row": in_json("image is None; write", ROW | {"image": None}, image_column="image"),
-    "a missing image": in_json("{root}/b.png: no such file", ROW | {"image": "b.png"}, image_column="image"),
-    "a video as the image": in_json("cannot be read as an image", ROW | {"image": "a.mp4"}, image_column="image"),
+    "no image in a row": in_json("image is None; write", ROW | {"image": None}, image="image"),
+    "a missing image": in_json("{root}/b.png: no such file", ROW | {"image": "b.png"}, image="image"),
+    "a video as the image": in_json("cannot be read as an image", ROW | {"image": "a.mp4"}, image="image"),
     "an image from Git LFS": in_json(
-        "b.png: is a Git LFS", ROW | {"image": "b.png"}, files={"b.png": LFS_POINTER}, image_column="image"
+        "b.png: is a Git LFS", ROW | {"image": "b.png"}, files={"b.png": LFS_POINTER}, image="image"
     ),
     # columns that options name
-    "another column of captions": in_json("no column words; it has file_name, text", ROW, caption_column="words"),
-    "another column of files": in_json("pass one of them as --video_column", ROW, video_column="video"),
-    "another column of images": in_json("no column image; it has file_name, text", ROW, image_column="image"),
-    "one column for both": in_json("text: is meant by --video_column and by --capt", ROW, video_column="text"),
-    "a table as a column": in_json("a table is found without being named", ROW, caption_column="metadata.jsonl"),
+    "another column of captions": in_json("no column words; it has file_name, text", ROW, caption="words"),
+    "another column of files": in_json("pass one of them as --video_column", ROW, video="video"),
+    "another column of images": in_json("no column image; it has file_name, text", ROW, image="image"),
+    "one column for both": in_json("text: is meant by --video_column and by --capt", ROW, video="text"),
+    "a table as a column": in_json("a table is found without being named", ROW, caption="metadata.jsonl"),
     "a column beside clips": Mistake(
         "--caption_column text: needs a list or a table, and {root} has a caption beside each clip; write",
         BESIDE_A,
-        {"caption_column": "text"},
+        {"caption": "text"},
     ),
-    "a list beside clips": Mistake("words.txt: no such file; write", BESIDE_A, {"caption_column": "words.txt"}),
-    "an image column beside clips": Mistake("--image_column im: needs a list", BESIDE_A, {"image_column": "im"}),
+    "a list beside clips": Mistake("words.txt: no such file; write", BESIDE_A, {"caption": "words.txt"}),
+    "an image column beside clips": Mistake("--image_column im: needs a list", BESIDE_A, {"image": "im"}),
     "a column of labels": Mistake(
         "--video_column file: needs a list or a table, and {root} has videos/ and labels/; write",
         {"videos/a.mp4": CLIP, "labels/a.txt": "x"},
-        {"video_column": "file"},
+        {"video": "file"},
     ),
     # a caption beside each clip, in videos/ and labels/, nowhere
     "a caption missing": Mistake("b.mp4: no caption: {root}/b.txt is missing; write it", BESIDE_A | {"b.mp4": CLIP}),
@@ -322,7 +322,7 @@ MISTAKES = {
 def problems_of(folder, options):
     """Returns all that training would refuse."""
     try:
-        clips, problems = read_clips(folder, **options)
+        _, _, clips, problems, _ = read_listing([Folder(folder)], Columns(**options))
     except ValueError as error:
         return [str(error)]
     return problems + [problem for clip in clips if (problem := examine(clip, VIEW)[1])]
@@ -413,25 +413,25 @@ def test_a_mistake_in_a_parquet_table_is_said_with_its_place(name, tmp_path):
 )
 def test_a_csv_may_have_any_line_ends_spaces_and_quotes(table, caption, tmp_path):
     (tmp_path / "metadata.csv").write_bytes(table)
-    (clip,), problems = read_clips(tmp_path)
+    _, _, (clip,), problems, _ = read_listing([Folder(tmp_path)])
     assert (clip.video, clip.caption, problems) == (tmp_path / "a.mp4", caption, [])
 
 
 def test_a_file_is_no_folder_of_clips(tmp_path):
     (tmp_path / "clips.zip").write_text("x")
     with pytest.raises(FileNotFoundError, match="clips.zip: is a file, not a folder; pass the one that"):
-        read_clips(tmp_path / "clips.zip")
+        read_listing([Folder(tmp_path / "clips.zip")])
 
 
 def test_images_to_start_from_can_be_a_column_but_not_a_file_beside_a_clip(drawn, tmp_path):
     folder = lay_out("no captions", drawn, tmp_path / "clips")
     row = {"file_name": "videos/x.mp4", "text": "a cat", "image": "x.png"}
     (folder / "metadata.jsonl").write_text(json.dumps(row))
-    (clip,), _ = read_clips(folder, image_column="image")
+    (clip,) = read_listing([Folder(folder)], Columns(image="image")).clips
     assert clip.image == folder / "x.png" and clip.place == "metadata.jsonl:1"
     beside = lay_out(BESIDE, drawn, tmp_path / "beside")
     with pytest.raises(ValueError, match="--image_column image: needs a list or a table"):
-        read_clips(beside, image_column="image")
+        read_listing([Folder(beside)], Columns(image="image"))
 
 
 def test_files_that_are_not_used_are_told(drawn, tmp_path):
@@ -456,12 +456,12 @@ def test_files_that_are_not_used_are_told(drawn, tmp_path):
 def test_several_folders_are_one_dataset_and_each_clip_names_its_folder(drawn, tmp_path):
     lists, beside = lay_out(LISTS, drawn, tmp_path / "lists"), lay_out(BESIDE, drawn, tmp_path / "beside")
     table = lay_out("metadata.jsonl", drawn, tmp_path / "table")
-    listing = read_listing([Folder(lists), Folder(beside, times=2), Folder(table)], id_token="DISNEY")
+    listing = read_listing([Folder(lists), Folder(beside, repeats=2), Folder(table)], id_token="DISNEY")
     assert listing.layouts == [LISTS, BESIDE, "metadata.jsonl"] and listing.problems == []
     assert listing.name == f"{lists}, {beside}=2, {table}"
     assert listing.describe().splitlines()[3:] == [f"{beside}: 3 clips, each shown 2 times an epoch, 6 in all"]
     assert [clip.line for clip in listing.clips] == list(range(1, 10))
-    assert [clip.times for clip in listing.clips] == [1] * 3 + [2] * 3 + [1] * 3
+    assert [clip.repeats for clip in listing.clips] == [1] * 3 + [2] * 3 + [1] * 3
     first, beside_clip, row = listing.clips[0], listing.clips[3], listing.clips[8]
     assert first.problem("x").startswith(f"{lists}, line 1: ") and row.named == f"{table}, metadata.jsonl:3"
     assert beside_clip.named == str(beside_clip.video)
@@ -507,7 +507,7 @@ def test_an_epoch_shows_each_folder_as_often_as_it_is_to(drawn, tmp_path, tiny_c
 
 def test_a_held_out_clip_is_measured_once_however_often_others_are_shown():
     files = [[Path(f"{clip}")] for clip in range(4)]
-    data = Data(CachedClips(files, [Path("c")] * 4), [(1,)] * 4, prompts={}, times=[2, 2, 1, 3])
+    data = Data(CachedClips(files, [Path("c")] * 4), [(1,)] * 4, prompts={}, repeats=[2, 2, 1, 3])
     training, held_out = data.split(1, seed=0)
     assert len(held_out.shapes) == 1
     (out,) = (int(paths[0].name) for paths in held_out.clips.latents)

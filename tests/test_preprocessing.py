@@ -16,7 +16,7 @@ import files
 from clips.facts import examine
 from clips.frames import View, decoding_threads, read_frames
 from clips.known import look_at
-from clips.listing import Folder, read_clips, read_listing
+from clips.listing import Folder, read_listing
 from clips.order import Ranks
 from cogvideox import encoders
 from cogvideox.base_model import download_weights, read_base_model
@@ -28,7 +28,7 @@ VIEW = View(64, 96, 8, 9, 0, 0, "center", 0)
 def encode(folder, checkpoint, cache, dtype=torch.float32, slicing=False, view=VIEW, ranks=None):
     """The cached latents and embeddings of the clips in `folder`, in order."""
     checkpoint = download_weights(read_base_model(str(checkpoint)))
-    listing = read_listing([Folder(folder)], "prompts.txt", "videos.txt")
+    listing = read_listing([Folder(folder)])
     video_encoder, text_encoder = encoders.encoders(checkpoint, dtype, "cpu", tiling=False, slicing=slicing)
     data = dataset.encode_dataset(
         listing, view, cache=cache, prompts=[""], random_flip=False,
@@ -52,7 +52,7 @@ def mixed_clips(tmp_path_factory):
 def test_what_is_cached_is_each_clip_and_caption_encoded_alone(tiny_checkpoint, mixed_clips, tmp_path, dtype):
     parameters, prompt_embeds = encode(mixed_clips, tiny_checkpoint, tmp_path / "cache", dtype)
 
-    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt")
+    clips = read_listing([Folder(mixed_clips)]).clips
     checkpoint = read_base_model(str(tiny_checkpoint))
     with loaded_vae(checkpoint, dtype, "cpu", tiling=False, slicing=False) as vae:
         for clip, cached in zip(clips, parameters):
@@ -83,7 +83,7 @@ def test_a_clip_in_a_batch_sees_nothing_of_the_others(tiny_checkpoint):
 def test_what_is_cached_does_not_depend_on_what_is_encoded_with_it(tiny_checkpoint, mixed_clips, tmp_path):
     """Bit for bit: by three ranks, and by a run that finds some of it done."""
     alone, _ = encode(mixed_clips, tiny_checkpoint, tmp_path / "alone")
-    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt")
+    clips = read_listing([Folder(mixed_clips)]).clips
     facts = [examine(clip, VIEW)[0] for clip in clips]
     probed = dataset.probe_cache(facts, VIEW, cache=tmp_path / "shared", encoder="v", random_flip=False)
     new = dataset.missing_latents(clips, facts, probed)
@@ -103,7 +103,7 @@ def test_what_is_cached_does_not_depend_on_what_is_encoded_with_it(tiny_checkpoi
 
 def test_slicing_encodes_each_clip_alone_bit_for_bit(tiny_checkpoint, mixed_clips, tmp_path):
     sliced, _ = encode(mixed_clips, tiny_checkpoint, tmp_path / "cache", slicing=True)
-    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt")
+    clips = read_listing([Folder(mixed_clips)]).clips
     checkpoint = read_base_model(str(tiny_checkpoint))
     with encoders.video_encoder(checkpoint, torch.float32, "cpu", tiling=False, slicing=False) as encode_videos:
         for clip, cached in zip(clips, sliced):
@@ -169,7 +169,7 @@ def new_latents(clips, folder):
 
 def test_problems_of_several_clips_are_told_in_the_order_of_the_list(tmp_path, mixed_clips, monkeypatch):
     """Problems of decoding and of the VAE, which are found at different times; the other clips are written."""
-    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt")
+    clips = read_listing([Folder(mixed_clips)]).clips
     new = new_latents(clips, tmp_path)
     decode = dataset.decode
 
@@ -189,7 +189,7 @@ def test_problems_of_several_clips_are_told_in_the_order_of_the_list(tmp_path, m
 
 
 def test_a_disk_that_fills_up_midway_ends_the_encoding_with_its_message(tmp_path, mixed_clips, monkeypatch):
-    clips, _ = read_clips(mixed_clips, "prompts.txt", "videos.txt")
+    clips = read_listing([Folder(mixed_clips)]).clips
     new = new_latents(clips, tmp_path)
 
     def full(path, content):

@@ -17,7 +17,7 @@ from PIL import Image
 from clips import check, frames
 from clips.facts import brightness, examine, facts_of, headline, motion, remarks
 from clips.frames import View, choose_frames, choose_source
-from clips.listing import Clip, read_clips
+from clips.listing import Clip, Columns, Folder, read_listing
 from cogvideox.base_model import load_tokenizer, read_base_model
 from cogvideox.encoders import cut_caption
 from pages import preview
@@ -38,7 +38,7 @@ def make_dataset(folder, videos, captions=None):
 
 
 def read(folder, view=VIEW):
-    clips, problems = read_clips(folder, "prompts.txt", "videos.txt")
+    _, _, clips, problems, _ = read_listing([Folder(folder)], Columns("prompts.txt", "videos.txt"))
     examined = [examine(clip, view) for clip in clips]
     return clips, [facts for facts, _ in examined], problems + [problem for _, problem in examined if problem]
 
@@ -65,7 +65,7 @@ def pixels(jpeg):
 
 
 def test_the_film_shows_the_model_s_own_frames_the_first_and_the_last_among_them(clips):
-    clip, *_ = read_clips(clips)[0]
+    clip, *_ = read_listing([Folder(clips)]).clips
     made, _, seen = drawn(clip)
     expected = np.concatenate([seen[i].numpy() for i in (0, 2, 4, 6, 8)], axis=1).astype(np.int16)
     film = pixels(made.film)
@@ -75,7 +75,7 @@ def test_the_film_shows_the_model_s_own_frames_the_first_and_the_last_among_them
 
 def test_an_image_to_start_from_is_shown_where_the_model_sees_it(clips, tmp_path):
     imageio.imwrite(tmp_path / "blue.png", np.full((64, 96, 3), (0, 0, 255), np.uint8))
-    clip = read_clips(clips)[0][0]._replace(image=tmp_path / "blue.png")
+    clip = read_listing([Folder(clips)]).clips[0]._replace(image=tmp_path / "blue.png")
     assert drawn(clip)[0].image is None
     made, *_ = drawn(clip, VIEW._replace(with_image=True))
     assert np.abs(pixels(made.image)[5, 5] - (0, 0, 255)).max() < 6
@@ -95,7 +95,7 @@ def test_the_rectangle_is_what_the_model_sees_of_the_whole_picture(tmp_path, hei
     assert found == pytest.approx(rectangle)
     left, top, share_of_width, share_of_height = found
     box = (left * width, top * height, (left + share_of_width) * width, (top + share_of_height) * height)
-    cropped = Image.open(io.BytesIO(made.whole)).crop([round(side) for side in box]).resize((96, 64))
+    cropped = Image.open(io.BytesIO(made.uncropped)).crop([round(side) for side in box]).resize((96, 64))
     assert np.abs(np.array(cropped, np.int16) - seen[0].numpy()).mean() < 12
 
 
@@ -113,7 +113,7 @@ def test_a_turned_and_a_stretched_file_are_outlined_as_a_player_shows_them(tmp_p
         assert (facts.width, facts.height) == size and frames.seen_rectangle(facts.file, VIEW) == pytest.approx(
             rectangle
         )
-        whole = Image.open(io.BytesIO(made.whole))
+        whole = Image.open(io.BytesIO(made.uncropped))
         assert whole.size == size
         (left, top, width, height), (across, down) = rectangle, size
         box = (left * across, top * down, (left + width) * across, (top + height) * down)
@@ -524,7 +524,7 @@ def test_it_fits_a_phone_in_light_and_dark(page, shown, dark):
 
 
 def test_a_thousand_clips_open(page, clips, tmp_path, monkeypatch, capsys):
-    video = read_clips(clips)[0][0].video
+    video = read_listing([Folder(clips)]).clips[0].video
     num_frames, side = preview.film_size(1000)
     made, facts, _ = drawn(Clip(video, "a", 1), side=side, num_frames=num_frames)
     monkeypatch.setattr(check, "_look", lambda clip, *_, **__: check.Seen(clip, facts, made, None))

@@ -23,7 +23,7 @@ from diffusers import CogVideoXTransformer3DModel
 import train_cogvideox_lora
 from clips.facts import examine
 from clips.frames import view_of
-from clips.listing import read_clips
+from clips.listing import Folder, read_listing
 from cogvideox import objective
 from cogvideox.base_model import load_transformer, read_base_model
 from cogvideox.objective import velocity_loss
@@ -88,7 +88,7 @@ def test_the_base_model_is_stored_as_the_other_script_loads_it_and_shows_all_its
     checkpoint = read_base_model(str(tmp_path / "base-model"))
     transformer = load_transformer(checkpoint, torch.float32)
     assert all(torch.equal(weight, weight.half().float()) for weight in transformer.parameters())
-    clips, problems = read_clips(tmp_path / "clips", "prompts.txt", "videos.txt", None, None)
+    _, _, clips, problems, _ = read_listing([Folder(tmp_path / "clips")])
     assert problems == [] and len(clips) == 8
     shared = train_cogvideox_lora.parse_args(versus.shared_options(parse("--size", "overhead"), updates=9))
     facts, problem = examine(clips[0], view_of(shared, with_image=False, whole=False))
