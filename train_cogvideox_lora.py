@@ -313,9 +313,25 @@ def memory_advice(run: "Run", phase: str) -> str:
     settings = memory_settings(run.args, run.dtype, run.accelerator.device, run.ranks.count)
     decided = {name: value for name, value in run.memory_plan._asdict().items() if name in Settings._fields}
     options = budget.savings(phase, rehearsed_models(run.args, run.base), settings._replace(**decided))
-    return f"out of memory in {phase}; by the prediction, the cheapest first: " + ", ".join(
-        [*options, "or lower --max_num_frames, --height and --width"]
+    smaller = "lower --max_num_frames, --height and --width"
+    if not options:
+        return f"out of memory in {phase}; by the prediction no option needs less, so {smaller}"
+    return f"out of memory in {phase}; by the prediction, each by itself, the cheapest first: " + ", ".join(
+        [*options, f"or {smaller}"]
     )
+
+
+@contextlib.contextmanager
+def memory_explained(run: "Run") -> Iterator[None]:
+    """Turns a lack of memory in the updates into a message with what would need less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not budget.is_out_of_memory(error):
+            raise
+        raise CannotContinue(
+            f"{memory_advice(run, 'training')}; --resume_from_checkpoint auto continues from the last checkpoint"
+        ) from error
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -791,7 +807,7 @@ def validate(run: Run, step: int) -> int:
     """
     losses, failures = None, run.failures
     try:
-        with run.state.average.applied():
+        with run.state.average.applied(), validation.failing_together(partial(agree, run)):
             if run.args.validation_prompt:
                 sample_videos(run, step)
             if run.held_out.shapes:
@@ -831,7 +847,9 @@ def agree(run: Run, error: Exception | None = None) -> None:
         validation.Failed: `error`, or one of another rank.
     """
     if error and run.accelerator.is_fsdp2:  # the others wait in the middle of a forward pass
-        raise CannotContinue(f"a validation has failed: {type(error).__name__}: {error}") from error
+        is_memory = budget.is_out_of_memory(error)
+        cause = memory_advice(run, "validation") if is_memory else f"{type(error).__name__}: {error}"
+        raise CannotContinue(f"a validation has failed: {cause}") from error
     signal, failed = processes.of_each_rank(run.accelerator, [run.stop.number, error is not None]).amax(0).tolist()
     if signal:
         raise signals.Stopped(int(signal), "stopped in a validation")
@@ -1027,12 +1045,8 @@ def main(args: argparse.Namespace) -> None:
             stop.check()
             smoothed_loss = announce(run, starting, changed | other_content)
 
-        try:
+        with memory_explained(run):
             train(run, smoothed_loss)
-        except torch.OutOfMemoryError as error:
-            raise CannotContinue(
-                f"{memory_advice(run, 'training')}; --resume_from_checkpoint auto continues from the last checkpoint"
-            ) from error
 
         # Result.
         limit = args.checkpoints_total_limit

@@ -2,12 +2,20 @@
 
 from typing import NamedTuple
 
+import torch
+
 from cogvideox import compute
 from cogvideox.lora import DEFAULT_RANK, DEFAULT_TARGETS, Lora
 from cogvideox.rehearsal import PHASES, Models, Phase, Settings, rehearse
 
 GIB = 2**30
 SAFETY_SHARE, SAFETY_BYTES = 0.10, GIB  # what `needed` adds to a predicted peak
+# Memory that is not taken through PyTorch's allocator of a GPU: by kernels, cuBLAS, NCCL, and on a CPU.
+OUT_OF_MEMORY = (
+    "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+    "Cuda failure 2 'out of memory'", "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+)  # fmt: skip
 
 
 class Remedy(NamedTuple):
@@ -126,6 +134,12 @@ def _smaller(phase: str, settings: Settings, num_layers: int) -> list[tuple[str,
     if not (lora.use_dora or lora.changes_base):
         options.append(("--base_precision int8", {"lora": lora._replace(base_precision="int8")}))
     return options
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory is short; most libraries say it in a plain RuntimeError."""
+    is_said = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return is_said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def savings(phase: str, models: Models, settings: Settings) -> list[str]:

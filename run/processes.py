@@ -26,6 +26,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from clips.order import Ranks
+from cogvideox.budget import is_out_of_memory
 from files import CannotContinue, publish
 from run.signals import Stopped
 
@@ -203,6 +204,7 @@ LOST = (
 )  # fmt: skip
 
 
+LESS_MEMORY = "docs/hardware.md lists what needs less memory, and --dry_run predicts each phase"
 # Errors of disks, folders and limits of the system, no faults of the script.
 SURROUNDINGS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EMFILE,
@@ -235,9 +237,8 @@ def _ending_explained():
         _leave(128 + stopped.number, str(stopped))
     except CannotContinue as error:
         _leave(3, f"error: {error}", everywhere=True)
-    except torch.OutOfMemoryError as error:
-        advice = "docs/hardware.md lists what needs less memory, and --dry_run predicts each phase"
-        _leave(3, f"error: out of memory ({str(error).splitlines()[0]}); {advice}", everywhere=True)
+    except MemoryError:
+        _leave(3, f"error: out of CPU memory; {LESS_MEMORY}", everywhere=True)
     except KeyboardInterrupt:
         _leave(130, "interrupted")
     except OSError as error:
@@ -250,6 +251,8 @@ def _ending_explained():
             "--resume_from_checkpoint auto",
         )
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            _leave(3, f"error: out of memory ({str(error).splitlines()[0]}); {LESS_MEMORY}", everywhere=True)
         # NCCL's watchdog may end the process before such an error gets here.
         if not torch.distributed.is_initialized() or not any(words in str(error) for words in LOST):
             raise

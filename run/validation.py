@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from clips.frames import read_image
 from clips.order import Ranks
 from cogvideox.base_model import BaseModel
+from cogvideox.budget import is_out_of_memory
 from cogvideox.objective import generator_for, training_loss
 from cogvideox.sampling import encode_mp4, sample_video
 from dataset import Data
@@ -95,7 +96,7 @@ def held_out_losses(
     timesteps = quantiles(base.scheduler.config.num_train_timesteps)
     jobs = [(clip, timestep) for clip in range(len(data.shapes)) for timestep in timesteps]
     device, losses = accelerator.device, []
-    with _without_dropout(transformer), _failing_together(agree):
+    with _without_dropout(transformer), failing_together(agree):
         for clip, timestep in _equal_share(ranks, jobs):
             agree()
             batch = {name: tensor[None] for name, tensor in data.read(clip).items()}
@@ -126,15 +127,18 @@ class Failed(RuntimeError):
 def cause(failed: Failed, memory_advice: Callable[[], str]) -> str:
     """Returns why a validation has failed, and what helps where memory is short."""
     error = failed.__cause__
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         torch.cuda.empty_cache()
         return memory_advice()
     return f"{type(error).__name__}: {error}" if error else str(failed)
 
 
 @contextlib.contextmanager
-def _failing_together(agree: Callable) -> Iterator[None]:
-    """Ends the block on all ranks if it fails on one of them; its last turn is followed by one more call of `agree`."""
+def failing_together(agree: Callable) -> Iterator[None]:
+    """Ends the block on all ranks if it fails on one of them; its last turn is followed by one more call of `agree`.
+
+    Blocks may be nested: each ends with its own call.
+    """
     try:
         yield
         agree()
@@ -206,7 +210,7 @@ def sample_videos(
     own_jobs, is_quiet = _equal_share(ranks, jobs), not accelerator.is_main_process
     progress = tqdm(own_jobs, f"Validation, step {step}", unit="video", leave=False, disable=is_quiet)
     videos = []
-    with _without_dropout(transformer), _failing_together(agree), vae as loaded_vae:
+    with _without_dropout(transformer), failing_together(agree), vae as loaded_vae:
         for i, prompt, image, seed in progress:
             frames = sample_video(
                 accelerator.unwrap_model(transformer),

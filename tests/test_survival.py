@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import ROOT, reset_accelerate, training_options
 from safetensors.torch import load_file
+from test_distributed import torchrun
 
 import train_cogvideox_lora
-from cogvideox import budget
+from cogvideox import budget, encoders
 from cogvideox.lora_files import LORA_FILE
 from run import checkpoints, dry_run, validation
 from run.run_directory import list_checkpoints, read_metrics
@@ -41,22 +42,87 @@ def failing(times, error, call):
     return fail
 
 
-def test_out_of_memory_in_an_update_names_what_would_need_less(tiny_checkpoint, tmp_path, train, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported at some other call"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_in_an_update_names_what_would_need_less(
+    tiny_checkpoint, tmp_path, train, monkeypatch, capsys, error
+):
     loss, seen = train_cogvideox_lora.training_loss, []
 
     def out_of_memory(*args, **options):
         seen.append(1)
         if len(seen) == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return loss(*args, **options)
 
     monkeypatch.setattr(train_cogvideox_lora, "training_loss", out_of_memory)
     options = {"max_train_steps": 4, "checkpointing_steps": 2, "gradient_checkpointing": "none"}
     ended(lambda: train(tiny_checkpoint, tmp_path / "run", **options), 3)
     error = capsys.readouterr().err
-    assert "out of memory in training; by the prediction, the cheapest first: --gradient_checkpointing full (" in error
+    assert "Traceback" not in error
+    said = "out of memory in training; by the prediction, each by itself, the cheapest first: "
+    assert f"{said}--gradient_checkpointing full (" in error
     assert "GiB less)" in error and "--resume_from_checkpoint auto continues from the last checkpoint" in error
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+
+
+def test_another_error_of_an_update_is_a_fault_and_keeps_its_traceback(tiny_checkpoint, tmp_path, train, monkeypatch):
+    monkeypatch.setattr(train_cogvideox_lora, "training_loss", failing(1, RuntimeError("shapes differ"), None))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train(tiny_checkpoint, tmp_path / "run", max_train_steps=1)
+
+
+ONE_RANK_RUNS_OUT_OF_MEMORY = """
+import os, sys, torch
+sys.path.insert(0, {root!r})
+import train_cogvideox_lora
+loss, seen = train_cogvideox_lora.training_loss, []
+
+def out_of_memory(*args, **options):
+    seen.append(1)
+    if os.environ["RANK"] == "1" and len(seen) == 3:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return loss(*args, **options)
+
+train_cogvideox_lora.training_loss = out_of_memory
+train_cogvideox_lora.main(train_cogvideox_lora.parse_args())
+"""
+
+
+def test_out_of_memory_on_one_rank_ends_all_and_is_said_by_that_one(tiny_checkpoint, clips, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(ONE_RANK_RUNS_OUT_OF_MEMORY.format(root=str(ROOT)))
+    options = training_options(tiny_checkpoint, clips, tmp_path / "run", max_train_steps=4, checkpointing_steps=2)
+    error = torchrun(script, *options, expected=1).stderr
+    assert "[rank 1] error: out of memory in training; by the prediction" in error
+    assert "exitcode  : 3" in error and "Traceback" not in error.split("ChildFailedError")[0].split("torch/")[0]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+
+
+def test_a_validation_without_memory_for_its_encoder_does_not_end_training(
+    checkpoint_of, tmp_path, train, monkeypatch, capsys
+):
+    """Of first images: it is loaded for the held-out loss before anything is computed."""
+    encoder, calls = encoders.image_encoder, []
+
+    def out_of_memory(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:  # the first one is for the updates
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encoder(*args, **options)
+
+    monkeypatch.setattr(encoders, "image_encoder", out_of_memory)
+    options = {"validation_split": 1, "validation_steps": 1, "max_train_steps": 2, "validate_first": False}
+    rows = train(checkpoint_of("5b-I2V"), tmp_path / "run", **options)
+    assert "the validation after update 1 has failed: out of memory in validation" in capsys.readouterr().out
+    assert [row["step"] for row in rows if "validation_loss" in row] == [2]
 
 
 def test_what_is_said_to_save_memory_saves_it_by_the_rehearsal(checkpoint_of, monkeypatch, capsys):
