@@ -160,7 +160,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     resume = "checkpoint to resume from: its folder, 'latest' in --output_dir, or 'auto': the latest if there is one"
     minutes = "minutes from checkpoint to checkpoint, besides --checkpointing_steps (default: none)"
     tracker = "tracker: tensorboard, wandb, trackio, comet_ml or all; none: metrics.jsonl only"
-    token = "access token of the hub; HF_TOKEN or `hf auth login` is safer, since trackers may log command lines"
+    token = "access token of the hub; HF_TOKEN or `hf auth login` is safer: others can see a machine's command lines"
     out("--output_dir", type=path, default=Path("cogvideox-lora"), help="run directory: checkpoints, metrics, result")
     out("--checkpointing_steps", type=positive, default=500, metavar="N", help="updates from checkpoint to checkpoint")
     out("--save_minutes", type=positive, metavar="N", help=minutes)
@@ -173,13 +173,14 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     out("--logging_dir", type=path, default="logs", help="folder for the tracker's files, inside --output_dir")
     out("--push_to_hub", action="store_true", help="upload the result to the hub after training")
     out("--hub_model_id", help="hub repository for the result (default: the name of --output_dir)")
-    out("--hub_token", help=token)
+    out("--hub_token", type=hub.access_token, help=token)
 
 
 # ---- launch ----------------------------------------------------------------------------------------------------------
 
 
 def start(args: argparse.Namespace) -> tuple[Accelerator, Ranks]:
+    hub.hide_token(args.hub_token)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     accelerator, ranks = processes.start(
         mixed_precision=args.mixed_precision,
@@ -1055,7 +1056,13 @@ def main(args: argparse.Namespace) -> None:
         end(accelerator)
     if uploads and accelerator.is_main_process:  # the other ranks do not wait for the upload
         hub.push_to_hub(
-            hub_repo, args.output_dir, base, name=args.hub_model_id, options=vars(args), token=args.hub_token
+            hub_repo,
+            args.output_dir,
+            base,
+            name=args.hub_model_id,
+            options=vars(args),
+            token=args.hub_token,
+            signal=stop.number,
         )
 
 

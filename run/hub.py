@@ -1,9 +1,12 @@
 """The result on the hub: its repository, the model card that says how to use it, the upload."""
 
+import argparse
+import re
 import shlex
+import sys
 from pathlib import Path
 
-from huggingface_hub import ModelCardData, create_repo, upload_folder
+from huggingface_hub import ModelCardData, create_repo, get_token, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from cogvideox.base_model import BaseModel, published_as
@@ -11,7 +14,11 @@ from cogvideox.lora import Lora
 from cogvideox.lora_files import LORA_FILE, TRANSFORMER_FOLDER
 from files import CannotContinue, publish
 from run.run_directory import ARGS_FILE, METRICS_FILE, REPORT_FILE, VALIDATION_FOLDER, read_validation_videos
+from run.signals import Stopped, ending_at_once
 
+UPLOADED = [  # patterns in the run directory: the result, and what is told about it
+    LORA_FILE, f"{TRANSFORMER_FOLDER}/**", "README.md", f"{VALIDATION_FOLDER}/**", ARGS_FILE, METRICS_FILE, REPORT_FILE,
+]  # fmt: skip
 CARD = """---
 {header}
 ---
@@ -47,6 +54,36 @@ LOAD_TRANSFORMER = """transformer = CogVideoXTransformer3DModel.from_pretrained(
 pipe = {pipeline}.from_pretrained("{base_name}", transformer=transformer, torch_dtype=torch.bfloat16).to("cuda")"""
 
 
+# ---- token -----------------------------------------------------------------------------------------------------------
+
+
+def access_token(text: str) -> str:
+    """Returns an access token of the hub; a type for argparse, whose messages do not repeat it."""
+    if not re.fullmatch("[!-~]+", text):
+        raise argparse.ArgumentTypeError(
+            "an access token has at least one character and no spaces or letters with accents, and this one does not; "
+            "copy it again, or leave it out if HF_TOKEN or `hf auth login` has it"
+        )
+    return text
+
+
+def hide_token(token: str | None) -> None:
+    """Takes the token out of the command line as Python shows it, which trackers log."""
+    if token:
+        sys.argv[:] = [word.replace(token, "...") for word in sys.argv]
+
+
+def _reason(error: Exception, token: str | None) -> str:
+    """Returns the first line of an error without any token; the HTTP library quotes headers that it refuses."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    for secret in filter(None, (token, get_token())):
+        line = line.replace(secret, "...")
+    return re.sub(r"Bearer [^'\"]*", "Bearer ...", line)
+
+
+# ---- repository ------------------------------------------------------------------------------------------------------
+
+
 def create_hub_repo(name: str, token: str | None) -> str | None:
     """Creates the repository, before training so that a wrong token is found then, and returns its full name.
 
@@ -55,18 +92,24 @@ def create_hub_repo(name: str, token: str | None) -> str | None:
     try:
         return create_repo(name, token=token, exist_ok=True).repo_id
     except Exception as error:  # the HTTP library's errors pass through, and which one it is depends on the version
-        answers = (HfHubHTTPError, ValueError, LocalTokenNotFoundError, OfflineModeIsEnabled)
-        if not isinstance(error, answers):  # the hub has not answered
-            print(f"--push_to_hub: the hub cannot be reached ({_first_line(error)}); it is tried again after training")
+        reason = _reason(error, token)
+        if not _is_refusal(error):
+            print(f"--push_to_hub: the hub cannot be reached ({reason}); it is tried again after training")
             return None
         raise ValueError(
-            f"--push_to_hub: cannot create {name} ({_first_line(error)}); log in with `hf auth login`, "
-            "or pass --hub_token, or leave --push_to_hub out"
+            f"--push_to_hub: cannot create {name} ({reason}); log in with `hf auth login`, or pass --hub_token, or "
+            "leave --push_to_hub out"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _is_refusal(error: Exception) -> bool:
+    """Whether the hub, or its library, has said no; otherwise it did not answer, or is out of order or busy."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code < 500 and error.response.status_code != 429
+    return isinstance(error, (ValueError, LocalTokenNotFoundError, OfflineModeIsEnabled))
+
+
+# ---- card ------------------------------------------------------------------------------------------------------------
 
 
 def _is_local(base: BaseModel) -> bool:
@@ -155,30 +198,38 @@ def model_card(repo: str, base: BaseModel, options: dict, videos: dict[str, str]
     )
 
 
+# ---- upload ----------------------------------------------------------------------------------------------------------
+
+
+def upload_command(repo: str, output_dir: Path) -> str:
+    """Returns the command line that uploads what `push_to_hub` does."""
+    words = ["hf", "upload", repo, str(output_dir), "."]
+    return shlex.join(words + [word for pattern in UPLOADED for word in ("--include", pattern)])
+
+
 def push_to_hub(
-    repo: str | None, output_dir: Path, base: BaseModel, *, name: str, options: dict, token: str | None
+    repo: str | None, output_dir: Path, base: BaseModel, *, name: str, options: dict, token: str | None, signal: int = 0
 ) -> None:
     """Uploads the result, its card, the validation videos and the report; not the checkpoints.
 
     Args:
         repo: from `create_hub_repo`.
         name: of the repository, where `repo` is None.
+        signal: one that has arrived before; the upload is then left out.
 
     Raises:
         CannotContinue: the upload has failed; the message has the command for later.
+        Stopped: `signal` is not 0; the same command. A signal in the upload ends the process with it.
     """
-    card = model_card(repo or name, base, options, last_validation(output_dir))
-    publish(output_dir / "README.md", card.encode())
-    result = [LORA_FILE, f"{TRANSFORMER_FOLDER}/**"]
-    about = ["README.md", f"{VALIDATION_FOLDER}/**", ARGS_FILE, METRICS_FILE, REPORT_FILE]
-    patterns = " ".join(f"--include {shlex.quote(pattern)}" for pattern in result + about)
-    later = f"hf upload {repo or name} {shlex.quote(str(output_dir))} . {patterns}"
-    print(f"uploading to {repo or name}; if it is interrupted: {later}", flush=True)
+    later = f"The result is in {output_dir}; upload it with: {upload_command(repo or name, output_dir)}"
+    if signal:
+        raise Stopped(signal, f"--push_to_hub: stopped before the upload. {later}")
+    print(f"uploading to {repo or name}", flush=True)
     try:
-        repo = repo or create_repo(name, token=token, exist_ok=True).repo_id
-        upload_folder(repo_id=repo, folder_path=output_dir, allow_patterns=result + about, token=token)
+        card = model_card(repo or name, base, options, last_validation(output_dir))
+        publish(output_dir / "README.md", card.encode())
+        with ending_at_once(f"--push_to_hub: stopped in the upload. {later}"):
+            repo = repo or create_repo(name, token=token, exist_ok=True).repo_id
+            upload_folder(repo_id=repo, folder_path=output_dir, allow_patterns=UPLOADED, token=token)
     except Exception as error:  # as in create_hub_repo
-        raise CannotContinue(
-            f"--push_to_hub: the upload has failed ({_first_line(error)}). The result is in {output_dir}; upload it "
-            f"with: {later}"
-        ) from error
+        raise CannotContinue(f"--push_to_hub: the upload has failed ({_reason(error, token)}). {later}") from error

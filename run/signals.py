@@ -72,6 +72,22 @@ def noted() -> Iterator[StopRequest]:
         reader.close()
 
 
+@contextmanager
+def ending_at_once(message: str) -> Iterator[None]:
+    """Ends this process with a message at the first signal within a `with` block that has nothing to save."""
+
+    def end(number: int, _) -> None:
+        os.write(sys.stderr.fileno(), f"\n{message}\n".encode())  # print could be in the middle of a line
+        os._exit(128 + number)  # threads may still be waiting for the network
+
+    handlers = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def ignore(_worker: int = 0) -> None:
     """Makes a worker process of a data loader leave signals to its parent, which ends it when it needs it no longer.
 

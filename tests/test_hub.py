@@ -1,16 +1,27 @@
 """What --push_to_hub uploads, and a card that the hub takes."""
 
+import errno
+import http.server
 import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
-from conftest import training_options
-from huggingface_hub import ModelCard
+from conftest import ROOT, training_options
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
 
 import train_cogvideox_lora
 from cogvideox.base_model import read_base_model
 from cogvideox.lora_files import LORA_FILE
+from files import CannotContinue
 from run import hub
+from run.signals import Stopped
 
 
 @pytest.mark.parametrize(
@@ -41,12 +52,157 @@ def test_push_to_hub_uploads_the_result_with_a_card_that_loads_it(
     assert not [p for p in (tmp_path / "my-run").rglob("*") if p.is_file() and b"secret" in p.read_bytes()]
 
 
-def unreachable(*_, **__):
-    raise ConnectionError("no route to the hub, asked for with secret-token".replace("secret-token", "a token"))
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.fixture
+def hub_server(monkeypatch):
+    """A hub that answers every request with `code`, and is asked by huggingface_hub's own client."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            server.asked.append(self.path)
+            self.send_response(server.code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.code, server.asked = 500, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    api = HfApi(f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
+    monkeypatch.setattr(hub, "create_repo", api.create_repo)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("code", [500, 503, 429])
+def test_a_hub_that_is_out_of_order_or_busy_is_one_that_cannot_be_reached(hub_server, capsys, code):
+    hub_server.code = code
+    assert hub.create_hub_repo("someone/mine", "hf_secret") is None
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "the hub cannot be reached" in said and "tried again after training" in said
+
+
+@pytest.mark.parametrize("code", [401, 403, 404])
+def test_a_hub_that_says_no_is_obeyed(hub_server, code):
+    hub_server.code = code
+    with pytest.raises(ValueError, match="cannot create someone/mine .* log in with `hf auth login`"):
+        hub.create_hub_repo("someone/mine", "hf_secret")
+
+
+@pytest.mark.parametrize("name", ["../mine", "a/../b", "a/b/c", "mine; rm -r ."])
+def test_a_name_that_no_repository_can_have_is_refused(hub_server, name):
+    with pytest.raises(ValueError, match="--push_to_hub: cannot create"):
+        hub.create_hub_repo(name, "hf_secret")
+
+
+@pytest.mark.parametrize("token", ["hf_secret \n", "hf_sec\nret", "hf_secret\t"])
+def test_a_token_that_no_request_can_carry_is_not_repeated(hub_server, capsys, token):
+    """The HTTP library quotes it in its error; on the command line it is refused, but HF_TOKEN may hold one, too."""
+    assert hub.create_hub_repo("someone/mine", token) is None
+    with pytest.raises(SystemExit):
+        train_cogvideox_lora.parse_args(training_options("m", "d", "o", hub_token=token))
+    said = capsys.readouterr()
+    assert "Bearer ..." in said.out and "copy it again" in said.err
+    assert "hf_sec" not in said.out + said.err
+
+
+def test_the_command_line_that_trackers_log_has_no_token(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--hub_token", "hf_secret", "--hub_token=hf_secret"])
+    hub.hide_token("hf_secret")
+    assert sys.argv == ["train.py", "--hub_token", "...", "--hub_token=..."]
+
+
+def result_of_a_run(folder):
+    folder.mkdir()
+    (folder / LORA_FILE).write_bytes(b"weights")
+    return folder
+
+
+SIGNALLED = """
+import sys, time
+from pathlib import Path
+
+sys.path.insert(0, {root!r})
+import run.hub
+
+def upload_folder(**options):
+    print("ready", flush=True)
+    time.sleep(60)
+
+run.hub.upload_folder = upload_folder
+run.hub.model_card = lambda *_: "card"
+run.hub.push_to_hub("someone/mine", Path(sys.argv[1]), None, name="mine", options={{}}, token="hf_secret")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_upload_ends_it_with_the_command_for_later(tmp_path, number):
+    folder = result_of_a_run(tmp_path / "run")
+    line = [sys.executable, "-c", SIGNALLED.format(root=str(ROOT)), folder]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "uploading to someone/mine\n"
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert f"stopped in the upload. The result is in {folder}; upload it with: hf upload someone/mine" in error
+    assert "Traceback" not in error and "hf_secret" not in error
+
+
+def test_a_signal_before_the_upload_leaves_it_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "upload_folder", lambda **_: pytest.fail("uploads"))
+    with pytest.raises(Stopped, match="stopped before the upload. .* hf upload mine") as stopped:
+        hub.push_to_hub(None, tmp_path, None, name="mine", options={}, token=None, signal=signal.SIGTERM)
+    assert stopped.value.number == signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("upload_folder", ConnectionError("gone")),
+        ("publish", OSError(errno.ENOSPC, "No space left on device")),
+        ("last_validation", ValueError("prompts.json: damaged")),
+    ],
+)
+def test_an_upload_that_fails_names_the_command_for_later(tmp_path, monkeypatch, place, error):
+    folder = result_of_a_run(tmp_path / "a run")
+    monkeypatch.setattr(hub, "model_card", lambda *_: "card")
+    monkeypatch.setattr(hub, place, raising(error))
+    with pytest.raises(CannotContinue, match="the upload has failed .* upload it with: ") as failed:
+        hub.push_to_hub("someone/mine", folder, None, name="mine", options={}, token="hf_secret")
+    words = shlex.split(str(failed.value).split("upload it with: ")[1])
+    assert words[:5] == ["hf", "upload", "someone/mine", str(folder), "."]
+    patterns = [word for flag, word in zip(words[5::2], words[6::2], strict=True) if flag == "--include"]
+    offered = [LORA_FILE, f"checkpoint-1/{LORA_FILE}", "transformer/config.json", "logs/x"]
+    assert list(filter_repo_objects(offered, allow_patterns=patterns)) == [LORA_FILE, "transformer/config.json"]
+
+
+@pytest.mark.skipif(not shutil.which("hf"), reason="hf, of huggingface_hub, is not on PATH")
+def test_hf_takes_the_command_for_later(hub_server, tmp_path):
+    """It asks for the repository, which this hub does not give."""
+    folder = result_of_a_run(tmp_path / "a run")
+    hub_server.code = 403
+    place = {"HF_ENDPOINT": f"http://127.0.0.1:{hub_server.server_port}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x"}
+    command = hub.upload_command("someone/mine", folder)
+    result = subprocess.run(shlex.split(command), env=os.environ | place, capture_output=True, text=True, timeout=60)
+    assert result.returncode and "403" in result.stdout + result.stderr, result.stderr
+    assert hub_server.asked[:1] == ["/api/repos/create"]
 
 
 def test_a_hub_that_cannot_be_reached_costs_no_training(tiny_checkpoint, tmp_path, train, monkeypatch, capsys):
-    monkeypatch.setattr(hub, "create_repo", unreachable)
+    error = ConnectionError("no route to the hub, asked with 'Authorization: Bearer secret-token'")
+    monkeypatch.setattr(hub, "create_repo", raising(error))
     options = {"push_to_hub": True, "hub_token": "secret-token", "hub_model_id": "someone/mine", "max_train_steps": 1}
     with pytest.raises(SystemExit) as stop:
         train(tiny_checkpoint, tmp_path / "run", **options)
