@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from cogvideox.base_model import BaseModel
-from files import publish, with_metadata
+from files import publish, with_metadata, write_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' default name, with which load_lora_weights(folder) finds it
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's, beside PEFT_CONFIG
@@ -435,3 +435,62 @@ def save_lora(weights: dict[str, torch.Tensor], settings: dict, folder: Path, ba
     weights = {f"{PREFIX}{name}": weight.cpu() for name, weight in weights.items()}
     publish(folder / LORA_FILE, with_metadata(save(weights), metadata))
     return folder / LORA_FILE
+
+
+# ---- for other tools -------------------------------------------------------------------------------------------------
+
+
+def _kohya_name(layer: str, part: str) -> str:
+    return f"lora_unet_{layer.replace('.', '_')}.{part}"
+
+
+def _comfyui_name(layer: str, part: str) -> str:
+    _, block, name = layer.split(".", 2)
+    return f"diffusion_model.blocks.{block}.{COMFYUI.get(name, name)}.{part}"
+
+
+NAMINGS = {
+    "diffusers": lambda layer, part: f"{PREFIX}{layer}.{part}",
+    "comfyui": _comfyui_name,
+    "kohya": _kohya_name,
+    "peft": lambda layer, part: f"base_model.model.{layer}.{part}",
+}
+
+
+def save_as(naming: str, header: LoraHeader, weights: dict[str, torch.Tensor], output: Path) -> Path:
+    """Writes a LoRA as another tool reads it, at the same strength: a file, or with peft a folder."""
+    _check_naming(naming, header, output)
+    parts = [name.partition(".lora_") for name in weights]
+    tensors = {NAMINGS[naming](layer, f"lora_{part}"): weights[f"{layer}.lora_{part}"] for layer, _, part in parts}
+    settings = {"rank_pattern": {}, "alpha_pattern": {}} | header.settings
+    about = {"base_model": header.base_model} if header.base_model else {}
+    about |= {"cogvideox_transformer": json.dumps(header.trained_on)} if header.trained_on else {}
+    if naming == "diffusers":
+        about["lora_adapter_metadata"] = json.dumps({f"{PREFIX}{name}": value for name, value in settings.items()})
+    elif naming == "peft":
+        config = {"peft_type": "LORA", "base_model_name_or_path": header.base_model} | settings
+        write_json(output / PEFT_CONFIG, config)
+        output /= PEFT_FILES[0]
+    else:
+        tensors = {
+            name.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): tensor for name, tensor in tensors.items()
+        }
+        for layer, strength in header.strengths.items():
+            tensors[NAMINGS[naming](layer, "alpha")] = torch.tensor(strength * header.ranks[layer])
+    publish(output, with_metadata(save(tensors), {"format": "pt"} | about))
+    return output
+
+
+def _check_naming(naming: str, header: LoraHeader, output: Path) -> None:
+    """Refuses what the other tool's files cannot hold."""
+    if naming != "peft" and output.suffix != ".safetensors":
+        raise ValueError(f"{output}: must be a .safetensors file; name it {output}.safetensors")
+    if output.resolve() == header.file.resolve():
+        raise ValueError(f"{output}: is the file that is read; name another one")
+    if naming == "peft" and output.is_file():
+        raise ValueError(f"{output}: is a file; with --to peft name a folder")
+    others = [name for name in header.shapes if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if naming == "comfyui":
+        others += [name for name in header.shapes if not name.startswith("transformer_blocks.")]
+    if naming in ("comfyui", "kohya") and others:
+        raise ValueError(f"--to {naming}: has no place for {others[0]}; use --to diffusers or peft")

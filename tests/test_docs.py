@@ -16,6 +16,7 @@ from conftest import ROOT
 from test_options import launched
 
 import cli_demo
+import lora
 import train_cogvideox_lora
 from clips import check, clean, export
 from pages import preview, report
@@ -116,6 +117,8 @@ def run_python(words):
         return parse_training(rest)
     if script == "cli_demo.py":
         return cli_demo.parse_args(rest)
+    if script == "lora.py":
+        return lora.parse_args(rest)
     if script == "dataset.py":
         program = {"preview": preview, "check": check, "export": export}[rest[0]]
         return program.parse_args(rest[1:])

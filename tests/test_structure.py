@@ -19,7 +19,8 @@ FLOORS = [
     ["examples"],
     ["benchmarks"],
 ]
-BESIDE = {"cli_demo": {"cogvideox", "files"}}  # a tool beside the ladder, and all that it may import of ours
+# tools beside the ladder, and all that they may import of ours
+BESIDE = {"cli_demo": {"cogvideox", "files"}, "lora": {"cogvideox", "files"}}
 NOT_KNOWN = {  # libraries that a room can do without
     "files": {"torch", "diffusers", "accelerate", "transformers", "peft"},
     "clips": {"diffusers", "accelerate", "transformers", "peft"},
