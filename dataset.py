@@ -4,6 +4,7 @@ Shapes: F frames, H height, W width, C channels; lower-case f c h w are latent s
 """
 
 import argparse
+import gc
 import itertools
 import os
 import random
@@ -119,6 +120,17 @@ class Data(NamedTuple):
         return "\n".join([headline(self.facts, self.view), *self.remarks])
 
 
+@contextmanager
+def _imports_not_searched() -> Iterator[None]:
+    """Keeps the garbage collector from searching all that was imported, again and again while many clips come in."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@_imports_not_searched()
 def encode_dataset(
     listing: Listing,
     view: View,

@@ -131,11 +131,13 @@ def choose_frames(timestamps: np.ndarray, view: View) -> list[int]:
     # Half a step of tolerance: the last frame of a file is shown for some time after its timestamp.
     available = int((kept[-1] - kept[0]) * view.fps + 0.5) + 1
     wanted = kept[0] + np.arange(trainable_length(available, view.max_num_frames)) / view.fps
-    after = np.searchsorted(kept, wanted).clip(1, max(len(kept) - 1, 1))
+    last = len(kept) - 1
+    # Not numpy.clip, which is slow for a few numbers.
+    after = np.maximum(np.minimum(np.searchsorted(kept, wanted), last), 1)
     before = after - 1
     tie = 0 if view.video_decoder == "decord" else TIE_SECONDS  # with decord, as it always was
-    nearest = np.where(wanted - kept[before] <= kept[np.minimum(after, len(kept) - 1)] - wanted + tie, before, after)
-    return [view.skip_frames_start + int(i) for i in nearest.clip(0, len(kept) - 1)]
+    nearest = np.where(wanted - kept[before] <= kept[np.minimum(after, last)] - wanted + tie, before, after)
+    return (view.skip_frames_start + np.minimum(nearest, last)).tolist()
 
 
 class Source(NamedTuple):
@@ -163,9 +165,11 @@ def choose_source(path: Path, file: File, view: View) -> Source:
     if view.video_decoder == "decord":
         seconds = decord_reader.frame_seconds(path, seconds)
     indices = choose_frames(seconds, view)
-    end = float(times[indices[-1]] * video.time_base) + 1 / view.fps
-    video = video._replace(damage=tuple(damage for damage in video.damage if damage.seconds <= end))
-    return Source(video, indices, times[indices].tolist(), seconds)
+    seen_times = times[indices].tolist()
+    if video.damage:
+        end = float(seen_times[-1] * video.time_base) + 1 / view.fps
+        video = video._replace(damage=tuple(damage for damage in video.damage if damage.seconds <= end))
+    return Source(video, indices, seen_times, seconds)
 
 
 def covering_scale(height: int, width: int, to_height: int, to_width: int) -> float:

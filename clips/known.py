@@ -178,10 +178,8 @@ def _to_note(file: File) -> list:
 
 def _from_note(note: list) -> File:
     content, video, packed_times = note
-    video = Video(*video)
-    video = video._replace(
-        time_base=Fraction(*video.time_base),
-        remarks=tuple(video.remarks),
-        damage=tuple(Damage(*damage) for damage in video.damage),
-    )
-    return File(content, video, packed_times)
+    fields = dict(zip(Video._fields, video))
+    fields["time_base"] = Fraction(*fields["time_base"])
+    fields["remarks"] = tuple(fields["remarks"])
+    fields["damage"] = tuple(Damage(*damage) for damage in fields["damage"])
+    return File(content, Video(**fields), packed_times)

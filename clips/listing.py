@@ -209,7 +209,7 @@ def _left_out(root: Path, layout: str, clips: list[Clip]) -> Iterator[str]:
     used = {os.path.abspath(path) for clip in clips for path in (clip.video, clip.image) if path}
     captions = {os.path.splitext(path)[0] for path in used}
     unread, unlisted, without_clip = [], [], []
-    for path in map(os.path.abspath, _files(root)):
+    for path in _files(Path(os.path.abspath(root))):
         stem, suffix = os.path.splitext(path)
         if suffix.lower() in UNREAD_SUFFIXES:
             unread.append(path)
@@ -286,7 +286,9 @@ def _files(root: Path) -> Iterator[str]:
 
 def _media(root: Path) -> Iterator[Path]:
     """Yields the videos and images among `_files`."""
-    yield from (Path(path) for path in _files(root) if os.path.splitext(path)[1].lower() in MEDIA_SUFFIXES)
+    for folder, names in _folders(root):
+        parent = Path(folder)
+        yield from (parent / name for name in names if os.path.splitext(name)[1].lower() in MEDIA_SUFFIXES)
 
 
 def _read_pairs(root: Path, layout: str) -> tuple[list[Clip], list[str]]:

@@ -1,5 +1,6 @@
 """A cache to trust: any damage is found when a file is read, and what is damaged is encoded again to the same bits."""
 
+import gc
 import math
 import os
 import random
@@ -364,6 +365,18 @@ def test_captions_that_encode_to_infinity_are_all_named_and_not_stored(tmp_path)
     assert "its caption: T5 encodes it to NaN or infinity" in str(refused.value)
     assert len(list((tmp_path / "cache" / "captions").iterdir())) == 1 + 1
     assert len(list((tmp_path / "cache" / "latents").iterdir())) == 3
+
+
+def test_the_garbage_collector_leaves_out_what_was_imported_only_while_clips_are_prepared(tmp_path):
+    left_out = []
+
+    def encode(texts):
+        left_out.append(gc.get_freeze_count())
+        raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        prepare(make_clips(tmp_path / "clips", count=1), tmp_path / "cache", encode_captions=encode)
+    assert left_out[0] > 10_000 and gc.get_freeze_count() == 0
 
 
 def test_what_another_run_has_encoded_meanwhile_is_not_encoded_twice(tmp_path):
