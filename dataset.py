@@ -108,10 +108,14 @@ class Data(NamedTuple):
             facts=[self.facts[clip] for clip in clips] if self.facts else (),
         )
 
-    def labels_of(self, number: int, *, batch_size: int, seed: int, random_flip: bool) -> list[str]:
-        """Returns the labels of the clips in the micro-batch of this number."""
+    def micro_batch(
+        self, number: int, *, batch_size: int, seed: int, random_flip: bool
+    ) -> tuple[list[str], dict[str, torch.Tensor]]:
+        """Returns the labels of the clips in the micro-batch of this number, and the batch, read once more."""
         batches = rank_batches(self.shapes, batch_size=batch_size, seed=seed, random_flip=random_flip, numbers=[number])
-        return [self.labels[clip] if self.labels else f"clip {clip}" for clip, _ in next(batches)]
+        items = next(batches)
+        labels = [self.labels[clip] if self.labels else f"clip {clip}" for clip, _ in items]
+        return labels, stacked([self.read(*item) for item in items])
 
     def batches_per_epoch(self, batch_size: int) -> int:
         return len(epoch_batches(self.shapes, batch_size=batch_size, seed=0, epoch=0, random_flip=False))
@@ -760,10 +764,10 @@ def micro_batches(
         in_worker: called at the start of each of the `num_workers` processes.
     """
     numbers = partial(itertools.count, timeline.first_batch + ranks.index, ranks.count)
-    batches_of = partial(rank_batches, data.shapes, batch_size=batch_size, seed=seed, random_flip=random_flip)
+    order = {"batch_size": batch_size, "seed": seed, "random_flip": random_flip}
     loader = torch.utils.data.DataLoader(
         data.clips,
-        batch_sampler=batches_of(numbers=numbers()),
+        batch_sampler=rank_batches(data.shapes, **order, numbers=numbers()),
         collate_fn=stacked,
         num_workers=num_workers,
         worker_init_fn=in_worker,
@@ -774,8 +778,7 @@ def micro_batches(
     # A thread reads the next batch while the GPU computes with this one.
     for number, batch in map_ahead(lambda _: next(read), itertools.repeat(None), threads=1):
         if isinstance(batch, Damaged):
-            (items,) = batches_of(numbers=[number])
-            batch = stacked([data.read(*item) for item in items])
+            _, batch = data.micro_batch(number, **order)
         yield number, batch
 
 

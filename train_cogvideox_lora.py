@@ -54,7 +54,6 @@ from run import (
     validation,
 )
 from run.checkpoints import Start
-from run.guard import MicroBatch
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -598,14 +597,14 @@ def prepare_run(
 
 
 class Update(NamedTuple):
-    """The measurements of one update, the same on all ranks but for its micro-batches."""
+    """The measurements of one update, the same on all ranks but for `losses`."""
 
     loss: float  # mean over the micro-batches of all ranks
     grad_norm: float  # before clipping
     learning_rate: float
     is_skipped: bool  # loss or gradient of a rank is not finite: the weights stay as they were
     requests: list[float]  # of each request, the largest of all ranks
-    micro_batches: list[MicroBatch]  # of this rank
+    losses: dict[int, float]  # of this rank's micro-batches, by number, where the update is skipped
 
 
 def update(
@@ -618,15 +617,15 @@ def update(
     """
     args, accelerator = run.args, run.accelerator
     transformer, optimizer, lr_scheduler, average = run.state
-    seen = []
+    losses = {}  # not the batches: with accumulation they would take the memory of all its micro-batches
     for _ in range(args.gradient_accumulation_steps):
         number, batch = next(micro_batches)
         with accelerator.accumulate(transformer), compute.attention_kernel(args.attention_backend):
             loss = loss_of(run, transformer, number, batch, encode_images)
             accelerator.backward(loss)  # divides by the number of micro-batches
-        seen.append((number, batch, loss.detach()))
+        losses[number] = loss.detach()
     grad_norm = accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
-    mean_loss = sum(loss / args.gradient_accumulation_steps for _, _, loss in seen)
+    mean_loss = sum(loss / args.gradient_accumulation_steps for loss in losses.values())
 
     # Waits for the GPU: the next update's first kernels start a little later, which a test on a GPU has to measure.
     told = processes.of_each_rank(accelerator, [mean_loss.item(), grad_norm.item(), *requests])
@@ -645,7 +644,7 @@ def update(
         learning_rate=learning_rate,
         is_skipped=not is_finite,
         requests=told[:, 2:].amax(0).tolist(),
-        micro_batches=[] if is_finite else [MicroBatch(number, batch, loss.item()) for number, batch, loss in seen],
+        losses={} if is_finite else {number: loss.item() for number, loss in losses.items()},
     )
 
 
@@ -722,8 +721,9 @@ def count_skipped(run: Run, step: int, measured: Update, encode_images: Callable
     """
     failures, scaler = run.failures, run.accelerator.scaler
     is_overflow = scaler and isfinite(measured.loss) and scaler.get_scale() >= 1
-    suspects = guard.suspects(measured.micro_batches)
-    reasons = run.ranks.gather([describe_micro_batch(run, suspect, encode_images) for suspect in suspects])
+    found = [suspect(run, *pair, encode_images) for pair in guard.suspected(measured.losses).items()]
+    suspects = run.ranks.gather(found)
+    reasons = [str(one) for one in suspects]
     if is_overflow:
         reasons = [f"float16 gradients overflowed; their scale is now {scaler.get_scale():g}"]
     failures.skipped += 1
@@ -741,12 +741,12 @@ def count_skipped(run: Run, step: int, measured: Update, encode_images: Callable
         )
 
 
-def describe_micro_batch(run: Run, one: MicroBatch, encode_images: Callable | None) -> str:
-    timesteps = guard.drawn_timesteps(lambda record: loss_of(run, record, one.number, one.batch, encode_images))
-    clips = run.data.labels_of(
-        one.number, batch_size=run.args.train_batch_size, seed=run.args.seed, random_flip=run.args.random_flip
-    )
-    return guard.reason(one, clips, timesteps)
+def suspect(run: Run, number: int, loss: float, encode_images: Callable | None) -> guard.Suspect:
+    """Reads a micro-batch once more, for what there is to say about it."""
+    order = {"batch_size": run.args.train_batch_size, "seed": run.args.seed, "random_flip": run.args.random_flip}
+    clips, batch = run.data.micro_batch(number, **order)
+    timesteps = guard.drawn_timesteps(lambda record: loss_of(run, record, number, batch, encode_images))
+    return guard.Suspect(clips, timesteps, loss, guard.extremes(batch))
 
 
 def smoothed(loss: float, previous: float | None, weight: float) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -18,38 +19,39 @@ class Failures:
     validations_in_a_row: int = 0
 
 
-class MicroBatch(NamedTuple):
-    """A micro-batch of this rank, and what it gave."""
+class Suspect(NamedTuple):
+    """A micro-batch of an update that is not finite.
 
-    number: int
-    batch: dict[str, torch.Tensor]
+    Attributes:
+        clips: a label for each.
+        timesteps: as many.
+        extremes: the largest value of each of its tensors that reaches further than those of real clips.
+    """
+
+    clips: list[str]
+    timesteps: list[int]
     loss: float
+    extremes: dict[str, float]
+
+    def __str__(self) -> str:
+        shown = "; ".join(f"{clip}, timestep {timestep}" for clip, timestep in zip(self.clips, self.timesteps))
+        explained = ", ".join(f"its {name} reach {value:.3g}" for name, value in self.extremes.items())
+        return ": ".join(filter(None, [shown, f"loss {self.loss:.4g}", explained]))
 
 
-def suspects(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-    """Returns the micro-batches whose loss is not finite; all of them where only the gradient is not."""
-    found = [one for one in micro_batches if not torch.tensor(one.loss).isfinite()]
-    return found or micro_batches
+def suspected(losses: dict[int, float]) -> dict[int, float]:
+    """Returns the micro-batches whose loss is not finite, by number; all where only the gradient is not."""
+    return {number: loss for number, loss in losses.items() if not isfinite(loss)} or losses
 
 
-def reason(one: MicroBatch, clips: list[str], timesteps: list[int]) -> str:
-    """Returns a line on a micro-batch: its clips, its timesteps, its loss, and values that explain it."""
-    shown = "; ".join(f"{clip}, timestep {timestep}" for clip, timestep in zip(clips, timesteps))
-    explained = [f"its {name} reach {largest(tensor):.3g}" for name, tensor in one.batch.items() if is_extreme(tensor)]
-    return ": ".join(filter(None, [shown, f"loss {one.loss:.4g}", ", ".join(explained)]))
+def extremes(batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    largest = {name: tensor.float().abs().max().item() for name, tensor in batch.items()}
+    return {name: value for name, value in largest.items() if not value <= LARGEST_CACHED}  # NaN, too
 
 
-def largest(tensor: torch.Tensor) -> float:
-    return tensor.float().abs().max().item()
-
-
-def is_extreme(tensor: torch.Tensor) -> bool:
-    return not largest(tensor) <= LARGEST_CACHED  # NaN, too
-
-
-def advice(micro_batches: list[MicroBatch], *, precision: str, learning_rate: float) -> str:
+def advice(suspects: list[Suspect], *, precision: str, learning_rate: float) -> str:
     """Returns what is likely to help, by cause."""
-    if any(is_extreme(tensor) for one in micro_batches for tensor in one.batch.values()):
+    if any(suspect.extremes for suspect in suspects):
         return "the values of those clips or captions are at fault: look at the clips (python dataset.py preview)"
     if precision == "fp16":
         return "float16 overflows beyond 65,504: pass --mixed_precision bf16, or no where the GPU has no bfloat16"
