@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SECONDS_OF_A_LEFTOVER = 86400  # after which a temporary file of another host is no longer being written
@@ -32,13 +32,23 @@ def publish(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets errors of the disk name this file: those of writing and closing name none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
         raise
 
 
@@ -168,12 +178,12 @@ def _near(name: str, known: list[str]) -> str:
 
 
 def run_command(parser: argparse.ArgumentParser, command: Callable[[], None]) -> None:
-    """Runs a command; ends with exit code 2 and its message if it refuses something."""
+    """Runs a command; ends with its message and exit code 2 if it refuses something, 3 if it cannot continue."""
     try:
         command()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, CannotContinue) as error:
         sys.stdout.flush()
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(3 if isinstance(error, CannotContinue) else 2, f"{parser.prog}: error: {error}\n")
 
 
 def expanded_path(text: str) -> Path:

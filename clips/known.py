@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clips.video import Damage, Video, examine_video
-from files import file_hash, hash_of, publish
+from files import CannotContinue, file_hash, hash_of, publish
 
 FORMAT = 1  # of a note on a file: notes of other formats are not found
 CACHE = ".cogvideox_cache"  # where no other is named, in the first of the dataset's folders
@@ -124,11 +124,16 @@ def _is_current(kind: str, _format: int, path: str, size: int, mtime_ns: int) ->
 
 
 def publish_in_cache(path: Path, content: bytes) -> None:
-    """Publishes a file of the cache; raises a ValueError if the disk is full or the folder cannot be written."""
+    """Publishes a file of the cache.
+
+    Raises:
+        ValueError: the folder cannot be written to.
+        CannotContinue: the disk is full.
+    """
     try:
         publish(path, content)
     except OSError as error:
-        raise ValueError(
+        raise (CannotContinue if error.errno in (errno.ENOSPC, errno.EDQUOT) else ValueError)(
             f"{path.parent}: cannot write the cache ({error.strerror}); it takes about 5 MB per clip and 2 MB per "
             "caption: make room, or pass a writable folder as --latents_cache_dir; what has been encoded is kept"
         ) from error

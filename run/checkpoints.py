@@ -17,7 +17,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch.distributed import is_initialized
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -428,15 +430,23 @@ def check_room(output_dir: Path, num_bytes: int, path: Path) -> None:
 
 @contextlib.contextmanager
 def full_disk_explained(output_dir: Path, name: str) -> Iterator[None]:
-    """Turns the errors of a full disk into a message; torch reports them in words of its own."""
+    """Turns the errors of a full disk into a message."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        is_torchs = any(words in str(error) for words in ("PytorchStreamWriter", "basic_ios", "inline_container"))
-        if isinstance(error, CannotContinue) or not (isinstance(error, OSError) or is_torchs):
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        if not (reason := _failed_write(error)):
             raise
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).splitlines()[0]
         raise CannotContinue(f"{output_dir}: {name} cannot be written ({reason}). {_what_stays(output_dir)}") from error
+
+
+def _failed_write(error: BaseException) -> str | None:
+    """Returns why something was not written, which each library reports in its own way; None for other errors."""
+    if isinstance(error, CheckpointException):  # holds the errors of the ranks
+        return next(filter(None, (_failed_write(failure) for failure, _ in error.failures.values())), None)
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    is_torchs = any(words in str(error) for words in ("PytorchStreamWriter", "basic_ios", "inline_container"))
+    return str(error).splitlines()[0] if isinstance(error, (OSError, SafetensorError)) or is_torchs else None
 
 
 def _what_stays(output_dir: Path) -> str:

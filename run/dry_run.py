@@ -74,20 +74,32 @@ def check_disk(outlook: Outlook, *, cache: Path, output_dir: Path | None) -> Non
         output_dir: None where nothing is trained.
     """
     cached = sum(file.stat().st_size for file in cache.rglob("*.safetensors")) if cache.exists() else 0
-    written = outlook.num_checkpoints * outlook.checkpoint + outlook.result
-    for option, folder, needed, remedy in (
-        ("--latents_cache_dir", cache, outlook.cache - cached, "give a folder on another disk"),
-        ("--output_dir", output_dir, written, "keep fewer with --checkpoints_total_limit, or give another folder"),
-    ):
-        if folder is None:
-            continue
+    needs = {f"--latents_cache_dir {cache}": (cache, {"cache": max(0, outlook.cache - cached)})}
+    if output_dir:
+        checkpoints = outlook.num_checkpoints * outlook.checkpoint
+        needs[f"--output_dir {output_dir}"] = output_dir, {"checkpoints": checkpoints, "result": outlook.result}
+    disks = {}
+    for option, (folder, parts) in needs.items():
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(there).free
-        if needed > free:
-            raise ValueError(
-                f"{option} {folder}: the run needs {needed / GIB:.2f} GiB there, and {free / GIB:.2f} are free; "
-                f"make room, or {remedy}"
-            )
+        _, options, on_disk = disks.setdefault(there.stat().st_dev, (there, [], {}))
+        options.append(option)
+        on_disk |= parts
+    problems = [_shortage(*disk) for disk in disks.values()]
+    if any(problems):
+        raise ValueError("; ".join(filter(None, problems)))
+
+
+def _shortage(folder: Path, options: list[str], parts: dict[str, int]) -> str | None:
+    """Returns what to do about a disk that has no room for its parts, bytes by name; None if it has."""
+    free, needed = shutil.disk_usage(folder).free, sum(parts.values())
+    if needed <= free:
+        return None
+    sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    fewer = ", keep fewer checkpoints with --checkpoints_total_limit" if "checkpoints" in parts else ""
+    return (
+        f"{' and '.join(options)}: the run needs {needed / GIB:.2f} GiB on this disk ({sizes}), and {free / GIB:.2f} "
+        f"are free; make room{fewer}, or give a folder on another disk"
+    )
 
 
 def describe(outlook: Outlook, phases: Iterable[Phase]) -> list[str]:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from files import publish, write_json
+from files import naming, publish, write_json
 from run import trackers
 
 STATE_FILE = "training_state.json"
@@ -77,9 +77,10 @@ def locked(output_dir: Path) -> Iterator[None]:
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()  # its owner has removed it meanwhile
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    with naming(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
     try:
         yield
     finally:
@@ -157,7 +158,8 @@ def log_skipped(accelerator, output_dir: Path, row: dict, reasons: list[str]) ->
 
 
 def append_metrics(output_dir: Path, row: dict) -> None:
-    with open(output_dir / METRICS_FILE, "a", encoding="utf-8") as file:
+    path = output_dir / METRICS_FILE
+    with naming(path), open(path, "a", encoding="utf-8") as file:
         # JSON has no infinity, which the norm of a float16 gradient can be.
         row = {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in row.items()}
         file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -227,5 +227,10 @@ def sample_videos(
     # Gathered as bytes: the main rank, which writes them, need not share a disk with the others.
     videos = list({video.name: video for video in ranks.gather(videos)}.values())
     if accelerator.is_main_process:
-        folder = write_validation_videos(output_dir, step, videos)
-        trackers.log_videos(accelerator, folder, videos, step)
+        try:
+            folder = write_validation_videos(output_dir, step, videos)
+        except OSError as error:
+            where = f"{error.filename}: {error.strerror}"
+            print(f"\nthe validation videos of update {step} are not written ({where}); training continues")
+        else:
+            trackers.log_videos(accelerator, folder, videos, step)

@@ -200,7 +200,7 @@ def test_a_disk_that_fills_up_midway_ends_the_encoding_with_its_message(tmp_path
     monkeypatch.setattr("clips.known.publish", full)
     encode_videos = lambda frames: torch.zeros(len(frames), 2, 3, 2, 2)  # noqa: E731
     encoder = Encoder("v", lambda: nullcontext(encode_videos), lambda shape: 1)
-    with pytest.raises(ValueError, match="cannot write the cache .No space left on device"):
+    with pytest.raises(files.CannotContinue, match="cannot write the cache .No space left on device"):
         dataset.cache_latents(new, VIEW, encoder, lambda items, *_: items)
     assert len(list(tmp_path.iterdir())) == 6
 

@@ -242,7 +242,7 @@ def check_full_disk(world: World, name: str) -> None:
         with harness.started(world.course(folder, **options), disturb=disturb, log=log) as run:
             ended = run.wait()
         if name == "in encoding":
-            expect(ended, 2)
+            expect(ended, 3)
             assert "No space left" in ended.output or "cannot write the cache" in ended.output, ended.output[-2000:]
         else:
             expect(ended, 3)
