@@ -198,9 +198,13 @@ def explained():
         _leave(2, f"error: {error}")
 
 
-# Words in the errors of gloo (plain RuntimeErrors) and NCCL when another process has ended.
-LOST = (
-    "closed by peer", "reset by peer", "Timed out waiting", "Broken pipe", "remote process exited", "ncclRemoteError"
+# Words in the errors of gloo (plain RuntimeErrors) and NCCL when another process has ended ...
+LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "ncclRemoteError")
+# ... and when it has let --ddp_timeout pass; after that, gloo says the second of every exchange. The last are those of
+# the store with which NCCL's communicators begin.
+LATE = (
+    "Timed out waiting", "Application timeout caused pair closure", "Watchdog caught collective operation timeout",
+    "wait timeout after", "Socket Timeout",
 )  # fmt: skip
 
 
@@ -254,16 +258,28 @@ def _ending_explained():
         if is_out_of_memory(error):
             _leave(3, f"error: out of memory ({str(error).splitlines()[0]}); {LESS_MEMORY}", everywhere=True)
         # NCCL's watchdog may end the process before such an error gets here.
-        if not torch.distributed.is_initialized() or not any(words in str(error) for words in LOST):
+        if not (reason := _about_others(str(error))):
             raise
         print(f"\n{error}", file=sys.stderr)
-        _leave(
-            3,
-            "another process of the run is gone: it has ended, took longer than --ddp_timeout, or its machine or the "
-            "network has failed. The message of the process that ended first says why; all end now. Start all of them "
-            "again with --resume_from_checkpoint auto",
-            everywhere=True,
+        _leave(3, f"{reason}. Start all of them again with --resume_from_checkpoint auto", everywhere=True)
+
+
+def _about_others(error: str) -> str | None:
+    """Returns what an error says about another process of the run; None if it says nothing."""
+    if not torch.distributed.is_initialized():
+        return None
+    if any(words in error for words in LATE):
+        return (
+            "another process has not answered within --ddp_timeout seconds: it is slow (a slow disk or a long "
+            "encoding, perhaps), it hangs, or its machine or the network has fallen silent; all end now. If it was "
+            "only slow, raise --ddp_timeout"
         )
+    if any(words in error for words in LOST):
+        return (
+            "another process of the run is gone: it has ended, or its machine or the network has failed. The message "
+            "of the process that ended first says why; all end now"
+        )
+    return None
 
 
 def _leave(code: int, message: str, *, everywhere: bool = False) -> NoReturn:

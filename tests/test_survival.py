@@ -18,7 +18,7 @@ from test_distributed import torchrun
 import train_cogvideox_lora
 from cogvideox import budget, encoders
 from cogvideox.lora_files import LORA_FILE
-from run import checkpoints, dry_run, validation
+from run import checkpoints, dry_run, processes, validation
 from run.run_directory import list_checkpoints, read_metrics
 
 
@@ -79,31 +79,69 @@ def test_another_error_of_an_update_is_a_fault_and_keeps_its_traceback(tiny_chec
         train(tiny_checkpoint, tmp_path / "run", max_train_steps=1)
 
 
-ONE_RANK_RUNS_OUT_OF_MEMORY = """
-import os, sys, torch
+ON_THE_SECOND_RANK = """
+import os, sys, time, torch
 sys.path.insert(0, {root!r})
 import train_cogvideox_lora
 loss, seen = train_cogvideox_lora.training_loss, []
 
-def out_of_memory(*args, **options):
+def disturbed(*args, **options):
     seen.append(1)
     if os.environ["RANK"] == "1" and len(seen) == 3:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        {disturb}
     return loss(*args, **options)
 
-train_cogvideox_lora.training_loss = out_of_memory
+train_cogvideox_lora.training_loss = disturbed
 train_cogvideox_lora.main(train_cogvideox_lora.parse_args())
 """
 
 
-def test_out_of_memory_on_one_rank_ends_all_and_is_said_by_that_one(tiny_checkpoint, clips, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(ONE_RANK_RUNS_OUT_OF_MEMORY.format(root=str(ROOT)))
-    options = training_options(tiny_checkpoint, clips, tmp_path / "run", max_train_steps=4, checkpointing_steps=2)
+def of_two_ranks(checkpoint, clips, folder, disturb, **options):
+    """Returns what a run says whose second rank is disturbed in its third update."""
+    script = folder / "script.py"
+    script.write_text(ON_THE_SECOND_RANK.format(root=str(ROOT), disturb=disturb))
+    options = training_options(checkpoint, clips, folder / "run", max_train_steps=4, checkpointing_steps=2, **options)
     error = torchrun(script, *options, expected=1).stderr
+    assert "exitcode  : 3" in error and 'train_cogvideox_lora.py", line' not in error, error
+    assert [path.name for path in list_checkpoints(folder / "run")] == ["checkpoint-2"]
+    return error
+
+
+def test_out_of_memory_on_one_rank_ends_all_and_is_said_by_that_one(tiny_checkpoint, clips, tmp_path):
+    disturb = "raise torch.OutOfMemoryError('CUDA out of memory')"
+    error = of_two_ranks(tiny_checkpoint, clips, tmp_path, disturb)
     assert "[rank 1] error: out of memory in training; by the prediction" in error
-    assert "exitcode  : 3" in error and "Traceback" not in error.split("ChildFailedError")[0].split("torch/")[0]
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+
+
+def test_a_rank_that_is_slower_than_the_timeout_is_told_from_one_that_is_gone(tiny_checkpoint, clips, tmp_path):
+    error = of_two_ranks(tiny_checkpoint, clips, tmp_path, "time.sleep(20)", ddp_timeout=10)
+    assert "another process has not answered within --ddp_timeout seconds" in error and "Timed out waiting" in error
+    assert "raise --ddp_timeout. Start all of them again with --resume_from_checkpoint auto" in error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("[pair.cc:553] Connection closed by peer [127.0.0.1]:3484. This is typically caused by", "is gone"),
+        ("NCCL error: remote process exited or there was a network error\nncclRemoteError: A call failed", "is gone"),
+        ("[unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete", "--ddp_timeout"),
+        ("Application timeout caused pair closure", "--ddp_timeout"),
+        ("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1) ran for 600081", "--ddp_timeout"),
+        ("wait timeout after 4000ms, keys: /default_pg/0//cuda//0", "--ddp_timeout"),
+    ],
+)
+def test_what_the_libraries_say_of_another_process_becomes_a_message(monkeypatch, capsys, error, words):
+    """Only in a run of several processes: of one, it is a fault."""
+
+    def fail():
+        with processes._ending_explained():
+            raise RuntimeError(error)
+
+    with pytest.raises(RuntimeError):
+        fail()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    ended(fail, 3)
+    assert words in (said := capsys.readouterr().err) and error in said and ("--ddp_timeout" in said) == ("--" in words)
 
 
 def test_a_validation_without_memory_for_its_encoder_does_not_end_training(
