@@ -169,7 +169,8 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     out("--logging_steps", type=positive, default=1, metavar="N", help="updates from one row of metrics to the next")
     out("--report_to", default="none", help=tracker)
     out("--tracker_name", type=plain_name, default="cogvideox-lora", help="name of the project in the tracker")
-    out("--logging_dir", type=path, default="logs", help="folder for the tracker's files, inside --output_dir")
+    logs = "folder for the tracker's files: inside --output_dir, or a whole path"
+    out("--logging_dir", type=trackers.folder_of_logs, default="logs", help=logs)
     out("--push_to_hub", action="store_true", help="upload the result to the hub after training")
     out("--hub_model_id", help="hub repository for the result (default: the name of --output_dir)")
     out("--hub_token", type=hub.access_token, help=token)

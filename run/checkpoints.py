@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
@@ -49,6 +48,7 @@ from run.run_directory import (
     list_checkpoints,
     read_best,
 )
+from run.shards import INDEX_FILE, load_shards, save_shards
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 FORMAT = 2  # of checkpoints; 1 had no manifest and recorded fewer options
@@ -210,7 +210,7 @@ def damage(checkpoint: Path) -> str | None:
         return read_manifest(checkpoint).problem(checkpoint)
     tensors = checkpoint / STATE_TENSORS  # format 1 has no manifest, but torch's archive has a CRC for each tensor
     if state["options"]["training_type"] == "sft":
-        return None if (checkpoint / STATE_FOLDER / ".metadata").is_file() else f"it has no {STATE_FOLDER}"
+        return None if (checkpoint / STATE_FOLDER / INDEX_FILE).is_file() else f"it has no {STATE_FOLDER}"
     try:
         with zipfile.ZipFile(tensors) as archive:
             return f"its {STATE_TENSORS} is damaged" if archive.testzip() else None
@@ -294,7 +294,7 @@ def save_checkpoint(
     with full_disk_explained(output_dir, final.name):
         from_main(accelerator, begin)
         if is_whole:
-            dcp.save(tensors, checkpoint_id=temporary / STATE_FOLDER, no_dist=not is_initialized())
+            save_shards(tensors, temporary / STATE_FOLDER)
         from_main(accelerator, write)
 
 
@@ -316,7 +316,7 @@ def load_checkpoint(accelerator, state: State, start: Start, changes: list[str])
     saved = start.saved
     if saved["options"]["training_type"] == "sft":
         tensors, options = _tensors(state, _SHARDED), _SHARDED
-        dcp.load(tensors, checkpoint_id=checkpoint / STATE_FOLDER, no_dist=not is_initialized())
+        load_shards(tensors, checkpoint / STATE_FOLDER)
     else:
         tensors, options = {"transformer": {}, "optimizer": {}, "average": {}}, replace(_FULL, cpu_offload=False)
         options = replace(options, broadcast_from_rank0=is_initialized())

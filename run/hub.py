@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 from cogvideox.base_model import BaseModel, published_as
 from cogvideox.lora import Lora
 from cogvideox.lora_files import LORA_FILE, TRANSFORMER_FOLDER
-from files import CannotContinue, publish
+from files import CannotContinue, publish, without_tokens
 from run.run_directory import ARGS_FILE, METRICS_FILE, REPORT_FILE, VALIDATION_FOLDER, read_validation_videos
 from run.signals import Stopped, ending_at_once
 
@@ -78,7 +78,7 @@ def _reason(error: Exception, token: str | None) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     for secret in filter(None, (token, get_token())):
         line = line.replace(secret, "...")
-    return re.sub(r"Bearer [^'\"]*", "Bearer ...", line)
+    return without_tokens(line)
 
 
 # ---- repository ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Trackers (tensorboard, wandb, trackio, comet_ml): what they are told. One that fails is named once and left out."""
 
+import argparse
 import io
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +11,16 @@ from typing import NamedTuple
 
 import imageio.v3 as iio
 from PIL import Image
+
+from files import expanded_path, without_tokens
+
+
+def folder_of_logs(text: str) -> Path:
+    """Returns the folder of --logging_dir; a type for argparse."""
+    folder = expanded_path(text)
+    if ".." in Path(os.path.normpath(folder)).parts:
+        raise argparse.ArgumentTypeError(f"{text}: leads out of --output_dir; give a name in it, or a whole path")
+    return folder
 
 
 class Video(NamedTuple):
@@ -63,7 +75,7 @@ def _succeeds(name: str, action: Callable[[], None]) -> bool:
     try:
         action()
     except Exception as error:  # of whichever package it is, and of the network
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = without_tokens((str(error).strip() or type(error).__name__).splitlines()[0])
         print(f"\n{name}: {reason}; training continues without it, metrics.jsonl has everything", file=sys.stderr)
         return False
     return True

@@ -113,7 +113,7 @@ def test_a_token_that_no_request_can_carry_is_not_repeated(hub_server, capsys, t
     with pytest.raises(SystemExit):
         train_cogvideox_lora.parse_args(training_options("m", "d", "o", hub_token=token))
     said = capsys.readouterr()
-    assert "Bearer ..." in said.out and "copy it again" in said.err
+    assert "Illegal header value b'...'" in said.out and "copy it again" in said.err
     assert "hf_sec" not in said.out + said.err
 
 

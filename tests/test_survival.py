@@ -1,6 +1,5 @@
-"""What may fail while training goes on: memory, disk, validation; and that nothing is loaded by pickle."""
+"""What may fail while training goes on: memory, disk, validation, other processes."""
 
-import ast
 import errno
 import json
 import os
@@ -266,21 +265,6 @@ def test_a_disk_that_is_really_full_ends_with_a_message(tiny_checkpoint, tmp_pat
         assert torch.isfinite(load_file(whole[-1] / LORA_FILE).popitem()[1]).all()
     finally:
         subprocess.run(["umount", disk], check=True)
-
-
-def calls_of(node, name):
-    return [call for call in ast.walk(node) if isinstance(call, ast.Call) and ast.unparse(call.func) == name]
-
-
-@pytest.mark.parametrize("folder", [".", "run", "cogvideox", "clips", "pages"])
-def test_nothing_is_loaded_by_pickle(folder):
-    """Each torch.load says weights_only, and no module imports pickle."""
-    for path in (ROOT / folder).glob("*.py"):
-        module = ast.parse(path.read_text(encoding="utf-8"))
-        for call in calls_of(module, "torch.load"):
-            assert "weights_only=True" in [ast.unparse(word) for word in call.keywords], path
-        imported = [ast.unparse(node) for node in ast.walk(module) if isinstance(node, (ast.Import, ast.ImportFrom))]
-        assert not {line for line in imported if "pickle" in line} - {"from pickle import UnpicklingError"}, path
 
 
 def test_metrics_with_a_damaged_line_are_refused_by_name(tiny_checkpoint, tmp_path, train, capsys):
