@@ -53,7 +53,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = str(path)
+        if error.errno:  # without one, a name would replace the message
+            error.filename = str(path)
         raise
 
 

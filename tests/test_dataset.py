@@ -16,6 +16,7 @@ from clips.frames import View, choose_frames, read_frames, resize_and_crop, trai
 from clips.listing import Clip, Columns, Folder, Listing, read_listing
 from clips.order import Ranks, epoch_batches, make_timeline, rank_batches
 from cogvideox.encoders import Encoder
+from files import CannotContinue
 
 VIEW = View(64, 96, 8, 49, 0, 0, "center", 0)
 
@@ -247,7 +248,7 @@ def test_a_file_in_the_cache_is_complete_or_absent(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(ValueError, match="No space left on device.*--latents_cache_dir"):
+    with pytest.raises(CannotContinue, match="No space left on device.*--latents_cache_dir"):
         dataset.write_entry(tmp_path / "latents" / "a.safetensors", {"x": torch.zeros(2)})
     assert list((tmp_path / "latents").iterdir()) == []
 

@@ -142,13 +142,13 @@ class Launcher(NamedTuple):
     code: int = 128 + signal.SIGTERM  # of the launcher
 
 
-SCRIPT = "accelerate"  # makes every code but 0 a 1
+# accelerate and torchrun make 1 of every code but 0.
 LAUNCHERS = {
     "python": Launcher("python"),
     "python, SIGINT to the group": Launcher("python", signal.SIGINT, "group", 130),
     "python, SIGUSR1": Launcher("python", signal.SIGUSR1, code=138),
     "script": Launcher("script", code=-signal.SIGTERM),
-    "script, SIGINT to the group": Launcher("script", signal.SIGINT, "group", 1),
+    "script, SIGINT to the group": Launcher("script", signal.SIGINT, "group", -signal.SIGINT),
     "script, to the rank": Launcher("script", to="first", code=1),
     "script, the launcher killed": Launcher("script", signal.SIGKILL, code=-signal.SIGKILL),
     "torchrun": Launcher("torchrun", code=1),
@@ -169,6 +169,11 @@ def command_of(launcher: Launcher, world: World, folder: Path, **options) -> tup
         return ["bash", str(ROOT / "finetune_single_gpu.sh"), *line[at:]], environment
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return [sys.executable, *(torchrun if launcher.command == "torchrun" else []), script, *line], environment
+
+
+def as_from_a_terminal() -> None:
+    """Lets SIGINT reach a launcher: a shell script starts its background jobs without it, these tests among them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -194,7 +199,9 @@ def check_launched(world: World, name: str) -> None:
     command, environment = command_of(launcher, world, folder, **long)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=as_from_a_terminal
+        )
     try:
         harness.wait_until(lambda: len(logged(folder)) >= 3, 120)
         if launcher.to == "group":
