@@ -24,11 +24,24 @@ import torch
 
 from clips.clean import remove_leftovers
 from clips.entries import Damaged, Header, Shapes, discard, find_stamp, read_entry, read_header, write_entry
-from clips.facts import Facts, count_clips, examine, headline, is_known, list_problems, remarks
+from clips.facts import (
+    Examined,
+    Facts,
+    count_clips,
+    examine,
+    facts_of,
+    headline,
+    is_known,
+    list_problems,
+    look_at_files,
+    remark_unfit,
+    remarks,
+)
 from clips.frames import MEND, View, decode, decoding_threads, describe_damage, first_image
 from clips.known import File, Notes, record_use
 from clips.listing import Clip, Listing
-from clips.order import Ranks, Timeline, count_held_out, epoch_batches, rank_batches
+from clips.order import WITHOUT_CAPTION, Item, Order, Ranks, Timeline, count_held_out
+from clips.selection import Selection
 from files import CannotContinue, hash_of, map_ahead
 
 if TYPE_CHECKING:  # encoders are passed in: this module needs no model library
@@ -42,22 +55,23 @@ AT_ONCE = "also when it has just been encoded again; check the disk, or pass ano
 
 
 class Data(NamedTuple):
-    """An encoded dataset, or a part of one."""
+    """An encoded dataset, or a part of one. A clip, here, is a window of one that is listed."""
 
     clips: "CachedClips"
     shapes: list[tuple[int, ...]]  # of each clip's cached latents, (2c, f, h, w)
     prompts: dict[str, Path]  # embeddings of the validation prompts, and of ""
     repeats: Sequence[int] = ()  # how often an epoch shows each clip; empty: once
+    groups: Sequence = ()  # of each clip: windows of which an epoch shows one have the same; empty: shows each
     facts: Sequence[Facts] = ()  # of each clip, however often it is shown; none where clips are made up
     labels: Sequence[str] = ()  # where each clip was read from, and its file
     record: dict | None = None  # hashes of what the whole dataset holds, for `run.course.check_content`
-    view: View | None = None
+    selection: Selection | None = None
     remarks: tuple[str, ...] = ()  # on the dataset as a whole
     mend: Callable[[Damaged], None] | None = None  # encodes an entry of the cache again; None where clips are made up
 
-    def read(self, clip: int, mirrored: bool = False) -> dict[str, torch.Tensor]:
+    def read(self, item: Item) -> dict[str, torch.Tensor]:
         """Returns an item of `clips`; encodes again what is damaged of it in the cache."""
-        return self._read(lambda: self.clips[clip, mirrored])
+        return self._read(lambda: self.clips[item])
 
     def read_prompts(self) -> dict[str, torch.Tensor]:
         """Returns the embeddings [L, D] of the validation prompts, and of ""."""
@@ -76,11 +90,11 @@ class Data(NamedTuple):
 
     @property
     def has_images(self) -> bool:
-        return "image" in self.read(0)
+        return "image" in self.read(Item(0))
 
     def first_image(self, clip: int) -> torch.Tensor:
         """Returns the image that an image-to-video model starts from, uint8 [H, W, C]."""
-        return self.read(clip)["image"]
+        return self.read(Item(clip))["image"]
 
     def split(self, held_out: float, seed: int) -> tuple["Data", "Data"]:
         """Returns the training data and the held-out data.
@@ -90,7 +104,7 @@ class Data(NamedTuple):
         Args:
             held_out: how many videos to hold out; below 1 a share of them.
         """
-        video_of_clip = [paths[0] for paths in self.clips.latents]
+        video_of_clip = [of_clip.file.content for of_clip in self.facts] or [paths[0] for paths in self.clips.latents]
         videos = list(dict.fromkeys(video_of_clip))
         chosen = set(random.Random(f"{seed} held out").sample(videos, count_held_out(held_out, len(videos))))
         training = [clip for clip, video in enumerate(video_of_clip) if video not in chosen]
@@ -99,29 +113,34 @@ class Data(NamedTuple):
 
     def _take(self, clips: list[int], repeats: Sequence[int] | None = None) -> "Data":
         """Returns some of the clips, each as often as `repeats` tells, by default once."""
-        shown = [clip for clip in clips for _ in range(repeats[clip] if repeats else 1)]
+        shown = [(clip, copy) for clip in clips for copy in range(repeats[clip] if repeats else 1)]
         return self._replace(
-            clips=self.clips.take(shown),
-            shapes=[self.shapes[clip] for clip in shown],
-            labels=[self.labels[clip] for clip in shown] if self.labels else (),
+            clips=self.clips.take([clip for clip, _ in shown]),
+            shapes=[self.shapes[clip] for clip, _ in shown],
+            groups=[(self.groups[clip], copy) for clip, copy in shown] if self.groups else (),
+            labels=[self.labels[clip] for clip, _ in shown] if self.labels else (),
             repeats=(),
             facts=[self.facts[clip] for clip in clips] if self.facts else (),
         )
 
-    def micro_batch(
-        self, number: int, *, batch_size: int, seed: int, random_flip: bool
-    ) -> tuple[list[str], dict[str, torch.Tensor]]:
-        """Returns the labels of the clips in the micro-batch of this number, and the batch, read once more."""
-        batches = rank_batches(self.shapes, batch_size=batch_size, seed=seed, random_flip=random_flip, numbers=[number])
-        items = next(batches)
-        labels = [self.labels[clip] if self.labels else f"clip {clip}" for clip, _ in items]
-        return labels, stacked([self.read(*item) for item in items])
+    def order(self, **settings) -> Order:
+        """Returns the order in which training sees the clips; `settings` are further fields of `Order`."""
+        return Order(
+            shapes=self.shapes,
+            groups=self.groups,
+            num_captions=[len(paths) for paths in self.clips.captions],
+            stills=frozenset(clip for clip, shape in enumerate(self.shapes) if shape[1] == 1),
+            **settings,
+        )
 
-    def batches_per_epoch(self, batch_size: int) -> int:
-        return len(epoch_batches(self.shapes, batch_size=batch_size, seed=0, epoch=0, random_flip=False))
+    def micro_batch(self, number: int, order: Order) -> tuple[list[str], dict[str, torch.Tensor]]:
+        """Returns the labels of the clips in the micro-batch of this number, and the batch, read once more."""
+        items = next(order.batches([number]))
+        labels = [self.labels[item.clip] if self.labels else f"clip {item.clip}" for item in items]
+        return labels, stacked([self.read(item) for item in items])
 
     def summary(self) -> str:
-        return "\n".join([headline(self.facts, self.view), *self.remarks])
+        return "\n".join([headline(self.facts, self.selection), *self.remarks])
 
 
 @contextmanager
@@ -137,7 +156,7 @@ def _imports_not_searched() -> Iterator[None]:
 @_imports_not_searched()
 def encode_dataset(
     listing: Listing,
-    view: View,
+    selection: Selection,
     *,
     cache: Path,
     prompts: list[str],
@@ -167,11 +186,15 @@ def encode_dataset(
     Raises:
         ValueError: lists all problems: those of probing before anything is encoded, or else those of encoding.
     """
-    clips, notes, encoder = listing.clips, Notes(cache), video_encoder.fingerprint
-    facts = check_clips(listing, view, notes, ranks=ranks, everyone=everyone, progress=progress, check_all=check_all)
-    probed = probe_cache(facts, view, cache=cache, encoder=encoder, random_flip=random_flip)
-    captions = caption_paths([*(clip.caption for clip in clips), *prompts], cache, text_encoder.fingerprint)
-    sources = Sources(clips, facts, view, [clip.paths for clip in probed], captions, video_encoder, text_encoder)
+    notes, encoder = Notes(cache), video_encoder.fingerprint
+    checked = check_clips(
+        listing, selection, notes, ranks=ranks, everyone=everyone, progress=progress, check_all=check_all
+    )
+    clips, facts = checked.clips, checked.facts
+    probed = probe_cache(facts, cache=cache, encoder=encoder, random_flip=random_flip)
+    texts = [*itertools.chain(*(clip.captions for clip in clips)), *prompts]
+    captions = caption_paths(texts, cache, text_encoder.fingerprint)
+    sources = Sources(clips, facts, [clip.paths for clip in probed], captions, video_encoder, text_encoder)
     files = list(itertools.chain(*sources.latents, captions.values()))
     before_encoding(facts)
     if ranks.index == 0:
@@ -183,36 +206,52 @@ def encode_dataset(
     if not allow_damaged:
         _refuse(listing, everyone, [clip.problem(f"{of}; {MEND}") for clip, of in zip(clips, damage) if of])
     facts = [of_clip.without_times()._replace(damage=found) for of_clip, found in zip(facts, damage)]
-    return Data(
-        clips=sources.cached_clips(shapes),
-        shapes=list(shapes),
-        repeats=[clip.repeats for clip in clips],
+    data = _described(checked._replace(facts=facts), sources.cached_clips(shapes), list(shapes))
+    return data._replace(
         prompts={prompt: captions[prompt] for prompt in prompts},
-        facts=facts,
-        labels=[clip.problem("") for clip in clips],
-        record=content_record(clips, facts, view, random_flip=random_flip),
-        view=view,
-        remarks=(*remarks(clips, facts, view), *_on_older_cache(sum(clip.is_outdated for clip in probed))),
+        labels=[of_clip.label(clip) for clip, of_clip in zip(clips, facts)],
+        record=content_record(clips, facts, checked.selection, random_flip=random_flip),
+        remarks=(*data.remarks, *_on_older_cache(sum(clip.is_outdated for clip in probed))),
         mend=partial(encode_again, sources._replace(facts=facts)),
     )
+
+
+def _described(checked: "Checked", clips: "CachedClips", shapes: list[tuple[int, ...]]) -> Data:
+    """Returns what is known of a dataset before it is encoded, with the files and the shapes of its latents."""
+    return Data(
+        clips=clips,
+        shapes=shapes,
+        repeats=[clip.repeats for clip in checked.clips],
+        groups=groups_of(checked.facts) if checked.selection.is_drawn else (),
+        prompts={},
+        facts=checked.facts,
+        selection=checked.selection,
+        remarks=(*remark_unfit(checked.dropped), *remarks(checked.clips, checked.facts, checked.selection)),
+    )
+
+
+def groups_of(facts: list[Facts]) -> list[int]:
+    """Returns a number for each clip, the same for all windows of a listed one."""
+    return list(itertools.accumulate(int(not of_clip.window) for of_clip in facts))
 
 
 def describe_cache(parts: list[Data]) -> str:
     """Returns a line on what is encoded of the parts of a dataset, and where it is."""
     files = [part.clips for part in parts]
     num_clips = len({paths[0] for clips in files for paths in clips.latents})
-    num_captions = len({path for clips in files for path in clips.captions})
+    num_captions = len({path for clips in files for paths in clips.captions for path in paths})
     folder = files[0].latents[0][0].parents[1]
     return f"encoded: {count_clips(num_clips)}, captions: {num_captions}, in {folder}; nothing was trained"
 
 
-def content_record(clips: list[Clip], facts: list[Facts], view: View, *, random_flip: bool) -> dict:
+def content_record(clips: list[Clip], facts: list[Facts], selection: Selection, *, random_flip: bool) -> dict:
     """Returns hashes that differ between datasets that are not the same to a model."""
+    views = [of_clip.view.cache_key() | {"random_flip": random_flip} for of_clip in facts]
     return {
         "clips": len(clips),
         "videos": hash_of([[of_clip.file.content, of_clip.image] for of_clip in facts]),
-        "captions": hash_of([[clip.caption, clip.repeats] for clip in clips]),
-        "frames": hash_of(view.cache_key() | {"random_flip": random_flip}),
+        "captions": hash_of([[*clip.captions, clip.repeats] for clip in clips]),
+        "frames": hash_of(views[0] if selection.is_plain else [views, selection.clip_mode]),
     }
 
 
@@ -225,38 +264,49 @@ def _on_older_cache(count: int) -> list[str]:
     ]
 
 
+class Checked(NamedTuple):
+    """A dataset that can be trained on, before it is encoded."""
+
+    clips: list[Clip]  # of each window
+    facts: list[Facts]  # likewise
+    selection: Selection  # fitted to the clips
+    dropped: list[Clip]  # left out by --drop_unfit
+
+
 def check_clips(
     listing: Listing,
-    view: View,
+    selection: Selection,
     notes: Notes,
     *,
     ranks: Ranks,
     everyone: Ranks,
     progress: Callable[..., Iterable],
     check_all: bool = False,
-) -> list[Facts]:
-    """Returns the facts of the clips; refuses the clips that `encode_dataset` would refuse."""
-    examined = examine_clips(listing.clips, view, notes, ranks=ranks, progress=progress, check_all=check_all)
-    _refuse(listing, everyone, listing.problems + [problem for _, problem in examined if problem])
-    return [facts for facts, _ in examined]
+) -> Checked:
+    """Returns the windows of the clips; refuses the clips that `encode_dataset` would refuse."""
+    examined, selection = examine_clips(
+        listing.clips, selection, notes, ranks=ranks, progress=progress, check_all=check_all
+    )
+    found = list(zip(listing.clips, examined))
+    dropped = [clip for clip, of_clip in found if selection.drop_unfit and of_clip.is_unfit]
+    problems = [of.problem for _, of in found if of.problem and not (selection.drop_unfit and of.is_unfit)]
+    if dropped and not problems and len(dropped) == len(found):
+        problems = ["--drop_unfit leaves out all clips: each is too short; name a shorter bucket, or take longer clips"]
+    _refuse(listing, everyone, listing.problems + problems)
+    windows = [(clip, facts) for clip, of_clip in found for facts in of_clip.windows]
+    return Checked([clip for clip, _ in windows], [facts for _, facts in windows], selection, dropped)
 
 
-def unencoded(clips: list[Clip], facts: list[Facts], view: View, latent_shape: Callable) -> Data:
+def unencoded(checked: Checked, latent_shape: Callable) -> Data:
     """Returns the dataset without encoding it: its shapes and facts are real, its files do not exist.
 
     Args:
         latent_shape: number of frames, height, width -> (f, h, w).
     """
-    files = [[Path(f"{of_clip.file.content}-{of_clip.image}")] for clip, of_clip in zip(clips, facts)]
-    return Data(
-        clips=CachedClips(files, [Path(clip.caption) for clip in clips]),
-        shapes=[latent_shape(of_clip.num_seen, view.height, view.width) for of_clip in facts],
-        repeats=[clip.repeats for clip in clips],
-        prompts={},
-        facts=facts,
-        view=view,
-        remarks=tuple(remarks(clips, facts, view)),
-    )
+    files = [[Path(f"{of_clip.file.content}-{of_clip.image}")] for of_clip in checked.facts]
+    captions = [[Path(caption) for caption in clip.captions] for clip in checked.clips]
+    shapes = [(0, *latent_shape(*of_clip.bucket)) for of_clip in checked.facts]  # without the channels
+    return _described(checked, CachedClips(files, captions), shapes)
 
 
 def _refuse(listing: Listing, everyone: Ranks, problems: list[str]) -> None:
@@ -272,23 +322,41 @@ def _refuse(listing: Listing, everyone: Ranks, problems: list[str]) -> None:
 
 
 def examine_clips(
-    clips: list[Clip], view: View, notes: Notes, *, ranks: Ranks, progress: Callable[..., Iterable], check_all: bool
-) -> list[tuple[Facts | None, str | None]]:
-    """Returns the facts or the problem of each clip; each rank reads its share of the files that are not known."""
-    share, examined = ranks.share(clips), {}
-    new = [number for number, clip in enumerate(share) if check_all or not is_known(clip, notes)]
-    look = partial(examine, view=view, notes=notes, read_again=check_all)
+    clips: list[Clip],
+    selection: Selection,
+    notes: Notes,
+    *,
+    ranks: Ranks,
+    progress: Callable[..., Iterable],
+    check_all: bool,
+) -> tuple[list[Examined], Selection]:
+    """Returns what is known of each clip, and the selection, fitted to them.
+
+    Each rank reads its share of the files that are not known.
+    """
+    share = ranks.share(clips)
+    new = [clip for clip in share if check_all or not is_known(clip, notes)]
+    read = partial(_try_to_read, notes=notes, read_again=check_all)
     published = time.monotonic()
-    with closing(map_ahead(look, [share[number] for number in new], READING_THREADS)) as looked_at:
-        for number, result in zip(progress(new, "Reading clips", "clip"), looked_at):
-            examined[number] = result
+    with closing(map_ahead(read, new, READING_THREADS)) as looked_at:
+        for _ in zip(progress(new, "Reading clips", "clip"), looked_at):
             if time.monotonic() > published + SECONDS_PER_LIST:  # a first start may be stopped after hours
                 notes.publish()
                 published = time.monotonic()
     notes.publish()
-    return ranks.gather_shares(
-        [examined.get(number) or look(clip, read_again=False) for number, clip in enumerate(share)]
-    )
+    if not selection.is_fitted:
+        sizes = [size for clip in share if (size := _try_to_read(clip, notes))]
+        selection = selection.fitted(ranks.gather(sizes))
+    return ranks.gather_shares([examine(clip, selection, notes) for clip in share]), selection
+
+
+def _try_to_read(clip: Clip, notes: Notes, read_again: bool = False) -> tuple[int, int] | None:
+    """Adds to the notes what a clip's files hold; returns height and width, or None where `examine` says why not."""
+    try:
+        file, _ = look_at_files(clip, notes, read_again=read_again)
+    except ValueError:
+        return None
+    return file.video.height, file.video.width
 
 
 class Probed(NamedTuple):
@@ -299,7 +367,7 @@ class Probed(NamedTuple):
     is_outdated: bool  # its latents are missing, but there are some of frames that decord read
 
 
-def probe_cache(facts: list[Facts], view: View, *, cache: Path, encoder: str, random_flip: bool) -> list[Probed]:
+def probe_cache(facts: list[Facts], *, cache: Path, encoder: str, random_flip: bool) -> list[Probed]:
     """Looks up the latents of clips.
 
     Args:
@@ -308,8 +376,8 @@ def probe_cache(facts: list[Facts], view: View, *, cache: Path, encoder: str, ra
     there, probed = names_in(cache / "latents"), []
     versions = [False, True] if random_flip else [False]
     for of_clip in facts:
-        key = view.cache_key() | {"video": of_clip.file.content, "encoder": encoder}
-        if view.with_image and of_clip.image:
+        key = of_clip.view.cache_key() | {"video": of_clip.file.content, "encoder": encoder}
+        if of_clip.view.with_image and of_clip.image:
             key["image"] = of_clip.image
         paths = [cache_path(cache, "latents", **key, mirrored=mirrored) for mirrored in versions]
         missing = [path.name not in there for path in paths]
@@ -339,7 +407,7 @@ class NewCaption(NamedTuple):
 
 def missing_captions(clips: list[Clip], captions: dict[str, Path], cache: Path) -> list[NewCaption]:
     there = names_in(cache / "captions")
-    first_clips = {clip.caption: clip for clip in reversed(clips)}
+    first_clips = {caption: clip for clip in reversed(clips) for caption in clip.captions}
     missing = [(caption, path) for caption, path in captions.items() if path.name not in there]
     return [NewCaption(caption, path, first_clips.get(caption)) for caption, path in missing]
 
@@ -349,6 +417,7 @@ class NewLatents(NamedTuple):
 
     clip: Clip
     file: File
+    view: View
     mirrored: bool
     path: Path
     damaged: Damaged | None = None  # what is there
@@ -358,12 +427,12 @@ class NewLatents(NamedTuple):
 
 
 def missing_latents(clips: list[Clip], facts: list[Facts], probed: list[Probed]) -> list[NewLatents]:
-    """Returns what is to be encoded, clips of one length together; a video that is listed twice is encoded once."""
+    """Returns what is to be encoded, clips of one size together; a video that is listed twice is encoded once."""
     new = {}
     for clip, of_clip, probe in zip(clips, facts, probed):
         for mirrored, path, missing in zip([False, True], probe.paths, probe.missing):
             if missing:
-                new[path] = of_clip.num_seen, NewLatents(clip, of_clip.file, mirrored, path)
+                new[path] = of_clip.bucket, NewLatents(clip, of_clip.file, of_clip.view, mirrored, path)
     return [latents for _, latents in sorted(new.values(), key=itemgetter(0))]
 
 
@@ -372,7 +441,6 @@ class Sources(NamedTuple):
 
     clips: list[Clip]
     facts: list[Facts]  # of each clip
-    view: View
     latents: list[list[Path]]  # of each clip: as filmed, then mirrored
     captions: dict[str, Path]
     video_encoder: "Encoder"
@@ -380,13 +448,17 @@ class Sources(NamedTuple):
 
     def cached_clips(self, shapes: Sequence[tuple[int, ...]]) -> "CachedClips":
         """Returns the encoded clips; `shapes` are those of their latents."""
-        image = {"image": (self.view.height, self.view.width, 3)} if self.view.with_image else {}
-        shapes_of = {shape: {"parameters": shape} | image for shape in set(shapes)}  # one for all clips of a length
+        shapes_of = {}  # one for all clips of a size
+        for shape, of_clip in zip(shapes, self.facts):
+            view = of_clip.view
+            image = {"image": (view.height, view.width, 3)} if view.with_image else {}
+            shapes_of.setdefault(shape, {"parameters": shape} | image)
         return CachedClips(
             self.latents,
-            [self.captions[clip.caption] for clip in self.clips],
+            [[self.captions[caption] for caption in clip.captions] for clip in self.clips],
             latents_shapes=[shapes_of[shape] for shape in shapes],
             caption_shape=self.text_encoder.shape_of(()),
+            without_caption=self.captions.get(""),
         )
 
     def latents_at(self, damaged: list[Damaged]) -> list[NewLatents]:
@@ -400,7 +472,7 @@ class Sources(NamedTuple):
         """Returns the caption whose embeddings are damaged; None if the file is none of them."""
         for caption, path in self.captions.items():
             if path == damaged.path:
-                clip = next((clip for clip in self.clips if clip.caption == caption), None)
+                clip = next((clip for clip in self.clips if caption in clip.captions), None)
                 return NewCaption(caption, path, clip, damaged)
         return None
 
@@ -416,7 +488,7 @@ def encode_missing(
     new_latents = missing_latents(sources.clips, sources.facts, probed)
     ranks.wait()  # no rank writes before all know what is missing
     problems = cache_captions(ranks.share(new_captions), sources.text_encoder, progress)
-    return problems + cache_latents(ranks.share(new_latents), sources.view, sources.video_encoder, progress)
+    return problems + cache_latents(ranks.share(new_latents), sources.video_encoder, progress)
 
 
 def cache_captions(new: list[NewCaption], encoder: "Encoder", progress: Callable) -> list[str]:
@@ -464,7 +536,7 @@ class Decoded(NamedTuple):
     damage: str  # what the decoder reported, to be stored as well; empty: nothing
 
 
-def cache_latents(new: list[NewLatents], view: View, encoder: "Encoder", progress: Callable) -> list[str]:
+def cache_latents(new: list[NewLatents], encoder: "Encoder", progress: Callable) -> list[str]:
     """Encodes clips into one file each; loads the encoder only if there are any.
 
     Threads decode the next clips and write the last ones while these are encoded: PyAV, torch and files release the
@@ -484,7 +556,7 @@ def cache_latents(new: list[NewLatents], view: View, encoder: "Encoder", progres
     with (
         encoder.load() as encode,
         _written_behind() as write,
-        closing(map_ahead(partial(_decode, view, problems), new, decoding_threads(view))) as decoded,
+        closing(map_ahead(partial(_decode, problems), new, decoding_threads(clip.view for clip in new))) as decoded,
     ):
         clips = (clip for _, clip in zip(progress(new, "Encoding clips", "clip"), decoded) if clip)
         clips = (clip for clip in clips if not is_encoded(clip.new))
@@ -497,10 +569,10 @@ def cache_latents(new: list[NewLatents], view: View, encoder: "Encoder", progres
     return [problem for _, problem in sorted(problems)]
 
 
-def _decode(view: View, problems: list[tuple[int, str]], new: NewLatents) -> Decoded | None:
+def _decode(problems: list[tuple[int, str]], new: NewLatents) -> Decoded | None:
     if is_encoded(new):
         return None
-    damage = []
+    view, damage = new.view, []
     try:
         frames = decode(new.clip, view, mirrored=new.mirrored, file=new.file, damage=damage)
     except ValueError as error:
@@ -621,14 +693,13 @@ def sound_headers(
     sources: Sources, notes: Notes, listing: Listing, *, ranks: Ranks, everyone: Ranks, progress: Callable
 ) -> list[Header]:
     """Returns the shape and the damage of each clip's latents; encodes damaged ones again."""
-    view, encoder = sources.view, sources.video_encoder
-    paths = [paths[0] for paths in sources.latents]
-    shapes = [encoder.shape_of((of_clip.num_seen, view.height, view.width, 3)) for of_clip in sources.facts]
+    encoder, paths = sources.video_encoder, [paths[0] for paths in sources.latents]
+    shapes = [encoder.shape_of((*of_clip.bucket, 3)) for of_clip in sources.facts]
     expected, headers = dict(zip(paths, shapes)), dict(zip(paths, latents_headers(paths, notes, ranks)))
     again = sources.latents_at(damaged_headers(headers, expected))
     for new in again if ranks.index == 0 else []:
         say_encoded_again(new)
-    _refuse(listing, everyone, cache_latents(ranks.share(again), view, encoder, progress))
+    _refuse(listing, everyone, cache_latents(ranks.share(again), encoder, progress))
     paths_again = [new.path for new in again]  # in this order each rank reads what it has written
     headers |= zip(paths_again, latents_headers(paths_again, notes, ranks))
     still = [f"{entry.path} is damaged ({entry.reason}), {AT_ONCE}" for entry in damaged_headers(headers, expected)]
@@ -682,36 +753,39 @@ def encode_again(sources: Sources, damaged: Damaged) -> None:
 
 def _encode_unchanged(sources: Sources, new: NewLatents) -> list[str]:
     """Encodes latents again; returns a problem if the clip is not the one that it was at the start."""
-    facts, problem = examine(new.clip, sources.view, read_again=True)
-    if problem:
-        return [problem]
+    try:
+        file, image = look_at_files(new.clip, Notes(), read_again=True)
+        facts = facts_of(new.clip.video, file, new.view)._replace(image=image)
+    except ValueError as error:
+        return [str(error)]
     cache, encoder = new.path.parents[1], sources.video_encoder
-    (probed,) = probe_cache([facts], sources.view, cache=cache, encoder=encoder.fingerprint, random_flip=True)
+    (probed,) = probe_cache([facts], cache=cache, encoder=encoder.fingerprint, random_flip=True)
     if new.path not in probed.paths:
         return [new.problem("has changed since the start of this run")]
-    return cache_latents([new._replace(file=facts.file)], sources.view, encoder, lambda items, *_: items)
+    return cache_latents([new._replace(file=facts.file)], encoder, lambda items, *_: items)
 
 
 # ---- micro-batches ---------------------------------------------------------------------------------------------------
 
 
 class CachedClips(torch.utils.data.Dataset):
-    """Encoded clips, read from disk by (clip, mirrored).
+    """Encoded clips, read from disk by the items of `clips.order`.
 
-    An item has its latents' "parameters" [2c, f, h, w], its caption's "prompt_embeds" [L, D], and, if it was stored,
-    the "image" that the clip starts from, uint8 [H, W, C]; or it is the first of its files that is damaged. A file is
-    verified when it is first read.
+    What is read has its latents' "parameters" [2c, f, h, w], its caption's "prompt_embeds" [L, D], and, if it was
+    stored, the "image" that the clip starts from, uint8 [H, W, C]; or it is the first of its files that is damaged. A
+    file is verified when it is first read.
     """
 
     def __init__(
         self,
         latents: list[list[Path]],
-        captions: list[Path],
+        captions: list[list[Path]],
         latents_shapes: Sequence[Shapes] = (),
         caption_shape: tuple[int, ...] | None = None,
+        without_caption: Path | None = None,
     ):
         """Takes the files of each clip, and the shapes of what they hold, none where there are no such files."""
-        self.latents, self.captions = latents, captions
+        self.latents, self.captions, self.without_caption = latents, captions, without_caption
         self.latents_shapes, self.caption_shape = latents_shapes, caption_shape
         self.verified = set()  # by this process
 
@@ -719,12 +793,14 @@ class CachedClips(torch.utils.data.Dataset):
         """Returns some of the clips, in this order."""
         shapes = [self.latents_shapes[clip] for clip in clips] if self.latents_shapes else ()
         files = [self.latents[clip] for clip in clips], [self.captions[clip] for clip in clips]
-        return CachedClips(*files, latents_shapes=shapes, caption_shape=self.caption_shape)
+        shared = {"caption_shape": self.caption_shape, "without_caption": self.without_caption}
+        return CachedClips(*files, latents_shapes=shapes, **shared)
 
-    def __getitem__(self, item: tuple[int, bool]) -> dict[str, torch.Tensor] | Damaged:
-        clip, mirrored = item
+    def __getitem__(self, item: Item) -> dict[str, torch.Tensor] | Damaged:
+        clip, mirrored, caption = item
         latents = self._read(self.latents[clip][mirrored], self.latents_shapes[clip])
-        prompt_embeds = self.read_caption(self.captions[clip])
+        is_dropped = caption == WITHOUT_CAPTION
+        prompt_embeds = self.read_caption(self.without_caption if is_dropped else self.captions[clip][caption])
         damaged = next((read for read in (latents, prompt_embeds) if isinstance(read, Damaged)), None)
         return damaged or latents | {"prompt_embeds": prompt_embeds}
 
@@ -747,12 +823,10 @@ def stacked(items: list[dict[str, torch.Tensor] | Damaged]) -> dict[str, torch.T
 
 def micro_batches(
     data: Data,
+    order: Order,
     timeline: Timeline,
     ranks: Ranks,
     *,
-    batch_size: int,
-    seed: int,
-    random_flip: bool,
     num_workers: int,
     in_worker: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
@@ -764,10 +838,9 @@ def micro_batches(
         in_worker: called at the start of each of the `num_workers` processes.
     """
     numbers = partial(itertools.count, timeline.first_batch + ranks.index, ranks.count)
-    order = {"batch_size": batch_size, "seed": seed, "random_flip": random_flip}
     loader = torch.utils.data.DataLoader(
         data.clips,
-        batch_sampler=rank_batches(data.shapes, **order, numbers=numbers()),
+        batch_sampler=order.batches(numbers()),
         collate_fn=stacked,
         num_workers=num_workers,
         worker_init_fn=in_worker,
@@ -778,7 +851,7 @@ def micro_batches(
     # A thread reads the next batch while the GPU computes with this one.
     for number, batch in map_ahead(lambda _: next(read), itertools.repeat(None), threads=1):
         if isinstance(batch, Damaged):
-            _, batch = data.micro_batch(number, **order)
+            _, batch = data.micro_batch(number, order)
         yield number, batch
 
 

@@ -215,6 +215,13 @@ def at_least(lowest: int) -> Callable[[str], int]:
     return whole_number
 
 
+def share(text: str) -> float:
+    """Returns a number from 0 to below 1; a type for argparse."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 0 and below 1")
+    return float(text)
+
+
 def map_ahead(function: Callable, items: Iterable, threads: int) -> Iterator:
     """Yields `function(item)` for each item, in order; computes as many results in advance as there are threads.
 

@@ -12,6 +12,7 @@ compute the same.
 
 import argparse
 import contextlib
+import itertools
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,18 +28,19 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 import dataset
-from clips import frames, listing
+from clips import listing, selection
 from clips.frames import image_problems
 from clips.known import CACHE, Notes
 from clips.listing import Listing
-from clips.order import Ranks, Timeline, count_held_out, make_timeline
+from clips.order import Order, Ranks, Timeline, count_held_out, make_timeline
+from clips.selection import Selection
 from cogvideox import budget, compute, encoders, lora
 from cogvideox.base_model import BaseModel, check_training, download_weights, read_base_model, read_text_encoder_config
 from cogvideox.budget import MemoryPlan
 from cogvideox.objective import generator_for, training_loss
 from cogvideox.rehearsal import Models, Settings, models_of
 from dataset import Data
-from files import CannotContinue, at_least, expanded_path, parse_options, plain_name
+from files import CannotContinue, at_least, expanded_path, parse_options, plain_name, share
 from pages import report
 from run import (
     checkpoints,
@@ -82,13 +84,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in derived_options(vars(args)).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    frames.check_options(args, parser.error)
+    selection.check_options(args, parser.error)
+    check_order(args, parser.error)
     optimizers.check_options(args, parser.error)
     compute.check_options(args, parser.error)
     validation.check_options(args, parser.error)
     dry_run.check_options(args, parser.error)
     course.check_options(args, parser.error)
     return args
+
+
+def check_order(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
+    """Refuses options of the order of clips that exclude each other; `refuse` ends the program with a message."""
+    if args.max_tokens_per_batch and args.train_batch_size > 1:
+        refuse("--max_tokens_per_batch: decides the clips in a batch, as --train_batch_size does; leave one out")
+    if args.max_tokens_per_batch and args.scale_lr:
+        refuse("--scale_lr: needs batches of one size, which --max_tokens_per_batch does not make; leave one out")
 
 
 def derived_options(options: dict) -> dict:
@@ -111,7 +122,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     listing.add_options(group)
-    frames.add_options(group)
+    selection.add_options(group)
     source = group.add_mutually_exclusive_group(required=True).add_argument
     root = "folder with the clips and their captions, or several; FOLDER=2 shows its clips twice an epoch"
     source("--instance_data_root", type=listing.folder_option, nargs="+", metavar="FOLDER", help=root)
@@ -123,7 +134,11 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     workers = "processes that read the cache; 0: a thread of the training process reads it"
     precision = "precision of T5's weights; bf16: unquantised, in the compute dtype; int8: half the memory"
     device = "where T5 encodes captions; accelerator: the GPU if there is one; cpu: slower, without GPU memory"
+    dropped = "probability that a clip is shown without its caption; pre-training used 0.1"
+    images = "share of images, and clips of one frame, among what an epoch shows (default: each once, like a video)"
     tiling = "run the VAE in tiles: less memory, slower, slightly different latents; auto: only if memory is short"
+    data("--caption_dropout", type=share, default=0, metavar="P", help=dropped)
+    data("--image_share", type=share, metavar="P", help=images)
     data("--latents_cache_dir", type=expanded_path, metavar="FOLDER", help=cache)
     data("--check_all", action="store_true", help=again)
     data("--encode_only", action="store_true", help=encode)
@@ -140,10 +155,14 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     precision = "compute precision; no: float32 (default: the one in accelerate's config file)"
     kind = "train a LoRA, or the whole transformer (sft)"
     micro_batches = "micro-batches per update and GPU"
+    tokens = "as many clips per micro-batch as have at most N tokens together, instead of --train_batch_size"
+    group = "with --buckets: micro-batches of one bucket that follow each other, for GPUs with equal work"
     train("--training_type", choices=["lora", "sft"], default="lora", help=kind)
     train("--seed", type=at_least(0), default=42, help="seed of clip order, noise, initial LoRA weights and validation")
     train("--mixed_precision", choices=list(DTYPES), help=precision)
     train("--train_batch_size", type=positive, default=1, metavar="N", help="clips per micro-batch and GPU")
+    train("--max_tokens_per_batch", type=positive, metavar="N", help=tokens)
+    train("--bucket_group", type=positive, default=8, metavar="N", help=group)
     train("--gradient_accumulation_steps", type=positive, default=1, metavar="N", help=micro_batches)
     train("--num_train_epochs", type=positive, default=1, metavar="N", help="passes over the clips")
     train("--max_train_steps", type=positive, metavar="N", help="updates; overrides --num_train_epochs")
@@ -240,14 +259,24 @@ def read_base(args: argparse.Namespace, dtype: torch.dtype, device: torch.device
     """Returns the base model, from its configs only, and refuses options that it cannot be trained with."""
     base = read_base_model(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
     image_options = [f"--{name}" for name in ("image_column", "validation_images") if getattr(args, name)]
-    check_training(
-        base, dtype, num_frames=args.max_num_frames, height=args.height, width=args.width, image_options=image_options
-    )
+    check_training(base, dtype, selection_of(args, base).by_option, image_options=image_options)
+    check_largest_batch(args, base)
     kernels_on = None if args.dry_run_gib else device
     compute.check_possible(base.transformer, compute.options_of(args), dtype, kernels_on)
     if args.training_type == "lora":
         lora.check_lora(base, lora.lora_of(args), lora_to_start_from(args))
     return base
+
+
+def check_largest_batch(args: argparse.Namespace, base: BaseModel) -> None:
+    """Refuses batches in which the largest clip has no room."""
+    largest = selection_of(args, base).largest
+    num_tokens = base.num_tokens(*base.latent_shape(*largest))
+    if args.max_tokens_per_batch and num_tokens > args.max_tokens_per_batch:
+        raise ValueError(
+            f"--max_tokens_per_batch {args.max_tokens_per_batch}: a clip of {largest} (frames x height x width) has "
+            f"{num_tokens} tokens; pass at least that"
+        )
 
 
 def lora_to_start_from(args: argparse.Namespace) -> Path | None:
@@ -268,11 +297,25 @@ def rehearsed_models(args: argparse.Namespace, base: BaseModel) -> Models:
     return models_of(base, read_text_encoder_config(base), partial(make_optimizer, args, batches_per_step=1))
 
 
-def memory_settings(args: argparse.Namespace, dtype: torch.dtype, device: torch.device, num_processes: int) -> Settings:
+def largest_batch(args: argparse.Namespace, base: BaseModel, chosen: Selection) -> tuple[int, int, int, int]:
+    """Returns clips, frames, height and width of the micro-batch that has the most tokens."""
+    size_of, latents = batch_size_of(args, base), {bucket: base.latent_shape(*bucket) for bucket in chosen.sizes}
+    batches = [(size_of((0, *shape)) * base.num_tokens(*shape), bucket) for bucket, shape in latents.items()]
+    _, bucket = max(batches)
+    return size_of((0, *latents[bucket])), *bucket
+
+
+def memory_settings(
+    args: argparse.Namespace, base: BaseModel, dtype: torch.dtype, device: torch.device, num_processes: int
+) -> Settings:
     """Returns the options that decide memory, for the dry run's GPU if one is given."""
+    chosen = selection_of(args, base)
     options = {name: value for name, value in vars(args).items() if name in Settings._fields}
+    options |= {"max_num_frames": chosen.largest.num_frames}
+    options |= {"height": chosen.largest.height, "width": chosen.largest.width}
     return Settings(
         **options,
+        largest_batch=largest_batch(args, base, chosen) if args.max_tokens_per_batch else None,
         lora=lora.lora_of(args) if args.training_type == "lora" else None,
         dtype=dtype,
         ema=args.ema_decay is not None,
@@ -297,7 +340,7 @@ def plan_memory(args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, d
     """
     plan = budget.decide(
         rehearsed_models(args, base),
-        memory_settings(args, dtype, accelerator.device, ranks.count),
+        memory_settings(args, base, dtype, accelerator.device, ranks.count),
         tiling=args.enable_tiling,
         free_bytes=free_bytes(args, accelerator, ranks),
     )
@@ -311,7 +354,7 @@ def plan_memory(args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, d
 
 def memory_advice(run: "Run", phase: str) -> str:
     """Returns what would need less memory in a phase, and how much less by the prediction."""
-    settings = memory_settings(run.args, run.dtype, run.accelerator.device, run.ranks.count)
+    settings = memory_settings(run.args, run.base, run.dtype, run.accelerator.device, run.ranks.count)
     decided = {name: value for name, value in run.memory_plan._asdict().items() if name in Settings._fields}
     options = budget.savings(phase, rehearsed_models(run.args, run.base), settings._replace(**decided))
     smaller = "lower --max_num_frames, --height and --width"
@@ -342,15 +385,17 @@ def read_listing(args: argparse.Namespace) -> Listing:
     folders = args.instance_data_root
     if args.dataset_name:
         folders = [listing.Folder(listing.download_dataset(args.dataset_name, args.cache_dir))]
-    listed = listing.read_listing(folders, listing.columns_of(args), id_token=args.id_token)
+    listed = listing.read_listing(folders, listing.columns_of(args), **listing.words_of(args))
     count_held_out(args.validation_split, len(listed.clips))  # before hours of encoding
     images = [image for image in validation.images(args) if image]
     listed.problems.extend(image_problems(images, "--validation_images"))
     return listed
 
 
-def view_of(args: argparse.Namespace, base: BaseModel) -> frames.View:
-    return frames.view_of(args, with_image=base.takes_image, whole=base.fixed_size is not None)
+def selection_of(args: argparse.Namespace, base: BaseModel) -> Selection:
+    return selection.selection_of(
+        args, with_image=base.takes_image, whole=base.fixed_size is not None, largest_size=base.largest_size
+    )
 
 
 def cache_of(args: argparse.Namespace, listed: Listing) -> Path:
@@ -371,14 +416,14 @@ def prepare_data(
 
     T5 and the VAE are no longer in memory when it returns.
     """
-    listed, view = read_listing(args), view_of(args, base)
+    listed, chosen = read_listing(args), selection_of(args, base)
     cache = cache_of(args, listed)
     accelerator.print(listed.describe())
     sharing = processes.sharing(ranks, cache, "--latents_cache_dir")
     is_checked = not base.folder
     if is_checked:  # before weights are downloaded
         dataset.check_clips(
-            listed, view, Notes(cache), ranks=sharing, everyone=ranks, progress=progress, check_all=args.check_all
+            listed, chosen, Notes(cache), ranks=sharing, everyone=ranks, progress=progress, check_all=args.check_all
         )
     base = download_weights(base)
     video_encoder, text_encoder = encoders.encoders(
@@ -392,7 +437,7 @@ def prepare_data(
     )
     data = dataset.encode_dataset(
         listed,
-        view,
+        chosen,
         cache=cache,
         prompts=[*validation.prompts(args), ""],  # "" is the unconditional prompt of guidance
         random_flip=args.random_flip,
@@ -425,21 +470,43 @@ def check_room(args, accelerator, ranks: Ranks, base, memory_plan: MemoryPlan, l
 def outlook_of(
     args, accelerator, ranks: Ranks, base, memory_plan: MemoryPlan, *, listed: Listing, facts, num_checkpoints: int
 ) -> dry_run.Outlook:
-    settings = memory_settings(args, DTYPES[accelerator.mixed_precision], accelerator.device, ranks.count)
+    settings = memory_settings(args, base, DTYPES[accelerator.mixed_precision], accelerator.device, ranks.count)
     return dry_run.look_ahead(
         rehearsed_models(args, base),
         settings._replace(gradient_checkpointing=memory_plan.gradient_checkpointing),
         facts,
-        captions={clip.caption for clip in listed.clips} | {*validation.prompts(args), ""},
+        captions={*itertools.chain(*(clip.captions for clip in listed.clips)), *validation.prompts(args), ""},
         views=2 if args.random_flip else 1,
         num_checkpoints=num_checkpoints,
     )
 
 
-def plan_updates(args, data: Data, ranks: Ranks, position: dict) -> Timeline:
+def batch_size_of(args: argparse.Namespace, base: BaseModel) -> Callable[[tuple], int]:
+    """Returns the number of clips in a micro-batch as a function of their latents' shape, (2c, f, h, w)."""
+    if not args.max_tokens_per_batch:
+        return lambda _: args.train_batch_size
+    return lambda shape: max(1, args.max_tokens_per_batch // base.num_tokens(*shape[1:]))
+
+
+def order_of(args: argparse.Namespace, base: BaseModel, data: Data) -> Order:
+    order = data.order(
+        seed=args.seed,
+        batch_size=batch_size_of(args, base),
+        random_flip=args.random_flip,
+        caption_dropout=args.caption_dropout,
+        still_share=args.image_share,
+        bucket_group=args.bucket_group if args.buckets else 1,
+    )
+    if args.image_share is not None and not 0 < len(order.stills) < len(order.shapes):
+        found = "only images" if order.stills else "no image"
+        raise ValueError(f"--image_share {args.image_share:g}: the clips are {found}; add the others, or leave it out")
+    return order
+
+
+def plan_updates(args, order: Order, ranks: Ranks, position: dict) -> Timeline:
     """Returns the updates of the run, from the position where it starts or resumes."""
     return make_timeline(
-        batches_per_epoch=data.batches_per_epoch(args.train_batch_size),
+        batches_per_epoch=order.batches_per_epoch(),
         batches_per_step=ranks.count * args.gradient_accumulation_steps,
         epochs=args.num_train_epochs,
         max_steps=args.max_train_steps,
@@ -506,6 +573,7 @@ class Run(NamedTuple):
     memory_plan: MemoryPlan
     data: Data
     held_out: Data
+    order: Order
     timeline: Timeline
     state: checkpoints.State
     export: lora.Export
@@ -520,11 +588,9 @@ class Run(NamedTuple):
     def micro_batches(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         return dataset.micro_batches(
             self.data,
+            self.order,
             self.timeline,
             self.ranks,
-            batch_size=self.args.train_batch_size,
-            seed=self.args.seed,
-            random_flip=self.args.random_flip,
             num_workers=self.args.dataloader_num_workers,
             in_worker=signals.ignore,
         )
@@ -565,8 +631,9 @@ def prepare_run(
     record: dict,
 ) -> Run:
     """Returns what the loop works with: the model as it starts or as the checkpoint holds it."""
-    position = course.moved_position(starting.saved, data.batches_per_epoch(args.train_batch_size))
-    timeline = plan_updates(args, data, ranks, position)
+    order = order_of(args, base, data)
+    position = course.moved_position(starting.saved, order.batches_per_epoch())
+    timeline = plan_updates(args, order, ranks, position)
 
     # What is trained is in float32, what is frozen in the compute dtype.
     transformer, export = prepare_transformer(args, base, memory_plan, dtype=dtype, device=accelerator.device)
@@ -588,6 +655,7 @@ def prepare_run(
         memory_plan=memory_plan,
         data=data,
         held_out=held_out,
+        order=order,
         timeline=timeline,
         state=state,
         export=export,
@@ -744,8 +812,7 @@ def count_skipped(run: Run, step: int, measured: Update, encode_images: Callable
 
 def suspect(run: Run, number: int, loss: float, encode_images: Callable | None) -> guard.Suspect:
     """Reads a micro-batch once more, for what there is to say about it."""
-    order = {"batch_size": run.args.train_batch_size, "seed": run.args.seed, "random_flip": run.args.random_flip}
-    clips, batch = run.data.micro_batch(number, **order)
+    clips, batch = run.data.micro_batch(number, run.order)
     timesteps = guard.drawn_timesteps(lambda record: loss_of(run, record, number, batch, encode_images))
     return guard.Suspect(clips, timesteps, loss, guard.extremes(batch))
 
@@ -876,7 +943,8 @@ def held_out_losses(run: Run) -> dict[str, float]:
 
 def sample_videos(run: Run, step: int) -> None:
     args, device, tiling = run.args, run.accelerator.device, run.memory_plan.tile_decoding
-    size = {"height": args.height, "width": args.width}
+    view = run.data.selection.view
+    size = {"height": view.height, "width": view.width}
     guidance = {"guidance_scale": args.guidance_scale, "use_dynamic_cfg": args.use_dynamic_cfg}
     validation.sample_videos(
         run.accelerator,
@@ -890,7 +958,7 @@ def sample_videos(run: Run, step: int) -> None:
         step=step,
         seeds=range(args.seed, args.seed + args.num_validation_videos),
         fps=args.fps,
-        video_options=size | guidance | {"num_frames": args.max_num_frames},
+        video_options=size | guidance | {"num_frames": view.max_num_frames},
         agree=partial(agree, run),
     )
 
@@ -901,7 +969,14 @@ def announce(run: Run, start: Start, changed: dict) -> float | None:
     level, num_trained = run.memory_plan.gradient_checkpointing, lora.count_trained(run.state.transformer)
     on_data = describe_data(run.data, run.held_out)
     lines = describe_run(
-        args, accelerator, base, on_data=on_data, timeline=timeline, level=level, num_trained=num_trained
+        args,
+        accelerator,
+        base,
+        on_data=on_data,
+        order=run.order,
+        timeline=timeline,
+        level=level,
+        num_trained=num_trained,
     )
     accelerator.print(*lines, sep="\n")
     record = {
@@ -939,6 +1014,7 @@ def describe_run(
     base: BaseModel,
     *,
     on_data: list[str],
+    order: Order,
     timeline: Timeline,
     level: str,
     num_trained: int,
@@ -950,8 +1026,8 @@ def describe_run(
         *on_data,
         f"{args.training_type}, {num_trained / 1e6:.4g} million weights, learning rate {args.learning_rate:g}",
         compute.describe(level, compute.options_of(args), DTYPES[accelerator.mixed_precision], device),
-        timeline.summary(args.train_batch_size),
-        *base.remarks(args.max_num_frames, args.fps, args.height, args.width),
+        timeline.summary({order.batch_size(shape) for shape in order.shapes}),
+        *base.remarks(selection_of(args, base).by_option, args.fps),
     ]
 
 
@@ -959,24 +1035,25 @@ def report_dry_run(
     args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, *, memory_plan: MemoryPlan, position: dict
 ) -> None:
     """Says what the run will do and take from `position` on, once the clips and the disk space for it are checked."""
-    listed, view = read_listing(args), view_of(args, base)
-    cache, clips = cache_of(args, listed), listed.clips
+    listed = read_listing(args)
+    cache = cache_of(args, listed)
     accelerator.print(listed.describe())
-    facts = dataset.check_clips(
+    checked = dataset.check_clips(
         listed,
-        view,
+        selection_of(args, base),
         Notes(cache, read_only=True),
         ranks=ranks,
         everyone=ranks,
         progress=partial(progress_bar, accelerator),
         check_all=args.check_all,
     )
-    data, held_out = dataset.unencoded(clips, facts, view, base.latent_shape).split(args.validation_split, args.seed)
-    timeline = plan_updates(args, data, ranks, position)
+    data, held_out = dataset.unencoded(checked, base.latent_shape).split(args.validation_split, args.seed)
+    order = order_of(args, base, data)
+    timeline = plan_updates(args, order, ranks, position)
     level = memory_plan.gradient_checkpointing
     num_checkpoints = timeline.count_checkpoints(args.checkpointing_steps, args.checkpoints_total_limit)
     outlook = outlook_of(
-        args, accelerator, ranks, base, memory_plan, listed=listed, facts=facts, num_checkpoints=num_checkpoints
+        args, accelerator, ranks, base, memory_plan, listed=listed, facts=checked.facts, num_checkpoints=num_checkpoints
     )
     dry_run.check_disk(outlook, cache=cache, output_dir=args.output_dir)
     lines = describe_run(
@@ -984,6 +1061,7 @@ def report_dry_run(
         accelerator,
         base,
         on_data=describe_data(data, held_out),
+        order=order,
         timeline=timeline,
         level=level,
         num_trained=outlook.num_trained,

@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
             "cores": len(os.sched_getaffinity(0)),
             "versions": {package: version(package) for package in ("av", "decord")},
             "one at a time": compare(path, args.runs, clips=1, threads=1),
-            "as training reads": compare(path, args.runs, clips=4, threads=frames.decoding_threads(VIEW)),
+            "as training reads": compare(path, args.runs, clips=4, threads=frames.decoding_threads([VIEW])),
         }
     print(json.dumps(result, indent=2))
     if args.output:

@@ -51,6 +51,7 @@ from clips import frames
 from clips.frames import View
 from clips.listing import Columns, Folder, read_listing
 from clips.order import Ranks
+from clips.selection import Selection
 from cogvideox import encoders
 from cogvideox.encoders import TOKENS_AT_ONCE, Encoder, clips_at_once
 from files import at_least, expanded_path, write_json
@@ -164,7 +165,7 @@ def preprocess(work: Work, cache: Path, encode_videos: Callable, encode_captions
     captions_at_once = TOKENS_AT_ONCE // MAX_LENGTH
     dataset.encode_dataset(
         listing,
-        work.view,
+        Selection(work.view),
         cache=cache,
         prompts=[],
         random_flip=False,
@@ -307,7 +308,7 @@ def report(args: argparse.Namespace, work: Work) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
-        "decoding_threads": frames.decoding_threads(work.view),
+        "decoding_threads": frames.decoding_threads([work.view]),
         "clips_at_once": clips_at_once((args.max_num_frames, args.height, args.width, 3)),
         "versions": {package: version(package) for package in packages},
         "options": {name: getattr(args, name) for name in names},

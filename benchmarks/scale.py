@@ -29,6 +29,7 @@ import dataset
 from clips.frames import View
 from clips.listing import Folder, read_listing
 from clips.order import Ranks
+from clips.selection import Selection
 from cogvideox.encoders import Encoder
 from files import at_least, expanded_path, write_json
 from run.run_directory import peak_memory_gib
@@ -64,7 +65,7 @@ def start(folder: Path, check_all: bool) -> dict:
     text_encoder = Encoder("t", lambda: contextlib.nullcontext(encode_captions), lambda shape: 64)
     data = dataset.encode_dataset(
         listing,
-        VIEW,
+        Selection(VIEW),
         cache=folder / ".cogvideox_cache",
         prompts=[""],
         random_flip=False,

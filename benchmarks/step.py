@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dataset
 import train_cogvideox_lora as train
+from clips.order import Item, Order
 from cogvideox import compute, quantized
 from cogvideox.base_model import BaseModel, check_training, empty_transformer
 from cogvideox.budget import GIB, MemoryPlan
@@ -212,10 +213,9 @@ def random_data(base: BaseModel, args: argparse.Namespace, dtype: torch.dtype) -
     for i in range(args.train_batch_size):
         mean, log_variance = torch.randn(shape, dtype=dtype), torch.full(shape, -10.0, dtype=dtype)
         prompt_embeds = torch.randn(config["max_text_seq_length"], config["text_embed_dim"], dtype=dtype)
-        # (clip, mirrored), as the batches of training ask for it
-        clips[i, False] = {"parameters": torch.cat([mean, log_variance]), "prompt_embeds": prompt_embeds}
+        clips[Item(i)] = {"parameters": torch.cat([mean, log_variance]), "prompt_embeds": prompt_embeds}
         if base.takes_image:
-            clips[i, False]["image"] = torch.randint(0, 256, (args.height, args.width, 3), dtype=torch.uint8)
+            clips[Item(i)]["image"] = torch.randint(0, 256, (args.height, args.width, 3), dtype=torch.uint8)
     return dataset.Data(clips, [tuple(clip["parameters"].shape) for clip in clips.values()], prompts={})
 
 
@@ -232,14 +232,15 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> train.Ru
     accelerator, ranks = train.start(args)
     dtype = train.DTYPES[accelerator.mixed_precision]
     base = random_base_model(options.model, options.num_layers)
-    check_training(base, dtype, args.max_num_frames, args.height, args.width, [])
+    check_training(base, dtype, train.selection_of(args, base).by_option, [])
     compute.check_possible(base.transformer, compute.options_of(args), dtype, accelerator.device)
     quantized.check_packages(args.base_precision, "--base_precision")
     set_seed(args.seed)
     if base.takes_image:
         base = write_random_vae(base, folder)
     data = random_data(base, args, dtype)
-    timeline = train.plan_updates(args, data, ranks, position={"step": 0, "batches_seen": 0})
+    order = Order(data.shapes, args.seed, train.batch_size_of(args, base))
+    timeline = train.plan_updates(args, order, ranks, position={"step": 0, "batches_seen": 0})
 
     is_lora = args.training_type == "lora"
     transformer = random_transformer(base.transformer, dtype if is_lora else torch.float32, accelerator.device)
@@ -260,6 +261,7 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> train.Ru
         memory_plan=MemoryPlan(level, tile_encoding=False, tile_decoding=False),
         data=data,
         held_out=data._replace(shapes=[]),
+        order=order,
         timeline=timeline,
         state=checkpoints.State(transformer, optimizer, lr_scheduler, average),
         export=None,
@@ -327,7 +329,7 @@ def rehearsed(run: train.Run, device_name: str, seconds: float) -> dict:
     """
     make_optimizer = partial(train.make_optimizer, run.args, batches_per_step=1)
     models = models_of(run.base, T5S[size_of(run.base.transformer)], make_optimizer)
-    settings = train.memory_settings(run.args, run.dtype, run.accelerator.device, run.ranks.count)
+    settings = train.memory_settings(run.args, run.base, run.dtype, run.accelerator.device, run.ranks.count)
     hardware = rehearse("training", models, settings)
     model = rehearse("training", models, settings._replace(gradient_checkpointing="none", blocks_to_swap=0))
     peak = None if run.dtype == torch.float32 else peak_tflops(device_name)

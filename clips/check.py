@@ -5,6 +5,7 @@ Needs no model and no GPU. The exit code is 0 if the dataset can be trained on, 
 
 import argparse
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,20 +13,33 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from clips import frames, listing
-from clips.facts import Facts, count_clips, examine, headline, list_problems, remarks
-from clips.frames import MEND, View, decode, decoding_threads, describe_damage
+from clips import listing, selection
+from clips.facts import (
+    Examined,
+    Facts,
+    count_clips,
+    examine,
+    headline,
+    list_problems,
+    look_at_files,
+    remark_unfit,
+    remarks,
+)
+from clips.frames import MEND, decode, decoding_threads, describe_damage
+from clips.known import Notes
 from clips.listing import Clip, Listing
+from clips.selection import Selection
 from files import at_least, map_ahead, parse_options, run_command
 
 
 class Seen(NamedTuple):
-    """A clip as a model would see it, or why it cannot be used."""
+    """A window of a clip as a model would see it, or why the clip cannot be used."""
 
     clip: Clip
     facts: Facts | None
     made: Any  # what was made of its frames
     problem: str | None
+    is_dropped: bool = False  # whether --drop_unfit leaves the clip out
 
 
 def add_options(parser: argparse.ArgumentParser, *, flips: bool = False) -> None:
@@ -34,37 +48,66 @@ def add_options(parser: argparse.ArgumentParser, *, flips: bool = False) -> None
     parser.add_argument("folders", type=listing.folder_option, nargs="+", metavar="FOLDER", help=folders)
     data = parser.add_argument_group("data")
     listing.add_options(data)
-    frames.add_options(data, flips=flips)
+    selection.add_options(data, flips=flips)
     data.add_argument("--seed", type=at_least(0), default=42, help="decides where --video_reshape_mode random crops")
 
 
 def listing_of(args: argparse.Namespace) -> Listing:
-    return listing.read_listing(args.folders, listing.columns_of(args), id_token=args.id_token)
+    return listing.read_listing(args.folders, listing.columns_of(args), **listing.words_of(args))
 
 
-def see(
-    clips: list[Clip], view: View, make: Callable[[Clip, Facts, torch.Tensor], Any], *, damaged: bool
-) -> list[Seen]:
-    """Reads clips as a model would see them, several at once; keeps none of their frames.
+def examine_all(clips: list[Clip], chosen: Selection) -> tuple[list[Examined], Selection]:
+    """Returns what is known of each clip before it is decoded, and the selection, fitted to the clips."""
+    notes = Notes()
+    with ThreadPoolExecutor() as threads:
+        if not chosen.is_fitted:
+            sizes = tqdm(threads.map(partial(_size_of, notes=notes), clips), "Reading sizes", len(clips), unit="clip")
+            chosen = chosen.fitted([size for size in sizes if size])
+        examined = threads.map(partial(examine, selection=chosen, notes=notes), clips)
+        return list(tqdm(examined, "Examining clips", total=len(clips), unit="clip")), chosen
+
+
+def _size_of(clip: Clip, notes: Notes) -> tuple[int, int] | None:
+    try:
+        file, _ = look_at_files(clip, notes)
+    except ValueError:
+        return None
+    return file.video.height, file.video.width
+
+
+def unseen(clips: list[Clip], examined: list[Examined], chosen: Selection) -> list[Seen]:
+    """Returns the windows of the clips, before any of them is decoded."""
+    windows = []
+    for clip, found in zip(clips, examined):
+        if found.problem:
+            is_dropped = chosen.drop_unfit and found.is_unfit
+            windows.append(Seen(clip, None, None, None if is_dropped else found.problem, is_dropped))
+        windows += [Seen(clip, facts, None, None) for facts in found.windows]
+    return windows
+
+
+def see(windows: list[Seen], make: Callable[[Clip, Facts, torch.Tensor], Any], *, damaged: bool) -> list[Seen]:
+    """Reads windows as a model would see them, several at once; keeps none of their frames.
 
     Args:
-        make: called in a thread with each clip that can be used, its facts and its frames, uint8 [F, H, W, C].
+        make: called in a thread with the clip of each window, its facts and its frames, uint8 [F, H, W, C].
         damaged: whether clips that decode with errors can be used.
     """
-    look = partial(_look, view=view, make=make, damaged=damaged)
-    with closing(map_ahead(look, clips, decoding_threads(view))) as looked_at:
-        return list(tqdm(looked_at, "Reading clips", total=len(clips), unit="clip"))
+    look = partial(_look, make=make, damaged=damaged)
+    threads = decoding_threads(window.facts.view for window in windows if window.facts)
+    with closing(map_ahead(look, windows, threads)) as looked_at:
+        return list(tqdm(looked_at, "Reading clips", total=len(windows), unit="clip"))
 
 
-def _look(clip: Clip, view: View, make: Callable, *, damaged: bool) -> Seen:
-    facts, problem = examine(clip, view)
-    if problem:
-        return Seen(clip, None, None, problem)
+def _look(window: Seen, make: Callable, *, damaged: bool) -> Seen:
+    clip, facts = window.clip, window.facts
+    if not facts:
+        return window
     damage = []
     try:
-        seen_frames = decode(clip, view, mirrored=False, file=facts.file, damage=damage)
+        seen_frames = decode(clip, facts.view, mirrored=False, file=facts.file, damage=damage)
     except ValueError as error:
-        return Seen(clip, facts, None, str(error))
+        return window._replace(problem=str(error))
     problem = None
     if damage:
         facts = facts._replace(damage=describe_damage(damage))
@@ -72,17 +115,26 @@ def _look(clip: Clip, view: View, make: Callable, *, damaged: bool) -> Seen:
     return Seen(clip, facts, None if problem else make(clip, facts, seen_frames), problem)
 
 
-def describe(listed: Listing, all_seen: list[Seen], view: View) -> list[str]:
+def see_all(
+    clips: list[Clip], chosen: Selection, make: Callable[[Clip, Facts, torch.Tensor], Any], *, damaged: bool
+) -> tuple[list[Seen], Selection]:
+    """Returns all windows, read as by `see`, and the selection, fitted to the clips."""
+    examined, chosen = examine_all(clips, chosen)
+    return see(unseen(clips, examined, chosen), make, damaged=damaged), chosen
+
+
+def describe(listed: Listing, all_seen: list[Seen], chosen: Selection) -> list[str]:
     """Returns the layouts, the summary and the remarks on the usable clips, or nothing if there are none."""
-    usable = [seen for seen in all_seen if not seen.problem]
+    usable = [seen for seen in all_seen if seen.facts and not seen.problem]
     if not usable:
         return []
     clips, facts = [seen.clip for seen in usable], [seen.facts for seen in usable]
-    return [listed.describe(), headline(facts, view), *remarks(clips, facts, view)]
+    dropped = [seen.clip for seen in all_seen if seen.is_dropped]
+    return [listed.describe(), headline(facts, chosen), *remark_unfit(dropped), *remarks(clips, facts, chosen)]
 
 
 def all_problems(listed: Listing, all_seen: list[Seen]) -> list[str]:
-    return listed.problems + [seen.problem for seen in all_seen if seen.problem]
+    return listed.problems + list(dict.fromkeys(seen.problem for seen in all_seen if seen.problem))
 
 
 def refuse_problems(listed: Listing, all_seen: list[Seen], consequence: str) -> None:
@@ -96,7 +148,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     parser = argparse.ArgumentParser("python dataset.py check", description=about, allow_abbrev=False)
     add_options(parser)
     args = parse_options(parser, argv)
-    frames.check_options(args, parser.error)
+    selection.check_options(args, parser.error)
     return parser, args
 
 
@@ -104,11 +156,12 @@ def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
 
     def check() -> None:
-        listed, view = listing_of(args), frames.view_of(args, with_image=False, whole=False)
-        all_seen = see(listed.clips, view, make=lambda *_: None, damaged=args.allow_damaged)
-        print(*describe(listed, all_seen, view), sep="\n")
+        listed, chosen = listing_of(args), selection.selection_of(args, with_image=False, whole=False)
+        all_seen, chosen = see_all(listed.clips, chosen, make=lambda *_: None, damaged=args.allow_damaged)
+        print(*describe(listed, all_seen, chosen), sep="\n")
         refuse_problems(listed, all_seen, "training refuses it")
-        print(f"no problems: {count_clips(len(all_seen))} can be trained on")
+        usable = {id(seen.clip) for seen in all_seen if not seen.is_dropped}
+        print(f"no problems: {count_clips(len(usable))} can be trained on")
 
     run_command(parser, check)
 

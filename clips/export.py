@@ -1,7 +1,8 @@
 """Writes the frames that a model would see of each clip as PNG files: `python dataset.py export FOLDER`.
 
 A clip becomes a folder named by its place in the listing, such as 00001/, with 000.png, 001.png ... and frames.json:
-where it was read from, its caption, and the time of each frame in the file, in seconds.
+where it was read from, its captions, and the time of each frame in the file, in seconds. Further windows of a clip
+follow as 00001-2/, 00001-3/ ...
 """
 
 import argparse
@@ -11,24 +12,27 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from clips import check, frames
+from clips import check, selection
 from clips.facts import Facts
-from clips.frames import View, choose_source
+from clips.frames import choose_source
 from clips.listing import Clip
 from files import expanded_path, parse_options, run_command, write_json
 
 
-def write_clip(folder: Path, view: View, clip: Clip, facts: Facts, seen_frames: torch.Tensor) -> None:
-    """Writes the frames of a clip, uint8 [F, H, W, C], into a folder named by the clip's place in the listing."""
-    folder = folder / f"{clip.line:05d}"
+def write_clip(folder: Path, clip: Clip, facts: Facts, seen_frames: torch.Tensor) -> None:
+    """Writes the frames of a window, uint8 [F, H, W, C], into a folder named by the clip's place in the listing."""
+    window = f"-{facts.window + 1}" if facts.window else ""
+    folder = folder / f"{clip.line:05d}{window}"
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise ValueError(f"--output_dir {folder}: cannot be made ({error.strerror}); pass another folder") from error
     for number, frame in enumerate(seen_frames.numpy()):
         Image.fromarray(frame).save(folder / f"{number:03d}.png")
-    seconds = choose_source(clip.video, facts.file, view).seconds
+    seconds = choose_source(clip.video, facts.file, facts.view).seconds
     about = {"source": str(clip.video), "caption": clip.caption, "times": seconds}
+    if clip.other_captions:
+        about["other captions"] = clip.other_captions
     write_json(folder / "frames.json", about)
 
 
@@ -39,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     output = "folder to write into, new or empty"
     parser.add_argument("--output_dir", type=expanded_path, required=True, metavar="DIR", help=output)
     args = parse_options(parser, argv)
-    frames.check_options(args, parser.error)
+    selection.check_options(args, parser.error)
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         parser.error(f"--output_dir {args.output_dir}: is not empty; pass a new folder")
     return parser, args
@@ -49,10 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
 
     def export() -> None:
-        listed, view = check.listing_of(args), frames.view_of(args, with_image=False, whole=False)
-        write = partial(write_clip, args.output_dir, view)
-        all_seen = check.see(listed.clips, view, make=write, damaged=args.allow_damaged)
-        print(*check.describe(listed, all_seen, view), sep="\n")
+        listed, chosen = check.listing_of(args), selection.selection_of(args, with_image=False, whole=False)
+        write = partial(write_clip, args.output_dir)
+        all_seen, chosen = check.see_all(listed.clips, chosen, make=write, damaged=args.allow_damaged)
+        print(*check.describe(listed, all_seen, chosen), sep="\n")
         check.refuse_problems(listed, all_seen, "the other clips are written")
 
     run_command(parser, export)

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from clips.frames import View, choose_source, covering_scale, read_image
 from clips.known import File, Notes, file_key, look_at
 from clips.listing import LFS, Clip, is_lfs_pointer, other_spelling
+from clips.selection import Bucket, Selection, Unfit, lost_share, views_of
 from files import file_hash
 
 LEAST_CUT, LEAST_UNSEEN_SECONDS = 0.005, 0.05  # share of the picture; less is not worth a word
@@ -24,7 +26,7 @@ LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue
 
 
 class Facts(NamedTuple):
-    """What a video file holds, and what of it the model sees."""
+    """What a video file holds, and what of it the model sees in one window."""
 
     width: int
     height: int
@@ -32,8 +34,11 @@ class Facts(NamedTuple):
     num_frames: int
     num_seen: int  # frames that the model sees
     num_distinct: int  # of them: fewer where the file has fewer frames per second than the model
-    seen_until: float  # end of the last of them, in seconds from the start of the file
+    seen_from: float  # time of the first of them, in seconds from the start of the file
+    seen_until: float  # end of the last of them, likewise
     file: File
+    view: View  # how the model sees it
+    window: int = 0  # number of the window, in its clip
     image: str | None = None  # hash of the image that the video starts from
     damage: str | None = None  # "is damaged at ..."; None: it is not, or has not been decoded yet
 
@@ -42,47 +47,75 @@ class Facts(NamedTuple):
         return self.num_frames / self.fps
 
     @property
-    def unseen_seconds(self) -> float:
-        """Seconds at the end that the model does not see; frames skipped at the start are not counted."""
-        return max(self.seconds - self.seen_until, 0)
+    def bucket(self) -> Bucket:
+        return Bucket(self.num_seen, self.view.height, self.view.width)
+
+    def label(self, clip: Clip) -> str:
+        """Returns how messages name the window: where its clip was read from, and where it begins."""
+        return clip.problem(f"from {self.view.start:.2f} s" if self.view.start else "")
 
     def without_times(self) -> "Facts":
         """Returns facts that take little memory, also of long videos, and that nothing can be decoded by."""
         return self._replace(file=self.file._replace(packed_times=""))
 
-    def scale(self, view: View) -> float:
-        """Returns the factor by which frames are resized; above 1 they are enlarged."""
-        return covering_scale(self.height, self.width, view.height, view.width)
+    @property
+    def scale(self) -> float:
+        """The factor by which frames are resized; above 1 they are enlarged."""
+        return covering_scale(self.height, self.width, self.view.height, self.view.width)
 
-    def cropped(self, view: View) -> float:
-        """Returns the share of the picture that is cut off, from 0 to 1."""
-        return 1 - view.height * view.width / (self.height * self.width * self.scale(view) ** 2)
+    @property
+    def cropped(self) -> float:
+        """The share of the picture that is cut off, from 0 to 1."""
+        return lost_share(self.height, self.width, self.view.height, self.view.width)
 
 
-def examine(
-    clip: Clip, view: View, notes: Notes | None = None, *, read_again: bool = False
-) -> tuple[Facts | None, str | None]:
-    """Returns the facts of a clip, or its problem: why the clip cannot be used.
+class Examined(NamedTuple):
+    """What is known of a clip before it is decoded."""
+
+    windows: list[Facts]  # of each window that the model sees; none where there is a problem
+    problem: str | None = None  # why the clip cannot be used
+    is_unfit: bool = False  # whether the clip is whole, but too short
+
+
+def examine(clip: Clip, selection: Selection, notes: Notes | None = None, *, read_again: bool = False) -> Examined:
+    """Returns the facts of a clip's windows, or its problem.
 
     Args:
         notes: what is known of its files, which need not be read then, and where what is found out is added.
         read_again: read them all the same.
     """
-    notes = notes or Notes()
+    try:
+        file, image = look_at_files(clip, notes or Notes(), read_again=read_again)
+    except ValueError as error:
+        return Examined([], str(error))
+    try:
+        windows = [facts_of(clip.video, file, view) for view in _views(file, selection)]
+    except ValueError as error:
+        return Examined([], clip.problem(str(error)), isinstance(error, Unfit))
+    return Examined([facts._replace(image=image, window=number) for number, facts in enumerate(windows)])
+
+
+def look_at_files(clip: Clip, notes: Notes, *, read_again: bool = False) -> tuple[File, str | None]:
+    """Returns what a clip's video holds and the hash of its image; raises a ValueError that names what is wrong."""
     for file in filter(None, (clip.video, clip.image)):
         if problem := _not_a_file(file):
-            return None, clip.problem(problem, file)
+            raise ValueError(clip.problem(problem, file))
     try:
-        facts = facts_of(clip.video, look_at(clip.video, notes, read_again=read_again), view)
+        video = look_at(clip.video, notes, read_again=read_again)
     except ValueError as error:
-        return None, clip.problem(str(error))
-    if clip.image:
-        try:
-            image = _image_hash(clip.image, notes, read_again=read_again)
-        except ValueError as error:
-            return None, clip.problem(str(error), clip.image)
-        facts = facts._replace(image=image)
-    return facts, None
+        raise ValueError(clip.problem(str(error))) from error
+    try:
+        return video, clip.image and _image_hash(clip.image, notes, read_again=read_again)
+    except ValueError as error:
+        raise ValueError(clip.problem(str(error), clip.image)) from error
+
+
+def _views(file: File, selection: Selection) -> list[View]:
+    if selection.is_plain:  # the times need not be unpacked for it
+        return [selection.view]
+    times = file.times
+    seconds = (times - times[0]) * float(file.video.time_base)
+    return views_of(file.video.height, file.video.width, seconds, selection)
 
 
 def is_known(clip: Clip, notes: Notes) -> bool:
@@ -128,14 +161,14 @@ def _image_hash(path: Path, notes: Notes, *, read_again: bool) -> str:
 
 
 def facts_of(path: Path, file: File, view: View) -> Facts:
-    """Returns the facts of a file; raises a ValueError if it gives too few frames."""
+    """Returns the facts of a view of a file; raises a ValueError if it gives too few frames."""
     video, indices, _, seconds = choose_source(path, file, view)
     if view.whole and len(indices) < view.max_num_frames:
-        raise ValueError(
+        raise Unfit(
             f"gives {len(indices)} frames at --fps {view.fps}, and this base model needs {view.max_num_frames}; use a "
-            "longer clip, or remove it"
+            "longer clip, remove it, or leave out all such clips with --drop_unfit"
         )
-    span = float(seconds[-1] - seconds[0])
+    span, seen_from = float(seconds[-1] - seconds[0]), float(seconds[indices[0]] - seconds[0])
     return Facts(
         width=video.width,
         height=video.height,
@@ -143,8 +176,10 @@ def facts_of(path: Path, file: File, view: View) -> Facts:
         num_frames=len(seconds),
         num_seen=len(indices),
         num_distinct=len(set(indices)),
-        seen_until=float(seconds[indices[0]] - seconds[0]) + len(indices) / view.fps,
+        seen_from=seen_from,
+        seen_until=seen_from + len(indices) / view.fps,
         file=file,
+        view=view,
     )
 
 
@@ -169,7 +204,7 @@ def brightness(frames: torch.Tensor) -> float:
     return float(columns.double().mean((0, 1)) @ torch.tensor(LUMA, dtype=torch.float64))
 
 
-def repetitions(clips: list[Clip], facts: list[Facts]) -> dict[str, list[list[Clip]]]:
+def repetitions(clips: Sequence[Clip], facts: Sequence[Facts]) -> dict[str, list[list[Clip]]]:
     """Returns the clips that have the same video or the same caption: groups of them, the largest first."""
     contents = {"video": [fact.file.content for fact in facts], "caption": [clip.caption for clip in clips]}
     repeated = {}
@@ -182,38 +217,74 @@ def repetitions(clips: list[Clip], facts: list[Facts]) -> dict[str, list[list[Cl
     return repeated
 
 
-def headline(facts: list[Facts], view: View) -> str:
+def headline(facts: list[Facts], selection: Selection) -> str:
     """Returns one line on the sizes, rates and lengths of all clips, in the files and as the model sees them."""
-    sizes = sorted({(fact.width, fact.height) for fact in facts}, key=math.prod)
-    rates = sorted({round(fact.fps, 2) for fact in facts})
-    (longest, count), *others = sorted(Counter(fact.num_seen for fact in facts).items(), reverse=True)
+    files = [fact for fact in facts if not fact.window]
+    sizes = sorted({(fact.width, fact.height) for fact in files}, key=math.prod)
+    rates = sorted({round(fact.fps, 2) for fact in files})
+    before = f"{_range([f'{width}x{height}' for width, height in sizes])} at {_range([f'{rate:g}' for rate in rates])}"
+    windows = f" in {len(facts)} windows" if len(facts) > len(files) else ""
+    return f"{count_clips(len(files))} of {before} fps{windows} -> {_buckets(facts, selection)}"
+
+
+def _buckets(facts: list[Facts], selection: Selection) -> str:
+    """Returns how many windows have which size, the longest first, and the most frequent of equally long ones."""
+    counts = Counter(fact.bucket for fact in facts).items()
+    view, counts = selection.view, sorted(counts, key=lambda item: (-item[0].num_frames, -item[1]))
+    rate = "stretched over each clip" if selection.is_stretched else f"at {view.fps} fps"
+    if selection.buckets:
+        return f"{', '.join(f'{count} of {bucket}' for bucket, count in counts)} (frames x height x width) {rate}"
+    (longest, count), *others = [(bucket.num_frames, count) for bucket, count in counts]
     lengths = [f"{count} of {longest} frames", *(f"{count} of {length}" for length, count in others)]
-    return (
-        f"{count_clips(len(facts))} of {_range([f'{width}x{height}' for width, height in sizes])} at "
-        f"{_range([f'{rate:g}' for rate in rates])} fps -> {view.width}x{view.height} at {view.fps} fps; "
-        f"{', '.join(lengths)}"
-    )
+    return f"{view.width}x{view.height} {rate}; {', '.join(lengths)}"
 
 
-def remarks(clips: list[Clip], facts: list[Facts], view: View) -> list[str]:
+def unseen_seconds(windows: list[Facts]) -> float:
+    """Returns how many seconds of a file are in none of its windows; skipped ones at the start are not counted."""
+    seen = sorted((window.seen_from, window.seen_until) for window in windows)
+    unseen, until = 0.0, seen[0][0] if windows[0].view.start == 0 else 0.0
+    for begin, end in seen:
+        unseen += max(begin - until, 0)
+        until = max(until, end)
+    return unseen + max(windows[0].seconds - until, 0)
+
+
+def windows_by_clip(facts: list[Facts]) -> list[list[Facts]]:
+    """Returns the windows of each clip, which follow each other in `facts`."""
+    windows = []
+    for fact in facts:
+        windows += [[]] if not fact.window else []
+        windows[-1].append(fact)
+    return windows
+
+
+def remarks(clips: list[Clip], facts: list[Facts], selection: Selection) -> list[str]:
     """Returns one line for each thing that the model does not see or that looks like an oversight."""
-    lines, not_seen = [], []
-    if unseen := [fact.unseen_seconds for fact in facts if fact.unseen_seconds >= LEAST_UNSEEN_SECONDS]:
-        not_seen.append(f"up to {max(unseen):.1f} s at the end ({count_clips(len(unseen))})")
-    if cropped := [fact.cropped(view) for fact in facts if fact.cropped(view) >= LEAST_CUT]:
+    lines, not_seen, fps = [], [], selection.view.fps
+    unseen = [unseen_seconds(windows) for windows in windows_by_clip(facts)]
+    if unseen := [seconds for seconds in unseen if seconds >= LEAST_UNSEEN_SECONDS]:
+        where = "at the end" if selection.clip_mode == "start" else "outside the windows"
+        not_seen.append(f"up to {max(unseen):.1f} s {where} ({count_clips(len(unseen))})")
+    if cropped := [fact.cropped for fact in facts if fact.cropped >= LEAST_CUT]:
         not_seen.append(f"up to {100 * max(cropped):.0f} % of the picture ({count_clips(len(cropped))})")
     if not_seen:
         lines.append(f"not seen: {', '.join(not_seen)}")
-    if enlarged := sum(fact.scale(view) > 1 for fact in facts):
+    if enlarged := sum(fact.scale > 1 for fact in facts):
         lines.append(f"scaled up, so less sharp than others of this size: {count_clips(enlarged)}")
     if slower := sum(fact.num_distinct < fact.num_seen for fact in facts):
-        lines.append(f"slower than {view.fps} fps, at least in places, so frames are seen twice: {count_clips(slower)}")
+        lines.append(f"slower than {fps} fps, at least in places, so frames are seen twice: {count_clips(slower)}")
     if stills := [clip for clip, fact in zip(clips, facts) if fact.num_seen == 1 < fact.num_frames]:
-        lines.append(f"too short for 5 frames at {view.fps} fps, so seen as a still: {_enumeration(stills)}")
+        lines.append(f"too short for 5 frames at {fps} fps, so seen as a still: {_enumeration(stills)}")
+    clips, facts = zip(*[(clip, fact) for clip, fact in zip(clips, facts) if not fact.window])
     return lines + _pictures(clips, facts) + _repetitions(clips, facts)
 
 
-def _pictures(clips: list[Clip], facts: list[Facts]) -> list[str]:
+def remark_unfit(unfit: list[Clip]) -> list[str]:
+    """Returns a line on the clips that --drop_unfit leaves out."""
+    return [f"left out, because too short (--drop_unfit): {_enumeration(unfit)}"] if unfit else []
+
+
+def _pictures(clips: Sequence[Clip], facts: Sequence[Facts]) -> list[str]:
     """Returns the lines on what is unusual about the pictures of some videos."""
     clips_of_remark = {}
     for clip, fact in zip(clips, facts):
@@ -222,7 +293,7 @@ def _pictures(clips: list[Clip], facts: list[Facts]) -> list[str]:
     return [f"{_enumeration(group)}: {remark}" for remark, group in clips_of_remark.items()]
 
 
-def _repetitions(clips: list[Clip], facts: list[Facts]) -> list[str]:
+def _repetitions(clips: Sequence[Clip], facts: Sequence[Facts]) -> list[str]:
     """Returns the lines on videos and captions that are listed more than once, the most frequent first."""
     lines = []
     for kind, groups in repetitions(clips, facts).items():

@@ -7,7 +7,7 @@ import argparse
 import itertools
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ class View(NamedTuple):
 
     height: int
     width: int
-    fps: int
+    fps: float  # frames per second that the model sees
     max_num_frames: int
     skip_frames_start: int  # frames of the file, not of the model
     skip_frames_end: int  # likewise
@@ -42,6 +42,7 @@ class View(NamedTuple):
     with_image: bool = False  # also cache the image that the clip starts from, for image-to-video
     whole: bool = False  # refuse a clip that gives fewer than max_num_frames
     video_decoder: str = "pyav"  # or "decord"
+    start: float = 0.0  # seconds from the first frame that is not skipped to the first that is seen
 
     def cache_key(self) -> dict:
         """Returns the fields that change what is cached, so that a setting without effect reuses the cache.
@@ -51,7 +52,7 @@ class View(NamedTuple):
         key = self._asdict()
         if self.crop == "center":
             key["seed"] = None
-        for name in ("with_image", "whole"):  # absent from the keys of older caches
+        for name in ("with_image", "whole", "start"):  # absent from the keys of older caches
             if not key[name]:
                 del key[name]
         if self.video_decoder == "decord":  # the only one of older caches
@@ -112,14 +113,11 @@ def trainable_length(available: int, max_num_frames: int) -> int:
     return 5 if available >= 5 else 1
 
 
-def choose_frames(timestamps: np.ndarray, view: View) -> list[int]:
-    """Returns the indices of the frames nearest to 0, 1/fps, 2/fps ... seconds after the first that is not skipped.
+def kept_times(timestamps: np.ndarray, view: View) -> np.ndarray:
+    """Returns the times of the frames that are not skipped; raises a ValueError if none is left.
 
     Args:
         timestamps: time of every frame of the file in seconds, ascending; may be unevenly spaced.
-
-    Raises:
-        ValueError: nothing is left after the skips.
     """
     end = len(timestamps) - view.skip_frames_end
     kept = timestamps[view.skip_frames_start : max(end, 0)]
@@ -128,9 +126,30 @@ def choose_frames(timestamps: np.ndarray, view: View) -> list[int]:
             f"has {len(timestamps)} frames, and none is left after --skip_frames_start {view.skip_frames_start} "
             f"and --skip_frames_end {view.skip_frames_end}; skip fewer, or remove the clip"
         )
-    # Half a step of tolerance: the last frame of a file is shown for some time after its timestamp.
-    available = int((kept[-1] - kept[0]) * view.fps + 0.5) + 1
-    wanted = kept[0] + np.arange(trainable_length(available, view.max_num_frames)) / view.fps
+    return kept
+
+
+def count_frames(kept: np.ndarray, view: View) -> int:
+    """Returns how many frames there are at the model's rate, from the view's start to the last frame.
+
+    Half a step of tolerance: the last frame of a file is shown for some time after its timestamp.
+    """
+    tie = TIE_SECONDS if view.start else 0  # the start was counted in frames, and is rounded
+    return int((kept[-1] - (kept[0] + view.start) + tie) * view.fps + 0.5) + 1
+
+
+def choose_frames(timestamps: np.ndarray, view: View) -> list[int]:
+    """Returns the indices of the frames nearest to 0, 1/fps, 2/fps ... seconds after the view's start.
+
+    Args:
+        timestamps: time of every frame of the file in seconds, ascending; may be unevenly spaced.
+
+    Raises:
+        ValueError: nothing is left after the skips.
+    """
+    kept = kept_times(timestamps, view)
+    num_frames = trainable_length(count_frames(kept, view), view.max_num_frames)
+    wanted = kept[0] + view.start + np.arange(num_frames) / view.fps
     last = len(kept) - 1
     # Not numpy.clip, which is slow for a few numbers.
     after = np.maximum(np.minimum(np.searchsorted(kept, wanted), last), 1)
@@ -246,10 +265,10 @@ def describe_damage(damage: list[Damage]) -> str:
     return f"is damaged at {seconds:.2f} s ({report}{more})"
 
 
-def decoding_threads(view: View) -> int:
+def decoding_threads(views: Iterable[View]) -> int:
     """Returns one thread per core of this process, up to eight, as far as the memory for their clips allows."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    clip_bytes = view.max_num_frames * view.height * view.width * 3
+    clip_bytes = max((view.max_num_frames * view.height * view.width * 3 for view in set(views)), default=1)
     return max(1, min(8, cores, BYTES_DECODED_AHEAD // clip_bytes))
 
 

@@ -30,6 +30,7 @@ VIDEO_SUFFIXES = {
 }  # fmt: skip
 UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jxl", ".tif", ".tiff", ".bmp", ".dng"}  # pictures that are no clips
 MEDIA_SUFFIXES = VIDEO_SUFFIXES | {".png", ".jpg", ".jpeg", ".webp"}
+NUMBERED = re.compile(r"\.\d+$")  # end of the name of one of several captions, before its suffix
 EXTRA = "(more than the header)"  # column of the fields that a row of a .csv has beyond its header
 LFS_BEGINNING = b"version https://git-lfs"
 LFS = "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull` in its repository"
@@ -43,6 +44,16 @@ class Clip(NamedTuple):
     place: str | None = None  # where it was read from, "" if its own name says it; None: line `line` of the lists
     repeats: int = 1  # how often an epoch shows it
     problems: tuple[str, ...] = ()  # of how it is listed, which `Listing.problems` has as well
+    other_captions: tuple[str, ...] = ()  # further ones, of which each time one is drawn
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return (self.caption, *self.other_captions)
+
+    def in_words(self, parts: list[str]) -> "Clip":
+        """Returns the clip with words around its captions; the part "{}" is the caption."""
+        first, *others = (" ".join(caption if part == "{}" else part for part in parts) for caption in self.captions)
+        return self._replace(caption=first, other_captions=tuple(others))
 
     @property
     def named(self) -> str:
@@ -120,10 +131,17 @@ def add_options(group: argparse._ArgumentGroup) -> None:
     data("--video_column", metavar="NAME", help=videos)
     data("--image_column", metavar="NAME", help=images)
     data("--id_token", help="name of the style or character to learn, put before each caption with a space")
+    data("--caption_prefix", metavar="TEXT", help="text put before each caption with a space, after --id_token")
+    data("--caption_suffix", metavar="TEXT", help="text put after each caption with a space")
 
 
 def columns_of(args: argparse.Namespace) -> Columns:
     return Columns(args.caption_column, args.video_column, args.image_column)
+
+
+def words_of(args: argparse.Namespace) -> dict[str, str | None]:
+    """Returns the words around captions, as `read_listing` takes them."""
+    return {name: getattr(args, name) for name in ("id_token", "caption_prefix", "caption_suffix")}
 
 
 def download_dataset(name: str, cache_dir: Path | None) -> Path:
@@ -141,18 +159,26 @@ def download_dataset(name: str, cache_dir: Path | None) -> Path:
         ) from error
 
 
-def read_listing(folders: list[Folder], columns: Columns = NONE_NAMED, *, id_token: str | None = None) -> Listing:
+def read_listing(
+    folders: list[Folder],
+    columns: Columns = NONE_NAMED,
+    *,
+    id_token: str | None = None,
+    caption_prefix: str | None = None,
+    caption_suffix: str | None = None,
+) -> Listing:
     """Returns the clips of all folders, in the order of the folders, and of the lists, the table or the names in each.
 
     Args:
-        id_token: word put before each caption.
+        id_token, caption_prefix: words put before each caption, in this order.
+        caption_suffix: words put after it.
 
     Raises:
         FileNotFoundError: a folder does not exist.
         ValueError: a folder is named twice, or fits more than one layout, or not what the options name.
     """
     listing = Listing(folders, layouts=[], clips=[], problems=[], remarks=[])
-    paths, prefix = [os.path.realpath(folder.path) for folder in folders], f"{id_token} " if id_token else ""
+    paths = [os.path.realpath(folder.path) for folder in folders]
     for folder, path in zip(folders, paths):
         if paths.count(path) > 1:
             raise ValueError(f"{folder.path}: is named twice; name it once, with =2 to show its clips twice an epoch")
@@ -174,8 +200,9 @@ def read_listing(folders: list[Folder], columns: Columns = NONE_NAMED, *, id_tok
         listing.layouts.append(layout)
         listing.remarks.extend(_left_out(folder.path, layout, clips))
         listing.problems.extend(problems)
-        listing.clips.extend(clip._replace(caption=prefix + clip.caption, repeats=folder.repeats) for clip in clips)
-    return listing
+        listing.clips.extend(clip._replace(repeats=folder.repeats) for clip in clips)
+    parts = [*filter(None, [id_token, caption_prefix]), "{}", *filter(None, [caption_suffix])]
+    return listing._replace(clips=[clip.in_words(parts) for clip in listing.clips])
 
 
 def _in_folder(folder: Path, problem: str) -> str:
@@ -207,7 +234,7 @@ def _read_folder(root: Path, columns: Columns) -> tuple[str, list[Clip], list[st
 def _left_out(root: Path, layout: str, clips: list[Clip]) -> Iterator[str]:
     """Yields a line on each kind of file in a folder that may have been meant to be a clip or a caption."""
     used = {os.path.abspath(path) for clip in clips for path in (clip.video, clip.image) if path}
-    captions = {os.path.splitext(path)[0] for path in used}
+    stems = {os.path.splitext(path)[0] for path in used}
     unread, unlisted, without_clip = [], [], []
     for path in _files(Path(os.path.abspath(root))):
         stem, suffix = os.path.splitext(path)
@@ -215,7 +242,7 @@ def _left_out(root: Path, layout: str, clips: list[Clip]) -> Iterator[str]:
             unread.append(path)
         elif suffix.lower() in MEDIA_SUFFIXES and path not in used:
             unlisted.append(path)
-        elif suffix == ".txt" and layout == BESIDE and stem not in captions:
+        elif suffix == ".txt" and layout == BESIDE and not stems & {stem, NUMBERED.sub("", stem)}:
             without_clip.append(path)
     for kind, paths in (
         ("not read; save them as JPEG or PNG", unread),
@@ -266,7 +293,8 @@ def _caption_beside(root: Path) -> str | None:
     for folder, names in _folders(root):
         texts = {name for name in names if name.endswith(".txt")}
         for stem in (stem for stem, suffix in map(os.path.splitext, names) if suffix.lower() in MEDIA_SUFFIXES):
-            if caption := next((name for name in (f"{stem}.txt", f"{stem}.txt.txt") if name in texts), None):
+            names_of_text = f"{stem}.txt", f"{stem}.txt.txt", f"{stem}.1.txt"
+            if caption := next((name for name in names_of_text if name in texts), None):
                 return os.path.join(folder, caption)
     return None
 
@@ -292,29 +320,48 @@ def _media(root: Path) -> Iterator[Path]:
 
 
 def _read_pairs(root: Path, layout: str) -> tuple[list[Clip], list[str]]:
-    """Reads clips whose captions are in a file each, beside them or in labels/."""
+    """Reads clips whose captions are in a file each, or in several, beside them or in labels/."""
     clips, problems, clip_of_text = [], [], {}
-    folder = root / "videos" if layout == SAT else root
-    for number, path in enumerate(_media(folder), start=1):
-        text = path.with_suffix(".txt")
-        if layout == SAT:
-            text = root / "labels" / text.relative_to(folder)
-        caption, problem = _read_caption(text)
+    folder, texts = (root / "videos", root / "labels") if layout == SAT else (root, root)
+    paths = list(_media(folder))
+    text_of = {path: texts / path.relative_to(folder).with_suffix(".txt") for path in paths}
+    numbered = _numbered_captions(texts, set(text_of.values()))
+    for number, (path, text) in enumerate(text_of.items(), start=1):
+        files = [*([text] if text.is_file() or text not in numbered else []), *numbered.get(text, [])]
+        read = [_read_caption(file) for file in files]
+        (caption, _), *others = read
+        problem = next((problem for _, problem in read if problem), None)
         if text in clip_of_text:
             problem = f"shares its caption with {clip_of_text[text].name}; rename one of them, or move it away"
         of_clip = (f"{path}: {problem}",) if problem else ()
         problems += of_clip
         clip_of_text[text] = path
-        clips.append(Clip(path, caption, number, place="", problems=of_clip))
+        other_captions = tuple(other for other, _ in others)
+        clips.append(Clip(path, caption, number, place="", problems=of_clip, other_captions=other_captions))
     labels = sorted((root / "labels").rglob("*.txt")) if layout == SAT else ()
-    problems += [
-        f"{text}: no clip of this name in videos/; rename or remove it" for text in labels if text not in clip_of_text
-    ]
+    used = {*clip_of_text, *itertools.chain(*numbered.values())}
+    problems += [f"{text}: no clip of this name in videos/; rename or remove it" for text in labels if text not in used]
     if not clips:
         problems.append(f"{folder}: no videos or images in it; copy them there")
     if problems and layout == BESIDE and (datasets := _datasets_in(root)):
         problems.insert(0, _meant_datasets(root, datasets))
     return clips, problems
+
+
+def _numbered_captions(root: Path, texts: set[Path]) -> dict[Path, list[Path]]:
+    """Returns further captions of a clip, such as a.1.txt and a.2.txt, by the file of its first one, a.txt.
+
+    Args:
+        texts: the first one of each clip, which may be missing; a.1.txt belongs to a.1.mp4 where there is such a clip.
+    """
+    numbered = {}
+    for folder, names in _folders(root):
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            first = Path(folder, f"{NUMBERED.sub('', stem)}.txt")
+            if suffix == ".txt" and NUMBERED.search(stem) and first in texts and Path(folder, name) not in texts:
+                numbered.setdefault(first, []).append(Path(folder, name))
+    return {text: sorted(paths, key=lambda path: int(path.stem.rpartition(".")[2])) for text, paths in numbered.items()}
 
 
 def _datasets_in(root: Path) -> list[str]:
@@ -384,6 +431,9 @@ def _read_table(root: Path, name: str, named: dict[str, str]) -> tuple[list[Clip
 def _read_row(root: Path, named: dict[str, str], row: dict, number: int, place: str) -> tuple[Clip | None, list[str]]:
     """Returns the clip of a row, None if it names no file, and the problems of the row."""
     texts = {option: row.get(column) for option, column in named.items()}
+    captions, others = texts["--caption_column"], []
+    if isinstance(captions, list) and captions and all(map(_is_text, captions)):
+        texts["--caption_column"], *others = captions
     wrong = [option for option, text in texts.items() if not _is_text(text)]
     problems = [f"{place}: {named[option]} is {reprlib.repr(texts[option])}; write a text there" for option in wrong]
     if any(row.get(EXTRA, ())):  # spreadsheets write empty fields at the end
@@ -397,7 +447,7 @@ def _read_row(root: Path, named: dict[str, str], row: dict, number: int, place: 
         return None, problems
     image_path = _path(root, image) if image else None
     clip = Clip(_path(root, video), " ".join(caption.split()), number, image_path, place, problems=tuple(problems))
-    return clip, problems
+    return clip._replace(other_captions=tuple(" ".join(other.split()) for other in others)), problems
 
 
 def _is_text(value: object) -> bool:

@@ -6,9 +6,10 @@ of such numbers and a seed, so N ranks, one rank and a resumed run see the same 
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
+
+WITHOUT_CAPTION = -1  # number of the caption of no words
 
 
 class Ranks(NamedTuple):
@@ -39,35 +40,115 @@ def count_held_out(held_out: float, videos: int) -> int:
     return count
 
 
-def epoch_batches(
-    shapes: list, *, batch_size: int, seed: int, epoch: int, random_flip: bool
-) -> list[list[tuple[int, bool]]]:
-    """Returns the batches of one epoch, lists of (clip, mirrored): every clip once, and one shape per batch."""
-    draw = random.Random(f"{seed} {epoch}")
-    order = draw.sample(range(len(shapes)), len(shapes))
-    buckets = {}
-    for clip in order:
-        buckets.setdefault(shapes[clip], []).append((clip, random_flip and draw.random() < 0.5))
-    batches = [bucket[i : i + batch_size] for bucket in buckets.values() for i in range(0, len(bucket), batch_size)]
-    draw.shuffle(batches)
-    return batches
+class Item(NamedTuple):
+    """What a batch holds of a clip."""
+
+    clip: int
+    mirrored: bool = False
+    caption: int = 0  # number of its caption; WITHOUT_CAPTION: that of no words
 
 
-def rank_batches(
-    shapes: list, *, batch_size: int, seed: int, random_flip: bool, numbers: Iterable[int]
-) -> Iterator[list[tuple[int, bool]]]:
-    """Yields the micro-batches with the given ascending numbers.
+class Order(NamedTuple):
+    """What decides which clips are in which micro-batch.
 
     The sequence does not depend on the number of ranks; they divide it. N ranks see in one turn what one rank sees in
-    N turns, every clip is seen equally often, and a run resumes from a number.
+    N turns, and a run resumes from a number. An epoch shows every clip once, but for the stills where their share is
+    given, and of clips of one group one, another one each time until all were shown.
     """
-    batches_of = partial(epoch_batches, shapes, batch_size=batch_size, seed=seed, random_flip=random_flip)
-    batches_per_epoch, epoch = len(batches_of(epoch=0)), None
-    for number in numbers:
-        if number // batches_per_epoch != epoch:
-            epoch = number // batches_per_epoch
-            batches = batches_of(epoch=epoch)
-        yield batches[number % batches_per_epoch]
+
+    shapes: Sequence[tuple]  # of each clip; those of a batch have the same
+    seed: int
+    batch_size: Callable[[tuple], int]  # clips in a batch, for their shape
+    groups: Sequence = ()  # of each clip: windows of a video, of which an epoch shows one; empty: no such groups
+    num_captions: Sequence[int] = ()  # of each clip; empty: each has one
+    stills: frozenset[int] = frozenset()  # clips of one frame
+    random_flip: bool = False
+    caption_dropout: float = 0.0  # probability that a clip is shown without its caption
+    still_share: float | None = None  # of the clips that an epoch shows; None: every still once, as other clips
+    bucket_group: int = 1  # micro-batches of one shape that follow each other
+
+    def batches_per_epoch(self) -> int:
+        return len(self.epoch(0))
+
+    def batches(self, numbers: Iterable[int]) -> Iterator[list[Item]]:
+        """Yields the micro-batches with the given ascending numbers."""
+        batches_per_epoch, epoch = self.batches_per_epoch(), None
+        for number in numbers:
+            if number // batches_per_epoch != epoch:
+                epoch = number // batches_per_epoch
+                batches = self.epoch(epoch)
+            yield batches[number % batches_per_epoch]
+
+    def epoch(self, epoch: int) -> list[list[Item]]:
+        """Returns the micro-batches of one epoch."""
+        shown, draw = self._shown(epoch), random.Random(f"{self.seed} {epoch}")
+        captions = random.Random(f"{self.seed} {epoch} captions")
+        items_of = {}
+        for clip in draw.sample(shown, len(shown)):
+            mirrored = self.random_flip and draw.random() < 0.5
+            items_of.setdefault(self.shapes[clip], []).append(Item(clip, mirrored, self._caption(clip, captions)))
+        batches = []
+        for shape, items in items_of.items():
+            size = self.batch_size(shape)
+            batches += [items[first : first + size] for first in range(0, len(items), size)]
+        draw.shuffle(batches)
+        if self.bucket_group == 1 or len(items_of) == 1:
+            return batches
+        return _grouped(batches, self.bucket_group, epoch * len(batches), lambda batch: self.shapes[batch[0].clip])
+
+    def _shown(self, epoch: int) -> list[int]:
+        """Returns the clips that an epoch shows, in no order; one is listed as often as it is shown."""
+        groups = {}
+        for clip, group in enumerate(self.groups or range(len(self.shapes))):
+            groups.setdefault(group, []).append(clip)
+        this = range(epoch, epoch + 1)
+        shown = [_turns(clips, this, f"{self.seed} {clips[0]}")[0] for clips in groups.values()]
+        if self.still_share is None:
+            return shown
+        stills = [clip for clip in shown if clip in self.stills]
+        videos = [clip for clip in shown if clip not in self.stills]
+        count = round(len(videos) * self.still_share / (1 - self.still_share))
+        return videos + _turns(stills, range(epoch * count, (epoch + 1) * count), f"{self.seed} stills")
+
+    def _caption(self, clip: int, draw: random.Random) -> int:
+        if self.caption_dropout and draw.random() < self.caption_dropout:
+            return WITHOUT_CAPTION
+        count = self.num_captions[clip] if self.num_captions else 1
+        return draw.randrange(count) if count > 1 else 0
+
+
+def _turns(items: list, turns: range, seed: str) -> list:
+    """Returns an item for each turn, so that as many successive turns as there are items have each of them once."""
+    taken, cycle, order = [], 0, items
+    for turn in turns:
+        if len(items) > 1 and (not taken or turn // len(items) != cycle):
+            cycle = turn // len(items)
+            order = random.Random(f"{seed} {cycle}").sample(items, len(items))
+        taken.append(order[turn % len(items)])
+    return taken
+
+
+def _grouped(batches: list, size: int, first: int, kind: Callable) -> list:
+    """Returns batches so that `size` of one kind follow each other, beginning at numbers divisible by `size`.
+
+    Ranks that divide `size` then have batches of one kind at the same time. What fills no group is at the two ends.
+
+    Args:
+        first: number of the first batch.
+    """
+    of_kind = {}
+    for batch in batches:
+        of_kind.setdefault(kind(batch), []).append(batch)
+    whole, rest = [], []
+    for same in of_kind.values():
+        whole += [same[start : start + size] for start in range(0, len(same) - size + 1, size)]
+        rest += same[len(same) - len(same) % size :]
+    place = {id(batch): number for number, batch in enumerate(batches)}  # drawn, so that this order is, too
+    whole.sort(key=lambda group: place[id(group[0])])
+    lead = -first % size  # batches before the next number that is divisible
+    if len(rest) < lead and whole:
+        rest += whole.pop()
+    return rest[:lead] + [batch for group in whole for batch in group] + rest[lead:]
 
 
 class Timeline(NamedTuple):
@@ -94,13 +175,14 @@ class Timeline(NamedTuple):
         count = -(-self.total_steps // every_steps) - self.first_step // every_steps
         return count if total_limit is None else min(count, total_limit + 1)
 
-    def summary(self, batch_size: int) -> str:
+    def summary(self, batch_sizes: set[int]) -> str:
         if self.first_step >= self.total_steps:
             return (
                 f"nothing is left to train: {self.first_step} updates are done and {self.total_steps} were requested; "
                 "raise --num_train_epochs or --max_train_steps to continue"
             )
-        clips, epochs = self.batches_per_step * batch_size, self.epoch(self.total_steps)
+        epochs, counts = self.epoch(self.total_steps), [self.batches_per_step * size for size in sorted(batch_sizes)]
+        clips = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
         return f"updates {self.first_step + 1} to {self.total_steps}, clips in each: {clips}, epochs: {epochs:.4g}"
 
     def due(self, step: int, every_steps: int | None, every_epochs: int) -> bool:

@@ -124,6 +124,11 @@ class BaseModel(NamedTuple):
         config = self.transformer
         return (config["sample_frames"], *self.sample_size) if config["use_learned_positional_embeddings"] else None
 
+    @property
+    def largest_size(self) -> tuple[int, int] | None:
+        """Height and width at which the positions of CogVideoX 1.5 end; None elsewhere."""
+        return self.sample_size if self.published.version == "1.5" else None
+
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Frames, height and width (f, h, w) of a clip's latents, as they are cached."""
         return (num_frames - 1) // 4 + 1, height // self.spatial_factor, width // self.spatial_factor
@@ -147,19 +152,26 @@ class BaseModel(NamedTuple):
             f"{positions} positions"
         )
 
-    def remarks(self, num_frames: int, fps: int, height: int, width: int) -> list[str]:
-        """Returns sentences on settings that work, but may not be what was meant."""
-        remarks = []
-        if num_frames % 8 != 1:
-            remarks.append(f"--max_num_frames {num_frames} is not 8k + 1: the VAE gives back videos of another length")
+    def remarks(self, sizes: dict[str, tuple[int, int, int]], fps: int) -> list[str]:
+        """Returns sentences on settings that work, but may not be what was meant.
+
+        Args:
+            sizes: frames, height and width of the clips, by the options that name them.
+        """
+        remarks = [
+            f"{option}: {num_frames} frames are not 8k + 1, and the VAE gives back videos of another length"
+            for option, (num_frames, _, _) in sizes.items()
+            if num_frames % 8 != 1
+        ]
         if self.published.version == "1.5" and fps != self.published.fps:
             trained = f"CogVideoX 1.5 was trained at {self.published.fps}"
             remarks.append(f"--fps {fps}: {trained}, at which cli_demo.py writes its videos")
         # 1.5-I2V allows sizes far beyond those that it was trained on, and a small model is in no table.
         usual = min(self.sample_size[0], self.published.height), min(self.sample_size[1], self.published.width)
-        if not 1 / FAR <= height * width / math.prod(usual) <= FAR:
-            made = f"the base model was made for {usual[0]}x{usual[1]}, and sizes far from that give worse videos"
-            remarks.append(f"--height {height} --width {width}: {made}")
+        for option, (_, height, width) in sizes.items():
+            if not 1 / FAR <= height * width / math.prod(usual) <= FAR:
+                made = f"the base model was made for {usual[0]}x{usual[1]}, and sizes far from that give worse videos"
+                remarks.append(f"{option}: {made}")
         return remarks
 
 
@@ -334,11 +346,12 @@ def empty_text_encoder(config: dict) -> T5EncoderModel:
 
 
 def check_training(
-    base: BaseModel, dtype: torch.dtype, num_frames: int, height: int, width: int, image_options: list[str]
+    base: BaseModel, dtype: torch.dtype, sizes: dict[str, tuple[int, int, int]], image_options: list[str]
 ) -> None:
     """Raises ValueError for what this base model cannot be trained on.
 
     Args:
+        sizes: frames, height and width of the clips, by the options that name them.
         image_options: the options given that only image-to-video has a use for.
     """
     config, name = base.transformer, base.name
@@ -348,26 +361,26 @@ def check_training(
             f"{', '.join(image_options)}: {name} is a text-to-video model ({channels}) and sees no image; leave "
             "the option out, or use an image-to-video model such as THUDM/CogVideoX-5b-I2V"
         )
-    if base.fixed_size not in (None, (num_frames, height, width)):
-        fixed_frames, fixed_height, fixed_width = base.fixed_size
-        raise ValueError(
-            f"--max_num_frames {num_frames} --height {height} --width {width}: {name} has learned positions for "
-            f"{fixed_frames} frames of {fixed_height}x{fixed_width} pixels only; pass those"
-        )
+    for option, size in sizes.items():
+        if base.fixed_size not in (None, tuple(size)):
+            fixed_frames, fixed_height, fixed_width = base.fixed_size
+            raise ValueError(
+                f"{option}: {name} has learned positions for {fixed_frames} frames of {fixed_height}x{fixed_width} "
+                "pixels only; pass those"
+            )
     if dtype == torch.float16 and base.takes_image:
         raise ValueError(
             f"{name}: image-to-video is made for bfloat16, and in float16 an image's encoding can overflow "
             "unseen; pass --mixed_precision bf16, or no for float32"
         )
-    is_1_5 = base.published.version == "1.5"
-    if is_1_5 and dtype == torch.float16:
+    if base.published.version == "1.5" and dtype == torch.float16:
         raise ValueError(f"{name}: CogVideoX 1.5 gives NaN in float16; pass --mixed_precision bf16, or no for float32")
-    most_height, most_width = base.sample_size
-    if is_1_5 and (height > most_height or width > most_width):
-        raise ValueError(
-            f"--height {height} --width {width}: the positions of {name} end at {most_height}x{most_width} pixels; "
-            "pass at most that"
-        )
+    for option, (_, height, width) in sizes.items() if base.largest_size else ():
+        most_height, most_width = base.largest_size
+        if height > most_height or width > most_width:
+            raise ValueError(
+                f"{option}: the positions of {name} end at {most_height}x{most_width} pixels; pass at most that"
+            )
 
 
 def download_weights(base: BaseModel) -> BaseModel:

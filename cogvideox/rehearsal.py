@@ -47,6 +47,8 @@ class Settings(NamedTuple):
     lora: Lora | None  # None: all weights are trained
     dtype: torch.dtype = torch.bfloat16  # of --mixed_precision
     train_batch_size: int = 1
+    # Clips, frames, height and width of the micro-batch with most tokens, where it is not one of the size above.
+    largest_batch: tuple[int, int, int, int] | None = None
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: str = "none"
     attention_backend: str = "auto"
@@ -60,6 +62,14 @@ class Settings(NamedTuple):
     samples: bool = True  # whether validation makes videos
     device_type: str = "cuda"  # "cpu": the run computes there, and keeps everything in CPU memory
     num_processes: int = 1
+
+    @property
+    def in_training(self) -> "Settings":
+        """The settings with the size and the number of clips of the largest micro-batch."""
+        if not self.largest_batch:
+            return self
+        count, num_frames, height, width = self.largest_batch
+        return self._replace(max_num_frames=num_frames, height=height, width=width, train_batch_size=count)
 
     @property
     def autocast(self) -> bool:
@@ -333,6 +343,7 @@ def _clips(models: Models, settings: Settings) -> tuple[int, int]:
 
 def _training(models: Models, settings: Settings) -> tuple[int, int]:
     """Returns peak and FLOPs of an update."""
+    settings = settings.in_training
     counted = _with_all_layers(partial(_count_update, models, settings), models.base.transformer["num_layers"])
     resident, flops = counted.pop("resident"), counted.pop("flops")
     return resident + max(counted.values()), flops * settings.gradient_accumulation_steps

@@ -335,10 +335,10 @@ def measure(args, device):
     }
 
 
-def sample_all(pipe, prompts, seed=0, guidance_scale=4.0, steps=30, batch_size=10):
+def sample_all(pipe, prompts, seed=0, guidance_scale=4.0, steps=30, batch_size=10, size=(FRAMES, HEIGHT, WIDTH)):
     """Samples a video of each prompt, uint8 [F, H, W, 3]; the noise of video i depends only on `seed` and i."""
-    videos = []
-    size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "max_sequence_length": MAX_TOKENS}
+    videos, (num_frames, height, width) = [], size
+    size = {"height": height, "width": width, "num_frames": num_frames, "max_sequence_length": MAX_TOKENS}
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         noise = [torch.Generator().manual_seed(1000 * seed + start + i) for i in range(len(batch))]

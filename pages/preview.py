@@ -9,7 +9,6 @@ import io
 import os
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
-from clips import check, frames
+from clips import check, selection
 from clips.check import Seen
 from clips.facts import (
     LEAST_CUT,
@@ -27,13 +25,15 @@ from clips.facts import (
     Facts,
     brightness,
     count_clips,
-    examine,
     grouped,
     motion,
     repetitions,
+    unseen_seconds,
+    windows_by_clip,
 )
 from clips.frames import View, choose_source, first_image, seen_rectangle
 from clips.listing import Clip
+from clips.selection import Selection
 from clips.video import read_pictures
 from cogvideox.base_model import BaseModel, check_training, load_tokenizer, read_base_model
 from cogvideox.encoders import cut_caption
@@ -63,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     model("--cache_dir", type=path, help="folder for downloads (default: huggingface_hub's)")
     args = parse_options(parser, argv)
     args.output = args.output or args.folders[0].path / "preview.html"
-    frames.check_options(args, parser.error)
+    selection.check_options(args, parser.error)
     return parser, args
 
 
@@ -86,15 +86,16 @@ def base_of(args: argparse.Namespace) -> BaseModel | None:
         return None
     base = read_base_model(args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir)
     image_options = ["--image_column"] if args.image_column else []
-    check_training(
-        base,
-        torch.bfloat16,
-        num_frames=args.max_num_frames,
-        height=args.height,
-        width=args.width,
-        image_options=image_options,
-    )
+    check_training(base, torch.bfloat16, selection_of(args, base).by_option, image_options=image_options)
     return base
+
+
+def selection_of(args: argparse.Namespace, base: BaseModel | None) -> Selection:
+    if not base:
+        return selection.selection_of(args, with_image=False, whole=False)
+    return selection.selection_of(
+        args, with_image=base.takes_image, whole=base.fixed_size is not None, largest_size=base.largest_size
+    )
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -121,8 +122,9 @@ def film_size(num_clips: int) -> tuple[int, int]:
     return next((size for most, *size in FILMS if num_clips <= most), FILMS[-1][1:])
 
 
-def draw(clip: Clip, facts: Facts, seen_frames: torch.Tensor, *, view: View, num_frames: int, side: int) -> Pictures:
-    """Returns the pictures of a clip; `seen_frames` are the frames that the model sees, uint8 [F, H, W, C]."""
+def draw(clip: Clip, facts: Facts, seen_frames: torch.Tensor, *, num_frames: int, side: int) -> Pictures:
+    """Returns the pictures of a window; `seen_frames` are the frames that the model sees, uint8 [F, H, W, C]."""
+    view = facts.view
     shown = [thumbnail(seen_frames[i].numpy(), side) for i in evenly_spaced(len(seen_frames), num_frames)]
     width, height = shown[0].size
     film = Image.new("RGB", (width * len(shown), height))
@@ -191,20 +193,24 @@ def problems_of(seen: Seen) -> list[str]:
     return [*seen.clip.problems, *filter(None, [seen.problem])]
 
 
-def cards(all_seen: list[Seen], captions: list[dict], view: View, most_problems: int) -> list[dict]:
-    """Returns what the page shows of each clip that was drawn, and of the first ones that have only problems.
+def cards(all_seen: list[Seen], captions: dict[int, dict], most_problems: int) -> list[dict]:
+    """Returns what the page shows of each window that was drawn, and of the first clips that have only problems.
 
     Args:
-        captions: `caption_of` each clip.
+        captions: `caption_of` each clip, by its place in the listing.
         most_problems: how many clips without pictures are shown for their problems.
     """
-    usable = [seen for seen in all_seen if not seen.problem]
-    remarks = remarks_by_clip([seen.clip for seen in usable], [seen.facts for seen in usable])
+    usable = [seen for seen in all_seen if seen.facts and not seen.problem]
+    first = [seen for seen in usable if not seen.facts.window]
+    remarks = remarks_by_clip([seen.clip for seen in first], [seen.facts for seen in first])
     measured = [seen.made for seen in usable if seen.made]
     motions = range_of([made.motion for made in measured if made.motion is not None])
     levels = range_of([made.brightness for made in measured])
+    windows = windows_by_clip([seen.facts for seen in usable])
+    unseen = {id(facts): unseen_seconds(of_clip) for of_clip in windows for facts in of_clip}
+    num_windows = {id(facts): len(of_clip) for of_clip in windows for facts in of_clip}
     shown, without_pictures = [], 0
-    for seen, caption in zip(all_seen, captions):
+    for seen in all_seen:
         problems = problems_of(seen)
         if not seen.made and (not problems or without_pictures == most_problems):
             continue
@@ -218,10 +224,11 @@ def cards(all_seen: list[Seen], captions: list[dict], view: View, most_problems:
             "problems": problems,
             "film": None,  # where there are no pictures
         }
-        card |= caption
+        card |= captions[seen.clip.line]
         if seen.made:
             card["remarks"] = remarks[seen.clip.line]
-            card |= picture_of(seen.facts, seen.made, view) | time_of(seen.facts, seen.clip, view)
+            card |= picture_of(seen.facts, seen.made) | time_of(seen.facts, seen.clip, unseen[id(seen.facts)])
+            card["window"], card["windows"] = seen.facts.window + 1, num_windows[id(seen.facts)]
             card["measures"] = [
                 measure("motion", seen.made.motion, motions, "levels of 255 per second"),
                 measure("brightness", seen.made.brightness, levels, "of 255"),
@@ -231,7 +238,11 @@ def cards(all_seen: list[Seen], captions: list[dict], view: View, most_problems:
 
 
 def remarks_by_clip(clips: list[Clip], facts: list[Facts]) -> dict[int, list[str]]:
-    """Returns what is remarkable about each clip, by its place in the listing."""
+    """Returns what is remarkable about each clip, by its place in the listing.
+
+    Args:
+        facts: those of the first window of each clip.
+    """
     found = {
         clip.line: [*of_clip.file.video.remarks, *filter(None, [of_clip.damage])] for clip, of_clip in zip(clips, facts)
     }
@@ -247,23 +258,24 @@ def remarks_by_clip(clips: list[Clip], facts: list[Facts]) -> dict[int, list[str
     return found
 
 
-def captions_of(clips: list[Clip], base: BaseModel | None) -> list[dict]:
+def captions_of(clips: list[Clip], base: BaseModel | None) -> dict[int, dict]:
+    """Returns `caption_of` each clip, by its place in the listing."""
     tokenizer = load_tokenizer(base) if base else None
-    return [caption_of(clip, tokenizer, base) for clip in clips]
+    return {clip.line: caption_of(clip, tokenizer, base) for clip in clips}
 
 
 def caption_of(clip: Clip, tokenizer, base: BaseModel | None) -> dict:
     """Returns a clip's caption in the part that the model reads and the part that is cut off, and its tokens."""
     if not tokenizer:
-        return {"read": clip.caption, "cut_off": "", "tokens": None}
+        return {"read": clip.caption, "cut_off": "", "tokens": None, "others": clip.other_captions}
     num_tokens, cut_off = cut_caption(tokenizer, clip.caption, base.transformer["max_text_seq_length"])
     read = clip.caption[: clip.caption.rindex(cut_off)] if cut_off else clip.caption
-    return {"read": read, "cut_off": cut_off, "tokens": num_tokens}
+    return {"read": read, "cut_off": cut_off, "tokens": num_tokens, "others": clip.other_captions}
 
 
-def picture_of(facts: Facts, made: Pictures, view: View) -> dict:
-    """Returns a clip's pictures, and what of the file's picture the model sees."""
-    cropped, scale = facts.cropped(view), facts.scale(view)
+def picture_of(facts: Facts, made: Pictures) -> dict:
+    """Returns a window's pictures, and what of the file's picture the model sees."""
+    cropped, scale, view = facts.cropped, facts.scale, facts.view
     left, top, width, height = (100 * share for share in seen_rectangle(facts.file, view))
     return {
         "film": url(made.film),
@@ -274,12 +286,18 @@ def picture_of(facts: Facts, made: Pictures, view: View) -> dict:
         "rectangle": f"left:{left:.2f}%;top:{top:.2f}%;width:{width:.2f}%;height:{height:.2f}%",
         "cropped": 100 * cropped if cropped >= LEAST_CUT else 0,
         "scale": 100 * scale,
+        "bucket": str(facts.bucket),
+        "aspect": f"{view.width} / {view.height}",
     }
 
 
-def time_of(facts: Facts, clip: Clip, view: View) -> dict:
-    """Returns which part of a clip's time the model sees, in percent of it, and its lengths in seconds and frames."""
-    source = choose_source(clip.video, facts.file, view)
+def time_of(facts: Facts, clip: Clip, unseen: float) -> dict:
+    """Returns which part of a clip's time the model sees, in percent of it, and its lengths in seconds and frames.
+
+    Args:
+        unseen: seconds that are in no window of the clip.
+    """
+    view, source = facts.view, choose_source(clip.video, facts.file, facts.view)
     begin = float(source.file_seconds[source.indices[0]])
     seconds = max(facts.seconds, facts.seen_until)
     return {
@@ -290,10 +308,10 @@ def time_of(facts: Facts, clip: Clip, view: View) -> dict:
         "num_seen": facts.num_seen,
         "seen_fps": view.fps,
         "seen_seconds": facts.num_seen / view.fps,
-        "skipped": begin if begin >= LEAST_UNSEEN_SECONDS else 0,
+        "skipped": begin if begin >= LEAST_UNSEEN_SECONDS and not view.start else 0,
         "seen_from": 100 * begin / seconds,
         "seen_share": 100 * (facts.seen_until - begin) / seconds,
-        "unseen": facts.unseen_seconds if facts.unseen_seconds >= LEAST_UNSEEN_SECONDS else 0,
+        "unseen": unseen if unseen >= LEAST_UNSEEN_SECONDS else 0,
     }
 
 
@@ -319,15 +337,16 @@ def measure(name: str, value: float | None, among: Range | None, unit: str) -> d
 
 def spread(facts: list[Facts]) -> list[str]:
     """Returns lines on how often each size, rate and length occurs."""
-    sizes = Counter(f"{fact.width}x{fact.height}" for fact in facts)
-    rates = Counter(f"{round(fact.fps, 2):g}" for fact in facts)
-    seconds = [fact.seconds for fact in facts]
-    buckets = Counter(fact.num_seen for fact in facts)
+    files = [fact for fact in facts if not fact.window]
+    sizes = Counter(f"{fact.width}x{fact.height}" for fact in files)
+    rates = Counter(f"{round(fact.fps, 2):g}" for fact in files)
+    seconds = [fact.seconds for fact in files]
+    buckets = Counter(str(fact.bucket) for fact in facts)
     return [
         f"pixels: {_counts(sizes)}",
         f"fps: {_counts(rates)}",
         f"seconds: {min(seconds):.1f} to {max(seconds):.1f}, {sum(seconds):.0f} in all",
-        f"frames, batched by length: {_counts(buckets)}",
+        f"buckets: {_counts(buckets)}",
     ]
 
 
@@ -347,25 +366,16 @@ def cut_captions(captions: list[dict], base: BaseModel | None) -> str:
     return f"captions: {too_long} longer than {length} tokens; the longest has {longest}"
 
 
-def read(args: argparse.Namespace, clips: list[Clip], view: View) -> list[Seen]:
-    """Examines all clips, and draws the ones that the page shows."""
-    chosen = evenly_spaced(len(clips), args.clips) if clips else []
-    num_frames, side = film_size(len(chosen))
-    make = partial(draw, view=view, num_frames=num_frames, side=side)
-    drawn = dict(zip(chosen, check.see([clips[i] for i in chosen], view, make=make, damaged=args.allow_damaged)))
-    with ThreadPoolExecutor() as threads:
-        others = [clip for number, clip in enumerate(clips) if number not in drawn]
-        looked_at = threads.map(partial(examine, view=view), others)
-        progress = tqdm(looked_at, "Examining others", total=len(others), unit="clip", disable=not others)
-        examined = iter(list(progress))
-    all_seen = []
-    for number, clip in enumerate(clips):
-        if number in drawn:
-            all_seen.append(drawn[number])
-        else:
-            facts, problem = next(examined)
-            all_seen.append(Seen(clip, facts, None, problem))
-    return all_seen
+def read(args: argparse.Namespace, clips: list[Clip], chosen: Selection) -> tuple[list[Seen], Selection]:
+    """Examines all clips, and draws the windows that the page shows."""
+    examined, chosen = check.examine_all(clips, chosen)
+    all_seen = check.unseen(clips, examined, chosen)
+    drawn = evenly_spaced(len(all_seen), args.clips) if all_seen else []
+    num_frames, side = film_size(len(drawn))
+    make = partial(draw, num_frames=num_frames, side=side)
+    for number, seen in zip(drawn, check.see([all_seen[i] for i in drawn], make=make, damaged=args.allow_damaged)):
+        all_seen[number] = seen
+    return all_seen, chosen
 
 
 def write_page(output: Path, page: str) -> None:
@@ -380,19 +390,16 @@ def preview(args: argparse.Namespace) -> None:
     listed = check.listing_of(args)
     check_output(args.output)
     base = base_of(args)
-    view = frames.view_of(
-        args, with_image=base is not None and base.takes_image, whole=base is not None and base.fixed_size is not None
-    )
-    all_seen = read(args, listed.clips, view)
+    all_seen, chosen = read(args, listed.clips, selection_of(args, base))
     captions = captions_of(listed.clips, base)
-    shown = cards(all_seen, captions, view, most_problems=args.clips)
+    shown = cards(all_seen, captions, most_problems=args.clips)
     on_cards = {problem for card in shown for problem in card["problems"]}
     others = [problem for problem in check.all_problems(listed, all_seen) if problem not in on_cards]
-    facts = [seen.facts for seen in all_seen if not seen.problem]
-    lines = check.describe(listed, all_seen, view)
+    facts = [seen.facts for seen in all_seen if seen.facts and not seen.problem]
+    lines = check.describe(listed, all_seen, chosen)
     if lines and base:
-        lines += base.remarks(view.max_num_frames, view.fps, view.height, view.width)
-    spread_lines = [*spread(facts), cut_captions(captions, base)] if facts else []
+        lines += base.remarks(chosen.by_option, chosen.view.fps)
+    spread_lines = [*spread(facts), cut_captions(list(captions.values()), base)] if facts else []
     page = load_template(TEMPLATE).render(
         name=listed.name,
         about=" · ".join(filter(None, [base and base.describe(), time.strftime("page made %Y-%m-%d %H:%M")])),
@@ -401,9 +408,7 @@ def preview(args: argparse.Namespace) -> None:
         spread=[line.split(": ", 1) for line in spread_lines],
         problems=grouped(others),
         cards=shown,
-        num_clips=len(all_seen),
-        view=view,
-        aspect=f"{view.width} / {view.height}",
+        num_windows=len(all_seen),
         mirrored=args.random_flip,
         max_tokens=base and base.transformer["max_text_seq_length"],
     )

@@ -15,8 +15,8 @@ CHANGES = {
     "learning_rate": ("learning_rate", "scale_lr"),
     "schedule": ("lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
     "steps": ("num_train_epochs", "max_train_steps"),
-    "batch": ("train_batch_size", "gradient_accumulation_steps"),
-    "data": (),
+    "batch": ("train_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch", "bucket_group"),
+    "data": ("image_share",),
     "base": (),
 }
 # The checkpoint decides these: they shape what it holds, or the clips that were held out.

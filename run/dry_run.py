@@ -54,11 +54,11 @@ def look_ahead(
     """
     base, itemsize = models.base, settings.dtype.itemsize
     config, cache = base.transformer, 0
-    for num_frames in {of_clip.file.content: of_clip.num_seen for of_clip in facts}.values():  # each video once
-        f, h, w = base.latent_shape(num_frames, settings.height, settings.width)
+    for bucket in {(of_clip.file.content, of_clip.view): of_clip.bucket for of_clip in facts}.values():  # each once
+        f, h, w = base.latent_shape(*bucket)
         cache += views * 2 * config["out_channels"] * f * h * w * itemsize
         if base.takes_image:
-            cache += views * settings.height * settings.width * 3
+            cache += views * bucket.height * bucket.width * 3
     cache += len(captions) * config["max_text_seq_length"] * config["text_embed_dim"] * itemsize
     num_trained = count_trained_elements(models, settings)
     result = num_trained * (4 if settings.lora else itemsize)

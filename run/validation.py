@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from clips.frames import read_image
-from clips.order import Ranks
+from clips.order import Item, Ranks
 from cogvideox.base_model import BaseModel
 from cogvideox.budget import is_out_of_memory
 from cogvideox.objective import generator_for, training_loss
@@ -99,7 +99,7 @@ def held_out_losses(
     with _without_dropout(transformer), failing_together(agree):
         for clip, timestep in _equal_share(ranks, jobs):
             agree()
-            batch = {name: tensor[None] for name, tensor in data.read(clip).items()}
+            batch = {name: tensor[None] for name, tensor in data.read(Item(clip)).items()}
             generator = generator_for(device, seed, "held out", clip, timestep)
             at_timestep = torch.tensor([timestep], device=device)
             loss = training_loss(

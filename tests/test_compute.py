@@ -14,6 +14,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from test_step_benchmark import check_same_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from clips.order import Item
 from cogvideox import compute, lora
 from cogvideox.base_model import download_weights, read_base_model
 from cogvideox.lora import FusedLora, Lora
@@ -344,7 +345,7 @@ def test_compiled_blocks_run_under_ddp(compiled_without_a_compiler, tiny_checkpo
 def test_two_compilations_serve_all_blocks_for_each_shape(compiled_without_a_compiler):
     """One for the first block, whose input needs no gradient, and one for all others."""
     run = benchmark.prepare(benchmark.parse_args(["--model", "tiny", "--rank", "4", "--num_layers", "4", "--compile"]))
-    batch = {name: tensor[None] for name, tensor in run.data.clips[0, False].items()}
+    batch = {name: tensor[None] for name, tensor in run.data.clips[Item(0)].items()}
     counters = torch._dynamo.utils.counters
     counters.clear()
     compiled = []

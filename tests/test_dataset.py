@@ -1,7 +1,6 @@
 """Lists, frames, cache and batches."""
 
 from functools import partial
-from itertools import count, islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +13,8 @@ import dataset
 from clips.facts import examine
 from clips.frames import View, choose_frames, read_frames, resize_and_crop, trainable_length
 from clips.listing import Clip, Columns, Folder, Listing, read_listing
-from clips.order import Ranks, epoch_batches, make_timeline, rank_batches
+from clips.order import Item, Ranks, make_timeline
+from clips.selection import Selection
 from cogvideox.encoders import Encoder
 from files import CannotContinue
 
@@ -206,9 +206,10 @@ def test_frames_read_are_the_frames_of_the_file(tmp_path):
 def test_caches_of_earlier_versions_are_found(changes, image, names):
     """The names were computed by the version before the modules were split into folders; users have such files."""
     view = View(480, 720, 8, 49, 0, 0, "center", 42, video_decoder="decord")._replace(**changes)
-    facts = SimpleNamespace(file=SimpleNamespace(content="video content"), image=image and "image content")
+    file = SimpleNamespace(content="video content")
+    facts = SimpleNamespace(file=file, image=image and "image content", view=view)
     flip = len(names) == 2
-    (probed,) = dataset.probe_cache([facts], view, cache=Path("cache"), encoder="encoder", random_flip=flip)
+    (probed,) = dataset.probe_cache([facts], cache=Path("cache"), encoder="encoder", random_flip=flip)
     assert probed.paths == [Path(f"cache/latents/{name}.safetensors") for name in names]
 
 
@@ -219,8 +220,8 @@ def test_captions_cached_by_earlier_versions_are_found():
 
 def test_whatever_changes_the_frames_changes_the_place_in_the_cache(tmp_path):
     def path(clip, view=VIEW, encoder="vae", random_flip=False):
-        facts, _ = examine(clip, view)
-        return dataset.probe_cache([facts], view, cache=tmp_path, encoder=encoder, random_flip=random_flip)[0].paths
+        facts = examine(clip, Selection(view)).windows
+        return dataset.probe_cache(facts, cache=tmp_path, encoder=encoder, random_flip=random_flip)[0].paths
 
     clip = Clip(make_video(tmp_path / "a.mp4"), "a", 1)
     other = Clip(make_video(tmp_path / "b.mp4", num_frames=17), "b", 2)
@@ -236,10 +237,10 @@ def test_what_does_not_change_the_frames_does_not(tmp_path):
     copy = tmp_path / "another name.mp4"
     copy.write_bytes(original.read_bytes())
     clips = [Clip(original, "a", 1), Clip(copy, "b", 2)]
-    facts = [examine(clip, VIEW)[0] for clip in clips]
+    facts = [examine(clip, Selection(VIEW)).windows[0] for clip in clips]
     probe = partial(dataset.probe_cache, cache=tmp_path, encoder="vae", random_flip=False)
-    first, second = probe(facts, VIEW)
-    (reseeded,) = probe(facts[:1], VIEW._replace(seed=5))
+    first, second = probe(facts)
+    (reseeded,) = probe([facts[0]._replace(view=VIEW._replace(seed=5))])
     assert first.paths == second.paths == reseeded.paths
 
 
@@ -268,7 +269,7 @@ def test_an_interrupted_encoding_pass_continues_where_it_was(tmp_path):
             return _Context(encode)
 
         return dataset.encode_dataset(
-            Listing([], [], clips, [], []), VIEW, cache=tmp_path / "cache", prompts=[""], random_flip=False,
+            Listing([], [], clips, [], []), Selection(VIEW), cache=tmp_path / "cache", prompts=[""], random_flip=False,
             video_encoder=Encoder("v", load, lambda shape: 1),
             text_encoder=Encoder("t", lambda: _Context(lambda texts: torch.zeros(1, 3, 2)), lambda shape: 1),
             progress=lambda items, *_: items, ranks=Ranks(), everyone=Ranks(), used_by=tmp_path,
@@ -285,7 +286,7 @@ def test_an_interrupted_encoding_pass_continues_where_it_was(tmp_path):
         "4 clips of 128x96 at 8 fps -> 96x64 at 8 fps; 4 of 9 frames",
         "not seen: up to 0.4 s at the end (3 clips), up to 11 % of the picture (4 clips)",
     ]
-    assert data.clips[3, False]["parameters"].shape == (2, 3, 2, 2)
+    assert data.clips[Item(3)]["parameters"].shape == (2, 3, 2, 2)
 
 
 class _Context:
@@ -299,40 +300,7 @@ class _Context:
         return False
 
 
-# ---- batches
-
-
-def clips_of(batch):
-    return [clip for clip, _ in batch]
-
-
-def test_every_clip_is_seen_once_an_epoch_and_only_with_clips_of_its_shape():
-    shapes = [(13,)] * 7 + [(3,)] * 4 + [(1,)]
-    batches_of = partial(epoch_batches, shapes, batch_size=3, random_flip=False)
-    for epoch in range(3):
-        batches = batches_of(seed=42, epoch=epoch)
-        assert sorted(clip for batch in batches for clip in clips_of(batch)) == list(range(12))
-        assert all(len({shapes[clip] for clip in clips_of(batch)}) == 1 for batch in batches)
-        assert len(batches) == 6
-    assert batches_of(seed=42, epoch=0) != batches_of(seed=42, epoch=1)
-    assert batches_of(seed=42, epoch=0) != batches_of(seed=43, epoch=0)
-
-
-def test_half_of_the_turns_are_mirrored_if_asked():
-    batches_of = partial(epoch_batches, [0] * 400, batch_size=1, seed=42, epoch=0)
-    assert 150 < sum(mirrored for ((_, mirrored),) in batches_of(random_flip=True)) < 250
-    assert not any(mirrored for ((_, mirrored),) in batches_of(random_flip=False))
-
-
-@pytest.mark.parametrize(("world", "clips"), [(1, 5), (2, 5), (3, 5), (8, 3)])
-def test_ranks_share_out_the_sequence_that_one_rank_sees(world, clips):
-    batches_of = partial(rank_batches, [0] * clips, batch_size=1, seed=42, random_flip=False)
-    whole = list(islice(batches_of(numbers=count()), 24))
-    for rank in range(world):
-        share = list(islice(batches_of(numbers=count(rank, world)), 24 // world))
-        assert share == whole[rank::world]
-    resumed = list(islice(batches_of(numbers=count(17)), 7))
-    assert resumed == whole[17:]
+# ---- updates
 
 
 @pytest.mark.parametrize(

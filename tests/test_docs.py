@@ -9,6 +9,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import draw_modes
 import options_page
 import pytest
 from accelerate.commands.launch import launch_command_parser
@@ -301,3 +302,8 @@ def test_other_languages_have_the_same_commands_pictures_and_links(page):
 def test_ruff_before_a_commit_is_ruff_in_the_tests():
     pinned = re.search(r"^ruff==(\S+)$", read("requirements-dev.txt"), re.MULTILINE)[1]
     assert f"rev: v{pinned}\n" in read(".pre-commit-config.yaml")
+
+
+@pytest.mark.parametrize("path", draw_modes.PICTURES_OF_PAGE)
+def test_the_pictures_of_sizes_and_windows_are_what_the_script_draws(path):
+    assert read(path) == draw_modes.PICTURES_OF_PAGE[path]()

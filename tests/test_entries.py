@@ -25,7 +25,8 @@ from clips.entries import Damaged, read_entry, read_header, to_bytes, write_entr
 from clips.frames import View
 from clips.known import record_use
 from clips.listing import Folder, read_listing
-from clips.order import Ranks
+from clips.order import Item, Ranks
+from clips.selection import Selection
 from cogvideox import encoders
 from cogvideox.base_model import download_weights, read_base_model
 from cogvideox.encoders import Encoder
@@ -347,7 +348,7 @@ def prepare(folder, cache, encode_videos=None, encode_captions=None, used_by="ru
     zeros = lambda frames: torch.zeros(len(frames), 2, 3, 8, 12)  # noqa: E731
     ones = lambda texts: torch.ones(len(texts), 3, 2)  # noqa: E731
     return dataset.encode_dataset(
-        read_listing([Folder(folder)]), VIEW, cache=cache, prompts=[""], random_flip=False,
+        read_listing([Folder(folder)]), Selection(VIEW), cache=cache, prompts=[""], random_flip=False,
         video_encoder=Encoder("v", lambda: nullcontext(encode_videos or zeros), lambda shape: 1),
         text_encoder=Encoder("t", lambda: nullcontext(encode_captions or ones), lambda shape: 1),
         progress=no_progress, ranks=Ranks(), everyone=Ranks(), used_by=cache / used_by, **options,
@@ -403,7 +404,7 @@ def test_what_another_run_has_encoded_meanwhile_is_not_encoded_twice(tmp_path):
 
     data = prepare(folder, cache, encode_videos=first("clip"), encode_captions=first("caption"))
     assert encoded.count("caption of a run") == 5 + 1 and encoded.count("clip of a run") == 4
-    assert len(data.shapes) == 4 and data.read(3)["parameters"].shape == (2, 3, 8, 12)
+    assert len(data.shapes) == 4 and data.read(Item(3))["parameters"].shape == (2, 3, 8, 12)
 
     shutil.rmtree(cache / "latents")
     encoded.clear()
@@ -422,11 +423,11 @@ def test_what_another_rank_has_mended_is_not_encoded_again(tmp_path, capsys):
     (path,) = (cache / "latents").iterdir()
     sound = path.read_bytes()
     flip(path)
-    damaged = data.clips[0, False]
+    damaged = data.clips[Item(0)]
     assert damaged.reason == "checksum"
     publish(path, sound)
     data.mend(damaged)  # as if it had been found at the same time
-    data.read(0)
+    data.read(Item(0))
     assert len(calls) == 1
 
 
@@ -442,7 +443,7 @@ def test_a_disk_that_damages_whatever_is_written_ends_the_run(tmp_path, monkeypa
     flip(path)
     monkeypatch.setattr("clips.known.publish", publish_and_flip)
     with pytest.raises(CannotContinue, match="also when it has just been encoded again; check the disk"):
-        data.read(0)
+        data.read(Item(0))
     path.write_bytes(b"")
     monkeypatch.setattr("clips.known.publish", lambda path, content: publish(path, content[:-1]))
     with pytest.raises(ValueError, match="also when it has just been encoded again; check the disk"):
@@ -459,7 +460,7 @@ def test_an_entry_is_verified_once_in_a_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(dataset, "read_entry", read)
     for _ in range(3):
-        data.read(0), data.read(1)
+        data.read(Item(0)), data.read(Item(1))
     assert verified == [True] * 4 + [False] * 8
 
 

@@ -16,6 +16,7 @@ from clips.facts import examine
 from clips.frames import View
 from clips.known import CACHE, File, Notes, look_at, record_use
 from clips.listing import Folder, read_listing
+from clips.selection import Selection
 from clips.video import Damage, examine_video
 
 VIEW = View(64, 96, 8, 9, 0, 0, "center", 42)
@@ -41,14 +42,14 @@ def read_files(monkeypatch):
 
 def test_a_known_file_is_not_read_and_gives_the_same_facts(clips, tmp_path, read_files):
     notes = Notes(tmp_path / "cache")
-    first = [examine(clip, VIEW, notes) for clip in clips]
+    first = [examine(clip, Selection(VIEW), notes) for clip in clips]
     notes.publish()
     assert read_files == [clip.video for clip in clips]
-    later = Notes(tmp_path / "cache")
-    assert [examine(clip, VIEW, later) for clip in clips] == first
-    assert [examine(clip, VIEW._replace(fps=4), later)[0].num_seen for clip in clips] == [5, 5, 5]
+    later, slower = Notes(tmp_path / "cache"), Selection(VIEW._replace(fps=4))
+    assert [examine(clip, Selection(VIEW), later) for clip in clips] == first
+    assert [examine(clip, slower, later).windows[0].num_seen for clip in clips] == [5, 5, 5]
     assert len(read_files) == 3
-    examine(clips[0], VIEW, later, read_again=True)
+    examine(clips[0], Selection(VIEW), later, read_again=True)
     assert len(read_files) == 4
 
 
@@ -84,9 +85,9 @@ def test_everything_about_a_file_survives_a_note(tmp_path, clips, monkeypatch):
 def test_an_image_to_start_from_is_known_as_well(clips, tmp_path, monkeypatch):
     Image.new("RGB", (96, 64)).save(tmp_path / "a.png")
     notes, clip = Notes(), clips[0]._replace(image=tmp_path / "a.png")
-    first = examine(clip, VIEW, notes)
+    first = examine(clip, Selection(VIEW), notes)
     monkeypatch.setattr(facts, "read_image", lambda *_: pytest.fail("read again"))
-    assert examine(clip, VIEW, notes) == first and first[0].image
+    assert examine(clip, Selection(VIEW), notes) == first and first.windows[0].image
 
 
 def test_later_notes_count(clips, tmp_path):

@@ -18,10 +18,11 @@ from clips import check
 from clips.facts import examine, grouped, remarks
 from clips.frames import View
 from clips.listing import BESIDE, LISTS, SAT, Columns, Folder, find_layout, folder_option, read_listing
+from clips.selection import Selection
 from cogvideox.lora_files import LORA_FILE
 from dataset import CachedClips, Data
 
-VIEW = View(64, 96, 8, 9, 0, 0, "center", 42)
+SELECTION = Selection(View(64, 96, 8, 9, 0, 0, "center", 42))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_remarks_name_clips_as_their_layout_does(layout, named, drawn, tmp_path)
     first, second, *_ = sorted((folder / "videos").glob("*.mp4"))
     shutil.copy(first, second)
     clips = read_listing([Folder(folder)]).clips
-    said = remarks(clips, [examine(clip, VIEW)[0] for clip in clips], VIEW)
+    said = remarks(clips, [examine(clip, SELECTION).windows[0] for clip in clips], SELECTION)
     expected = named.replace("00.mp4", first.name).replace("01.mp4", second.name)
     assert f"the same video more than once: {expected}" in said
 
@@ -107,7 +108,7 @@ def test_an_image_is_a_clip_of_one_frame(tmp_path, suffix):
     Image.new("RGB", (96, 64), "red").save(tmp_path / f"still.{suffix}")
     (tmp_path / "still.txt").write_text("a red picture")
     _, _, (clip,), problems, _ = read_listing([Folder(tmp_path)])
-    facts, _ = examine(clip, VIEW)
+    (facts,) = examine(clip, SELECTION).windows
     assert problems == [] and (facts.width, facts.height, facts.num_frames, facts.num_seen) == (96, 64, 1, 1)
 
 
@@ -325,7 +326,7 @@ def problems_of(folder, options):
         _, _, clips, problems, _ = read_listing([Folder(folder)], Columns(**options))
     except ValueError as error:
         return [str(error)]
-    return problems + [problem for clip in clips if (problem := examine(clip, VIEW)[1])]
+    return problems + [problem for clip in clips if (problem := examine(clip, SELECTION).problem)]
 
 
 def write(path, content, clip):
@@ -466,7 +467,7 @@ def test_several_folders_are_one_dataset_and_each_clip_names_its_folder(drawn, t
     assert first.problem("x").startswith(f"{lists}, line 1: ") and row.named == f"{table}, metadata.jsonl:3"
     assert beside_clip.named == str(beside_clip.video)
     assert beside_clip.problem("x") == f"{beside_clip.video}: x"
-    said = remarks(listing.clips, [examine(clip, VIEW)[0] for clip in listing.clips], VIEW)
+    said = remarks(listing.clips, [examine(clip, SELECTION).windows[0] for clip in listing.clips], SELECTION)
     assert any(line.startswith("the same video more than once: ") and str(beside_clip.video) in line for line in said)
 
 
@@ -507,7 +508,7 @@ def test_an_epoch_shows_each_folder_as_often_as_it_is_to(drawn, tmp_path, tiny_c
 
 def test_a_held_out_clip_is_measured_once_however_often_others_are_shown():
     files = [[Path(f"{clip}")] for clip in range(4)]
-    data = Data(CachedClips(files, [Path("c")] * 4), [(1,)] * 4, prompts={}, repeats=[2, 2, 1, 3])
+    data = Data(CachedClips(files, [[Path("c")]] * 4), [(1,)] * 4, prompts={}, repeats=[2, 2, 1, 3])
     training, held_out = data.split(1, seed=0)
     assert len(held_out.shapes) == 1
     (out,) = (int(paths[0].name) for paths in held_out.clips.latents)

@@ -17,7 +17,8 @@ from clips.facts import examine
 from clips.frames import View, decoding_threads, read_frames
 from clips.known import look_at
 from clips.listing import Folder, read_listing
-from clips.order import Ranks
+from clips.order import Item, Ranks
+from clips.selection import Selection
 from cogvideox import encoders
 from cogvideox.base_model import download_weights, read_base_model
 from cogvideox.encoders import Encoder, caption_encoder, clips_at_once, loaded_vae
@@ -31,11 +32,11 @@ def encode(folder, checkpoint, cache, dtype=torch.float32, slicing=False, view=V
     listing = read_listing([Folder(folder)])
     video_encoder, text_encoder = encoders.encoders(checkpoint, dtype, "cpu", tiling=False, slicing=slicing)
     data = dataset.encode_dataset(
-        listing, view, cache=cache, prompts=[""], random_flip=False,
+        listing, Selection(view), cache=cache, prompts=[""], random_flip=False,
         video_encoder=video_encoder, text_encoder=text_encoder, progress=lambda items, *_: items,
         ranks=ranks or Ranks(), everyone=Ranks(), used_by=cache,
     )  # fmt: skip
-    cached = [data.clips[i, False] for i in range(len(listing.clips))]
+    cached = [data.clips[Item(i)] for i in range(len(listing.clips))]
     return [item["parameters"] for item in cached], [item["prompt_embeds"] for item in cached]
 
 
@@ -84,14 +85,14 @@ def test_what_is_cached_does_not_depend_on_what_is_encoded_with_it(tiny_checkpoi
     """Bit for bit: by three ranks, and by a run that finds some of it done."""
     alone, _ = encode(mixed_clips, tiny_checkpoint, tmp_path / "alone")
     clips = read_listing([Folder(mixed_clips)]).clips
-    facts = [examine(clip, VIEW)[0] for clip in clips]
-    probed = dataset.probe_cache(facts, VIEW, cache=tmp_path / "shared", encoder="v", random_flip=False)
+    facts = [examine(clip, Selection(VIEW)).windows[0] for clip in clips]
+    probed = dataset.probe_cache(facts, cache=tmp_path / "shared", encoder="v", random_flip=False)
     new = dataset.missing_latents(clips, facts, probed)
     shares = [Ranks(index, 3).share(new) for index in range(3)]
     checkpoint = read_base_model(str(tiny_checkpoint))
     load = partial(encoders.video_encoder, checkpoint, torch.float32, "cpu", tiling=False, slicing=False)
     for share in shares:
-        assert dataset.cache_latents(share, VIEW, Encoder("v", load, clips_at_once), lambda items, *_: items) == []
+        assert dataset.cache_latents(share, Encoder("v", load, clips_at_once), lambda items, *_: items) == []
     for probe, expected in zip(probed, alone):
         assert torch.equal(load_file(probe.paths[0])["parameters"], expected)
 
@@ -155,16 +156,17 @@ def test_a_stopped_reader_decodes_no_further():
 def test_threads_are_as_many_as_cores_and_memory_allow(monkeypatch):
     full, large = VIEW._replace(height=480, width=720, max_num_frames=49), VIEW._replace(height=4096, width=4096)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
-    assert decoding_threads(full) == 8
-    assert decoding_threads(large._replace(max_num_frames=81)) == 1
+    assert decoding_threads([full]) == 8
+    assert decoding_threads([full, large._replace(max_num_frames=81)]) == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert decoding_threads(full) == 4
+    assert decoding_threads([full]) == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
-    assert decoding_threads(full) == 1
+    assert decoding_threads([full]) == 1
 
 
 def new_latents(clips, folder):
-    return [dataset.NewLatents(clip, look_at(clip.video), False, folder / f"{clip.line}.safetensors") for clip in clips]
+    paths = [folder / f"{clip.line}.safetensors" for clip in clips]
+    return [dataset.NewLatents(clip, look_at(clip.video), VIEW, False, path) for clip, path in zip(clips, paths)]
 
 
 def test_problems_of_several_clips_are_told_in_the_order_of_the_list(tmp_path, mixed_clips, monkeypatch):
@@ -182,7 +184,7 @@ def test_problems_of_several_clips_are_told_in_the_order_of_the_list(tmp_path, m
     monkeypatch.setattr(dataset, "decode", stop)
     encode_videos = lambda frames: torch.full((1, 2, 3, 2, 2), math.nan if next(calls) == 2 else 0.0)  # noqa: E731
     encoder = Encoder("v", lambda: nullcontext(encode_videos), lambda shape: 1)
-    problems = dataset.cache_latents(new, VIEW, encoder, lambda items, *_: items)
+    problems = dataset.cache_latents(new, encoder, lambda items, *_: items)
     assert [problem.split(":")[0] for problem in problems] == ["line 2", "line 4", "line 6"]
     assert "the VAE encodes it to NaN or infinity" in problems[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{line}.safetensors" for line in (1, 3, 5, 7)]
@@ -201,7 +203,7 @@ def test_a_disk_that_fills_up_midway_ends_the_encoding_with_its_message(tmp_path
     encode_videos = lambda frames: torch.zeros(len(frames), 2, 3, 2, 2)  # noqa: E731
     encoder = Encoder("v", lambda: nullcontext(encode_videos), lambda shape: 1)
     with pytest.raises(files.CannotContinue, match="cannot write the cache .No space left on device"):
-        dataset.cache_latents(new, VIEW, encoder, lambda items, *_: items)
+        dataset.cache_latents(new, encoder, lambda items, *_: items)
     assert len(list(tmp_path.iterdir())) == 6
 
 

@@ -18,6 +18,7 @@ from clips import check, frames
 from clips.facts import brightness, examine, facts_of, headline, motion, remarks
 from clips.frames import View, choose_frames, choose_source
 from clips.listing import Clip, Columns, Folder, read_listing
+from clips.selection import Selection
 from cogvideox.base_model import load_tokenizer, read_base_model
 from cogvideox.encoders import cut_caption
 from pages import preview
@@ -39,8 +40,9 @@ def make_dataset(folder, videos, captions=None):
 
 def read(folder, view=VIEW):
     _, _, clips, problems, _ = read_listing([Folder(folder)], Columns("prompts.txt", "videos.txt"))
-    examined = [examine(clip, view) for clip in clips]
-    return clips, [facts for facts, _ in examined], problems + [problem for _, problem in examined if problem]
+    examined = [examine(clip, Selection(view)) for clip in clips]
+    windows = [facts for found in examined for facts in found.windows]
+    return clips, windows, problems + [found.problem for found in examined if found.problem]
 
 
 def refused(capsys, line):
@@ -54,10 +56,10 @@ def refused(capsys, line):
 
 
 def drawn(clip, view=VIEW, num_frames=5, side=96):
-    facts, problem = examine(clip, view)
+    (facts,), problem, _ = examine(clip, Selection(view))
     assert problem is None
     seen = frames.read_frames(clip.video, view, mirrored=False)
-    return preview.draw(clip, facts, seen, view=view, num_frames=num_frames, side=side), facts, seen
+    return preview.draw(clip, facts, seen, num_frames=num_frames, side=side), facts, seen
 
 
 def pixels(jpeg):
@@ -123,7 +125,7 @@ def test_a_turned_and_a_stretched_file_are_outlined_as_a_player_shows_them(tmp_p
 
 def test_a_random_crop_is_outlined_where_it_is(tmp_path):
     imageio.mimsave(tmp_path / "a.mp4", draw_clip("circle", "red", "left", 9, 64, 192), fps=8, macro_block_size=1)
-    facts, _ = examine(Clip(tmp_path / "a.mp4", "a", 1), VIEW)
+    ((facts,), *_) = examine(Clip(tmp_path / "a.mp4", "a", 1), Selection(VIEW))
     places = [frames.seen_rectangle(facts.file, VIEW._replace(crop="random", seed=seed)) for seed in range(8)]
     assert len(set(places)) == 8
     assert all(0 <= left <= 0.5 and (top, width) == (0, 0.5) for left, top, width, _ in places)
@@ -170,8 +172,8 @@ def test_what_is_lost_and_what_looks_like_an_oversight_is_summed_up(tmp_path):
     (folder / "copy.mp4").write_bytes((folder / "a.mp4").read_bytes())
     clips, facts, _ = read(folder)
     expected = "5 clips of 80x66 to 160x90 at 4 to 30 fps -> 96x64 at 8 fps; 4 of 9 frames, 1 of 5"
-    assert headline(facts, VIEW) == expected
-    assert remarks(clips, facts, VIEW) == [
+    assert headline(facts, Selection(VIEW)) == expected
+    assert remarks(clips, facts, Selection(VIEW)) == [
         "not seen: up to 3.9 s at the end (4 clips), up to 19 % of the picture (4 clips)",
         "scaled up, so less sharp than others of this size: 1 clip",
         "slower than 8 fps, at least in places, so frames are seen twice: 1 clip",
@@ -217,7 +219,7 @@ def test_the_command_shows_a_dataset(tmp_path, tiny_checkpoint):
     assert "captions: 0 longer than 226 tokens" in result.stdout
     assert f"{folder / 'preview.html'}: 2 clips, 1 left out (--clips), " in result.stdout
     page = (folder / "preview.html").read_text()
-    assert page.count("<article") == 2 and page.count("STYLE ") == 2 and "2 of 3 clips are shown" in page
+    assert page.count("<article") == 2 and page.count("STYLE ") == 2 and "2 of 3 clips and windows are shown" in page
 
 
 def test_captions_are_counted_for_all_clips_also_those_that_are_not_shown(tmp_path, tiny_checkpoint, capsys):
@@ -311,7 +313,7 @@ def test_many_clips_that_cannot_be_used_are_counted_above_those_that_have_a_card
         (tmp_path / f"{number:02d}.txt").write_text("x")
     refused(capsys, [tmp_path, *SMALL, "--clips", "3"])
     top, *articles = (tmp_path / "preview.html").read_text().split("<article ")
-    assert len(articles) == 3 and "3 of 40 clips are shown" in articles[-1]
+    assert len(articles) == 3 and "3 of 40 clips and windows are shown" in articles[-1]
     assert "03.mp4: the file is empty" in top and "02.mp4" not in top and "... and 18 more like this" in top
 
 
@@ -527,7 +529,7 @@ def test_a_thousand_clips_open(page, clips, tmp_path, monkeypatch, capsys):
     video = read_listing([Folder(clips)]).clips[0].video
     num_frames, side = preview.film_size(1000)
     made, facts, _ = drawn(Clip(video, "a", 1), side=side, num_frames=num_frames)
-    monkeypatch.setattr(check, "_look", lambda clip, *_, **__: check.Seen(clip, facts, made, None))
+    monkeypatch.setattr(check, "_look", lambda window, *_, **__: window._replace(made=made))
     folder = tmp_path / "many"
     folder.mkdir()
     (folder / "videos.txt").write_text(f"{video}\n" * 1200)

@@ -167,7 +167,7 @@ def test_what_is_said_to_save_memory_saves_it_by_the_rehearsal(checkpoint_of, mo
     line = ["--pretrained_model_name_or_path", str(checkpoint_of("5b")), "--instance_data_root", "d", "--rank", "4"]
     args = train_cogvideox_lora.parse_args([*line, "--height", "64", "--width", "96", "--max_num_frames", "9"])
     base = train_cogvideox_lora.read_base_model(args.pretrained_model_name_or_path, None, None, None)
-    settings = train_cogvideox_lora.memory_settings(args, torch.bfloat16, torch.device("cuda"), 1)
+    settings = train_cogvideox_lora.memory_settings(args, base, torch.bfloat16, torch.device("cuda"), 1)
     models = train_cogvideox_lora.rehearsed_models(args, base)
     before = budget.rehearse("training", models, settings).peak_bytes
     lines = budget.savings("training", models, settings)

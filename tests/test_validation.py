@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import dataset
 import train_cogvideox_lora
-from clips.order import Ranks
+from clips.order import Item, Ranks
 from cogvideox.base_model import load_transformer, read_base_model
 from cogvideox.budget import MemoryPlan
 from cogvideox.lora_files import LORA_FILE
@@ -23,7 +23,7 @@ TIMESTEPS = [125, 375, 625, 875]
 
 def data_of(names):
     """Clips whose latents lie in files of these names."""
-    clips = dataset.CachedClips([[name] for name in names], [f"caption {i}" for i in range(len(names))])
+    clips = dataset.CachedClips([[name] for name in names], [[f"caption {i}"] for i in range(len(names))])
     return dataset.Data(clips, [(8, 3, 8, 12)] * len(names), {})
 
 
@@ -32,7 +32,7 @@ def test_so_many_are_held_out(split, count):
     train, held_out = data_of([f"video {i}" for i in range(10)]).split(split, seed=1)
     assert len(held_out.shapes) == count and len(train.shapes) == 10 - count
     together = train.clips.captions + held_out.clips.captions
-    assert sorted(together) == [f"caption {i}" for i in range(10)]
+    assert sorted(together) == [[f"caption {i}"] for i in range(10)]
 
 
 def test_the_seed_decides_which_and_nothing_else():
@@ -63,7 +63,7 @@ def test_the_loss_on_held_out_clips_is_the_training_loss_at_fixed_noise(tiny_che
     checkpoint = read_base_model(str(tiny_checkpoint))
     transformer = load_transformer(checkpoint, torch.float32)
     lines = (clips / "prompts.txt").read_text().splitlines()
-    stub = dataset.Data(dataset.CachedClips([[i] for i in range(6)], lines), [()] * 6, {})
+    stub = dataset.Data(dataset.CachedClips([[i] for i in range(6)], [[line] for line in lines]), [()] * 6, {})
     captions = stub.split(2, 3407)[1].clips.captions
     args = train_cogvideox_lora.parse_args(training_options(tiny_checkpoint, clips, tmp_path, validation_split=2))
     _, held_out = cached(args, checkpoint)
@@ -73,7 +73,7 @@ def test_the_loss_on_held_out_clips_is_the_training_loss_at_fixed_noise(tiny_che
         losses = []
         for clip in range(2):
             generator = generator_for(torch.device("cpu"), 3407, "held out", clip, timestep)
-            item = held_out.clips[clip, False]
+            item = held_out.clips[Item(clip)]
             latents = sample_latents(item["parameters"][None], checkpoint.vae["scaling_factor"], generator)
             noise = torch.randn(latents.shape, generator=generator)
             t = torch.tensor([timestep])

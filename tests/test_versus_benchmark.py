@@ -22,8 +22,8 @@ from diffusers import CogVideoXTransformer3DModel
 
 import train_cogvideox_lora
 from clips.facts import examine
-from clips.frames import view_of
 from clips.listing import Folder, read_listing
+from clips.selection import selection_of
 from cogvideox import objective
 from cogvideox.base_model import load_transformer, read_base_model
 from cogvideox.objective import velocity_loss
@@ -91,7 +91,7 @@ def test_the_base_model_is_stored_as_the_other_script_loads_it_and_shows_all_its
     _, _, clips, problems, _ = read_listing([Folder(tmp_path / "clips")])
     assert problems == [] and len(clips) == 8
     shared = train_cogvideox_lora.parse_args(versus.shared_options(parse("--size", "overhead"), updates=9))
-    facts, problem = examine(clips[0], view_of(shared, with_image=False, whole=False))
+    (facts,), problem, _ = examine(clips[0], selection_of(shared, with_image=False, whole=False))
     assert problem is None
     assert (facts.height, facts.width, facts.num_seen) == (size.height, size.width, size.max_num_frames)
     assert facts.num_frames == facts.num_distinct == size.max_num_frames
