@@ -192,7 +192,7 @@ def encode_dataset(
     )
     clips, facts = checked.clips, checked.facts
     probed = probe_cache(facts, cache=cache, encoder=encoder, random_flip=random_flip)
-    texts = [*itertools.chain(*(clip.captions for clip in clips)), *prompts]
+    texts = [*itertools.chain(*(clip.captions + clip.plain_captions for clip in clips)), *prompts]
     captions = caption_paths(texts, cache, text_encoder.fingerprint)
     sources = Sources(clips, facts, [clip.paths for clip in probed], captions, video_encoder, text_encoder)
     files = list(itertools.chain(*sources.latents, captions.values()))
@@ -407,7 +407,7 @@ class NewCaption(NamedTuple):
 
 def missing_captions(clips: list[Clip], captions: dict[str, Path], cache: Path) -> list[NewCaption]:
     there = names_in(cache / "captions")
-    first_clips = {caption: clip for clip in reversed(clips) for caption in clip.captions}
+    first_clips = {caption: clip for clip in reversed(clips) for caption in clip.captions + clip.plain_captions}
     missing = [(caption, path) for caption, path in captions.items() if path.name not in there]
     return [NewCaption(caption, path, first_clips.get(caption)) for caption, path in missing]
 
@@ -459,6 +459,7 @@ class Sources(NamedTuple):
             latents_shapes=[shapes_of[shape] for shape in shapes],
             caption_shape=self.text_encoder.shape_of(()),
             without_caption=self.captions.get(""),
+            plain_captions=[[self.captions[caption] for caption in clip.plain_captions] for clip in self.clips],
         )
 
     def latents_at(self, damaged: list[Damaged]) -> list[NewLatents]:
@@ -472,7 +473,7 @@ class Sources(NamedTuple):
         """Returns the caption whose embeddings are damaged; None if the file is none of them."""
         for caption, path in self.captions.items():
             if path == damaged.path:
-                clip = next((clip for clip in self.clips if caption in clip.captions), None)
+                clip = next((clip for clip in self.clips if caption in clip.captions + clip.plain_captions), None)
                 return NewCaption(caption, path, clip, damaged)
         return None
 
@@ -772,8 +773,9 @@ class CachedClips(torch.utils.data.Dataset):
     """Encoded clips, read from disk by the items of `clips.order`.
 
     What is read has its latents' "parameters" [2c, f, h, w], its caption's "prompt_embeds" [L, D], and, if it was
-    stored, the "image" that the clip starts from, uint8 [H, W, C]; or it is the first of its files that is damaged. A
-    file is verified when it is first read.
+    stored, the "image" that the clip starts from, uint8 [H, W, C]; or it is the first of its files that is damaged.
+    Where there are plain captions, it has "plain_prompt_embeds" [L, D] as well. A file is verified when it is first
+    read.
     """
 
     def __init__(
@@ -783,9 +785,11 @@ class CachedClips(torch.utils.data.Dataset):
         latents_shapes: Sequence[Shapes] = (),
         caption_shape: tuple[int, ...] | None = None,
         without_caption: Path | None = None,
+        plain_captions: list[list[Path]] = (),
     ):
         """Takes the files of each clip, and the shapes of what they hold, none where there are no such files."""
         self.latents, self.captions, self.without_caption = latents, captions, without_caption
+        self.plain_captions = plain_captions if any(plain_captions) else ()
         self.latents_shapes, self.caption_shape = latents_shapes, caption_shape
         self.verified = set()  # by this process
 
@@ -793,16 +797,23 @@ class CachedClips(torch.utils.data.Dataset):
         """Returns some of the clips, in this order."""
         shapes = [self.latents_shapes[clip] for clip in clips] if self.latents_shapes else ()
         files = [self.latents[clip] for clip in clips], [self.captions[clip] for clip in clips]
+        plain = [self.plain_captions[clip] for clip in clips] if self.plain_captions else ()
         shared = {"caption_shape": self.caption_shape, "without_caption": self.without_caption}
-        return CachedClips(*files, latents_shapes=shapes, **shared)
+        return CachedClips(*files, latents_shapes=shapes, plain_captions=plain, **shared)
 
     def __getitem__(self, item: Item) -> dict[str, torch.Tensor] | Damaged:
         clip, mirrored, caption = item
         latents = self._read(self.latents[clip][mirrored], self.latents_shapes[clip])
+        paths = {"prompt_embeds": self.captions[clip]}
+        if self.plain_captions:
+            paths["plain_prompt_embeds"] = self.plain_captions[clip]
         is_dropped = caption == WITHOUT_CAPTION
-        prompt_embeds = self.read_caption(self.without_caption if is_dropped else self.captions[clip][caption])
-        damaged = next((read for read in (latents, prompt_embeds) if isinstance(read, Damaged)), None)
-        return damaged or latents | {"prompt_embeds": prompt_embeds}
+        embeds = {
+            name: self.read_caption(self.without_caption if is_dropped else of_captions[caption])
+            for name, of_captions in paths.items()
+        }
+        damaged = next((read for read in (latents, *embeds.values()) if isinstance(read, Damaged)), None)
+        return damaged or latents | embeds
 
     def read_caption(self, path: Path) -> torch.Tensor | Damaged:
         read = self._read(path, {"prompt_embeds": self.caption_shape})

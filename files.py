@@ -222,6 +222,13 @@ def share(text: str) -> float:
     return float(text)
 
 
+def weight(text: str) -> float:
+    """Returns a finite number from 0; a type for argparse."""
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 0, and finite")
+    return float(text)
+
+
 def map_ahead(function: Callable, items: Iterable, threads: int) -> Iterator:
     """Yields `function(item)` for each item, in order; computes as many results in advance as there are threads.
 

@@ -37,10 +37,11 @@ from clips.selection import Selection
 from cogvideox import budget, compute, encoders, lora
 from cogvideox.base_model import BaseModel, check_training, download_weights, read_base_model, read_text_encoder_config
 from cogvideox.budget import MemoryPlan
-from cogvideox.objective import generator_for, training_loss
+from cogvideox.lora_files import CHANGES_BASE
+from cogvideox.objective import generator_for, preservation_loss, training_loss
 from cogvideox.rehearsal import Models, Settings, models_of
 from dataset import Data
-from files import CannotContinue, at_least, expanded_path, parse_options, plain_name, share
+from files import CannotContinue, at_least, expanded_path, parse_options, plain_name, share, weight
 from pages import report
 from run import (
     checkpoints,
@@ -57,6 +58,7 @@ from run import (
 )
 from run.checkpoints import Start
 
+PRESERVED_TOGETHER = 8  # micro-batches
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -86,6 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, value)
     selection.check_options(args, parser.error)
     check_order(args, parser.error)
+    check_preservation(args, parser.error)
     optimizers.check_options(args, parser.error)
     compute.check_options(args, parser.error)
     validation.check_options(args, parser.error)
@@ -100,6 +103,23 @@ def check_order(args: argparse.Namespace, refuse: Callable[[str], None]) -> None
         refuse("--max_tokens_per_batch: decides the clips in a batch, as --train_batch_size does; leave one out")
     if args.max_tokens_per_batch and args.scale_lr:
         refuse("--scale_lr: needs batches of one size, which --max_tokens_per_batch does not make; leave one out")
+
+
+def check_preservation(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
+    """Refuses to preserve where there is nothing to preserve, or nothing that names what is new."""
+    if not args.preserve:
+        if args.preserve_every != 1 or args.preserve_prompt is not None:
+            refuse("--preserve_every and --preserve_prompt: do nothing without --preserve; pass a weight, such as 1")
+        return
+    if args.training_type != "lora" or args.init_lora_weights.startswith(CHANGES_BASE):
+        kind = (
+            "--training_type sft" if args.training_type != "lora" else f"--init_lora_weights {args.init_lora_weights}"
+        )
+        refuse(f"--preserve {args.preserve:g}: the base model is not there any more with {kind}; leave one of them out")
+    if not args.id_token and args.preserve_prompt is None:
+        refuse(
+            f"--preserve {args.preserve:g}: needs --id_token, whose absence means the base model, or --preserve_prompt"
+        )
 
 
 def derived_options(options: dict) -> dict:
@@ -167,6 +187,12 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     train("--num_train_epochs", type=positive, default=1, metavar="N", help="passes over the clips")
     train("--max_train_steps", type=positive, metavar="N", help="updates; overrides --num_train_epochs")
     train("--ddp_timeout", type=positive, default=1800, metavar="SECONDS", help="longest wait for another process")
+    preserve = "weight of what keeps the base model as it is without --id_token: its own predictions; 0: none"
+    every = "preserve in one of N groups of eight micro-batches: N times less work for it"
+    plain = "caption to preserve the base model's predictions of (default: each clip's without --id_token)"
+    train("--preserve", type=weight, default=0, metavar="WEIGHT", help=preserve)
+    train("--preserve_every", type=positive, default=1, metavar="N", help=every)
+    train("--preserve_prompt", metavar="TEXT", help=plain)
     skipped = "end after so many updates in a row whose loss or gradient is not finite; each is skipped"
     train("--max_skipped_updates", type=positive, default=3, metavar="N", help=skipped)
     train("--allow_tf32", action="store_true", help="use TF32 for float32 products: faster on Ampere GPUs and later")
@@ -226,6 +252,10 @@ def check_sharding(args: argparse.Namespace) -> None:
         raise ValueError("--gradient_checkpointing auto: does not know about shards; pass none, attention or full")
     if args.blocks_to_swap:
         raise ValueError("--blocks_to_swap: FSDP spreads the weights over the GPUs already; leave it out")
+    if args.preserve_every > 1:
+        raise ValueError(
+            f"--preserve_every {args.preserve_every}: sharded GPUs compute together; leave it out, or pass 1"
+        )
     if args.base_precision != "bf16":
         raise ValueError(f"--base_precision {args.base_precision}: FSDP cannot shard quantised weights; leave it out")
 
@@ -385,11 +415,15 @@ def read_listing(args: argparse.Namespace) -> Listing:
     folders = args.instance_data_root
     if args.dataset_name:
         folders = [listing.Folder(listing.download_dataset(args.dataset_name, args.cache_dir))]
-    listed = listing.read_listing(folders, listing.columns_of(args), **listing.words_of(args))
+    listed = listing.read_listing(folders, listing.columns_of(args), words_of(args))
     count_held_out(args.validation_split, len(listed.clips))  # before hours of encoding
     images = [image for image in validation.images(args) if image]
     listed.problems.extend(image_problems(images, "--validation_images"))
     return listed
+
+
+def words_of(args: argparse.Namespace) -> listing.Words:
+    return listing.words_of(args)._replace(with_plain=bool(args.preserve), plain_prompt=args.preserve_prompt)
 
 
 def selection_of(args: argparse.Namespace, base: BaseModel) -> Selection:
@@ -671,6 +705,7 @@ class Update(NamedTuple):
     loss: float  # mean over the micro-batches of all ranks
     grad_norm: float  # before clipping
     learning_rate: float
+    preservation_loss: float | None  # mean over those micro-batches that have one; None: none has
     is_skipped: bool  # loss or gradient of a rank is not finite: the weights stay as they were
     requests: list[float]  # of each request, the largest of all ranks
     losses: dict[int, float]  # of this rank's micro-batches, by number, where the update is skipped
@@ -686,10 +721,12 @@ def update(
     """
     args, accelerator = run.args, run.accelerator
     transformer, optimizer, lr_scheduler, average = run.state
-    losses = {}  # not the batches: with accumulation they would take the memory of all its micro-batches
+    losses, preserved = {}, []  # not the batches, which would take the memory of all micro-batches of an update
     for _ in range(args.gradient_accumulation_steps):
         number, batch = next(micro_batches)
         with accelerator.accumulate(transformer), compute.attention_kernel(args.attention_backend):
+            if is_preserved(args, number):
+                preserved.append(preserve(run, transformer, number, batch, encode_images))
             loss = loss_of(run, transformer, number, batch, encode_images)
             accelerator.backward(loss)  # divides by the number of micro-batches
         losses[number] = loss.detach()
@@ -697,7 +734,10 @@ def update(
     mean_loss = sum(loss / args.gradient_accumulation_steps for loss in losses.values())
 
     # Waits for the GPU: the next update's first kernels start a little later, which a test on a GPU has to measure.
-    told = processes.of_each_rank(accelerator, [mean_loss.item(), grad_norm.item(), *requests])
+    sum_preserved = float(sum(preserved))
+    told = processes.of_each_rank(
+        accelerator, [mean_loss.item(), grad_norm.item(), sum_preserved, len(preserved), *requests]
+    )
     is_finite = bool(told[:, :2].isfinite().all())
     if is_finite:
         optimizer.step()
@@ -712,7 +752,8 @@ def update(
         grad_norm=told[:, 1].max().item(),
         learning_rate=learning_rate,
         is_skipped=not is_finite,
-        requests=told[:, 2:].amax(0).tolist(),
+        preservation_loss=(told[:, 2].sum() / told[:, 3].sum()).item() if told[:, 3].any() else None,
+        requests=told[:, 4:].amax(0).tolist(),
         losses={} if is_finite else {number: loss.item() for number, loss in losses.items()},
     )
 
@@ -722,6 +763,31 @@ def loss_of(run: Run, transformer, number: int, batch: dict, encode_images: Call
     generator = generator_for(run.accelerator.device, run.args.seed, number)
     torch.manual_seed(generator.initial_seed() % 2**63)  # dropout draws from the global generator
     return training_loss(run.base, transformer, batch, generator=generator, dtype=run.dtype, encode=encode_images)
+
+
+def is_preserved(args: argparse.Namespace, number: int) -> bool:
+    """Whether a micro-batch also preserves the base model's predictions.
+
+    Eight micro-batches in a row do or do not, so that up to eight ranks have equal work.
+    """
+    return bool(args.preserve) and number // PRESERVED_TOGETHER % args.preserve_every == 0
+
+
+def preserve(run: Run, transformer, number: int, batch: dict, encode_images: Callable | None) -> float:
+    """Adds the gradient of the preservation loss of a micro-batch; returns the loss.
+
+    By itself, before the training loss, so that the activations of both are never in memory at once. Nothing is sent to
+    other ranks here: the backward pass of the training loss sends the sum.
+    """
+    accelerator, model = run.accelerator, run.accelerator.unwrap_model(transformer)
+    generator = generator_for(accelerator.device, run.args.seed, number)
+    torch.manual_seed(generator.initial_seed() % 2**63)  # dropout draws from the global generator
+    with accelerator.no_sync(transformer):
+        loss = preservation_loss(
+            run.base, model, batch, generator, run.dtype, encode=encode_images, teacher=lora.base_of(model)
+        )
+        accelerator.backward(run.args.preserve * loss)
+    return loss.item()
 
 
 def train(run: Run, smoothed_loss: float | None) -> None:
@@ -833,6 +899,8 @@ def log(run: Run, step: int, measured: Update, *, smoothed_loss: float, seconds:
         "grad_norm": measured.grad_norm,
         "seconds": round(seconds, 4),
     }
+    if measured.preservation_loss is not None:
+        row["preservation_loss"] = measured.preservation_loss
     run_directory.log_row(run.accelerator, run.args.output_dir, row)
 
 

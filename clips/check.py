@@ -53,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser, *, flips: bool = False) -> None
 
 
 def listing_of(args: argparse.Namespace) -> Listing:
-    return listing.read_listing(args.folders, listing.columns_of(args), **listing.words_of(args))
+    return listing.read_listing(args.folders, listing.columns_of(args), listing.words_of(args))
 
 
 def examine_all(clips: list[Clip], chosen: Selection) -> tuple[list[Examined], Selection]:

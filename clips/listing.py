@@ -45,15 +45,11 @@ class Clip(NamedTuple):
     repeats: int = 1  # how often an epoch shows it
     problems: tuple[str, ...] = ()  # of how it is listed, which `Listing.problems` has as well
     other_captions: tuple[str, ...] = ()  # further ones, of which each time one is drawn
+    plain_captions: tuple[str, ...] = ()  # each of its captions without the new word; none where that is not needed
 
     @property
     def captions(self) -> tuple[str, ...]:
         return (self.caption, *self.other_captions)
-
-    def in_words(self, parts: list[str]) -> "Clip":
-        """Returns the clip with words around its captions; the part "{}" is the caption."""
-        first, *others = (" ".join(caption if part == "{}" else part for part in parts) for caption in self.captions)
-        return self._replace(caption=first, other_captions=tuple(others))
 
     @property
     def named(self) -> str:
@@ -65,6 +61,32 @@ class Clip(NamedTuple):
         place = f"line {self.line}" if self.place is None else self.place
         place = "" if place == str(file or self.video) else place
         return ": ".join(filter(None, [place, str(file or self.video), description]))
+
+
+def _joined(*words: str | None) -> str:
+    return " ".join(filter(None, words))
+
+
+class Words(NamedTuple):
+    """The words around the captions of a dataset, the options of these names."""
+
+    id_token: str | None = None
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    with_plain: bool = False  # whether to add each clip's captions without id_token
+    plain_prompt: str | None = None  # in their place; None: the captions without it
+
+    def around(self, clip: Clip) -> Clip:
+        """Returns the clip with these words around its captions."""
+        plain = [_joined(self.caption_prefix, caption, self.caption_suffix) for caption in clip.captions]
+        first, *others = (_joined(self.id_token, caption) for caption in plain)
+        if self.plain_prompt is not None:
+            plain = [self.plain_prompt] * len(plain)
+        plain_captions = tuple(plain) if self.with_plain else ()
+        return clip._replace(caption=first, other_captions=tuple(others), plain_captions=plain_captions)
+
+
+NO_WORDS = Words()
 
 
 class Columns(NamedTuple):
@@ -139,9 +161,8 @@ def columns_of(args: argparse.Namespace) -> Columns:
     return Columns(args.caption_column, args.video_column, args.image_column)
 
 
-def words_of(args: argparse.Namespace) -> dict[str, str | None]:
-    """Returns the words around captions, as `read_listing` takes them."""
-    return {name: getattr(args, name) for name in ("id_token", "caption_prefix", "caption_suffix")}
+def words_of(args: argparse.Namespace) -> Words:
+    return Words(args.id_token, args.caption_prefix, args.caption_suffix)
 
 
 def download_dataset(name: str, cache_dir: Path | None) -> Path:
@@ -159,19 +180,8 @@ def download_dataset(name: str, cache_dir: Path | None) -> Path:
         ) from error
 
 
-def read_listing(
-    folders: list[Folder],
-    columns: Columns = NONE_NAMED,
-    *,
-    id_token: str | None = None,
-    caption_prefix: str | None = None,
-    caption_suffix: str | None = None,
-) -> Listing:
+def read_listing(folders: list[Folder], columns: Columns = NONE_NAMED, words: Words = NO_WORDS) -> Listing:
     """Returns the clips of all folders, in the order of the folders, and of the lists, the table or the names in each.
-
-    Args:
-        id_token, caption_prefix: words put before each caption, in this order.
-        caption_suffix: words put after it.
 
     Raises:
         FileNotFoundError: a folder does not exist.
@@ -201,8 +211,7 @@ def read_listing(
         listing.remarks.extend(_left_out(folder.path, layout, clips))
         listing.problems.extend(problems)
         listing.clips.extend(clip._replace(repeats=folder.repeats) for clip in clips)
-    parts = [*filter(None, [id_token, caption_prefix]), "{}", *filter(None, [caption_suffix])]
-    return listing._replace(clips=[clip.in_words(parts) for clip in listing.clips])
+    return listing._replace(clips=[words.around(clip) for clip in listing.clips])
 
 
 def _in_folder(folder: Path, problem: str) -> str:

@@ -254,6 +254,23 @@ def _compute_in_the_base_dtype(layer: LoraLinear) -> None:
         matrix.__class__ = CastLinear
 
 
+def base_of(transformer) -> Callable:
+    """Returns the transformer with its LoRA off, as a function; it takes no memory of its own."""
+    layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+
+    def predict(**inputs):
+        # Not PEFT's enable_adapters: it also switches off the gradients of the LoRA, which DDP and FSDP2 must not see.
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            return transformer(**inputs)
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+
+    return predict
+
+
 @torch.no_grad()
 def _measure_magnitudes(transformer) -> None:
     """Sets DoRA's magnitudes to the norms of the rows that they start from, in float32.

@@ -19,7 +19,7 @@ from cogvideox.base_model import BaseModel
 
 
 def training_loss(
-    base: BaseModel, transformer, batch: dict, generator, dtype, encode=None, timesteps=None
+    base: BaseModel, transformer, batch: dict, generator, dtype, encode=None, timesteps=None, teacher=None
 ) -> torch.Tensor:
     """Velocity loss of a batch from the cache, computed on the generator's device; nothing else in it is random.
 
@@ -28,6 +28,8 @@ def training_loss(
             image-to-video also "image", uint8 [B, H, W, C].
         encode: from `image_encoder`.
         timesteps: [B]; drawn from `generator` if None.
+        teacher: a transformer, called without gradients, that predicts the target; None: the target is the true
+            velocity.
     """
     device = generator.device
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -45,7 +47,23 @@ def training_loss(
         image_latents=condition_on_images(base, encode, batch["image"], f, generator) if encode else None,
         ofs=ofs_of(base, dtype, device),
         timesteps=timesteps,
+        teacher=teacher,
     )
+
+
+def preservation_loss(base: BaseModel, transformer, batch: dict, generator, dtype, encode, teacher) -> torch.Tensor:
+    """Mean squared difference between the predictions of the transformer and of the teacher, without the new word.
+
+    It keeps what is learned to the captions that name it: prior preservation (Ruiz et al. 2022, arXiv:2208.12242), with
+    the model's own predictions in place of sampled videos. The noisy latents are the same as those of `training_loss`
+    with such a generator.
+
+    Args:
+        batch: as in `training_loss`, with "plain_prompt_embeds" [B, L, D] of the captions without the new word.
+        teacher: the base model, which `lora.base_of` returns.
+    """
+    batch = batch | {"prompt_embeds": batch["plain_prompt_embeds"]}
+    return training_loss(base, transformer, batch, generator, dtype, encode=encode, teacher=teacher)
 
 
 def velocity_loss(
@@ -59,6 +77,7 @@ def velocity_loss(
     image_latents=None,
     ofs=None,
     timesteps=None,
+    teacher=None,
 ) -> torch.Tensor:
     """Mean squared error between predicted and true velocity v = sqrt(a) noise - sqrt(1 - a) x0.
 
@@ -73,6 +92,7 @@ def velocity_loss(
         image_latents: from `condition_on_images`, [B, f, c, h, w], or None.
         ofs: from `ofs_of`.
         timesteps: [B]; drawn from `generator` if None.
+        teacher: as in `training_loss`.
     """
     noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
     if timesteps is None:
@@ -82,15 +102,21 @@ def velocity_loss(
     hidden_states = scheduler.add_noise(latents, noise, timesteps)
     if image_latents is not None:
         hidden_states = torch.cat([hidden_states, image_latents], dim=2)  # [B, f, 2c, h, w]
-    predicted_velocity = transformer(
-        hidden_states=hidden_states.to(dtype),
-        encoder_hidden_states=prompt_embeds.to(dtype),
-        timestep=timesteps,
-        ofs=ofs,
-        image_rotary_emb=rotary,
-        return_dict=False,
-    )[0]
-    return F.mse_loss(predicted_velocity.float(), scheduler.get_velocity(latents, noise, timesteps))
+    inputs = {
+        "hidden_states": hidden_states.to(dtype),
+        "encoder_hidden_states": prompt_embeds.to(dtype),
+        "timestep": timesteps,
+        "ofs": ofs,
+        "image_rotary_emb": rotary,
+        "return_dict": False,
+    }
+    if teacher:
+        with torch.no_grad():
+            velocity = teacher(**inputs)[0].float()
+    else:
+        velocity = scheduler.get_velocity(latents, noise, timesteps)
+    predicted_velocity = transformer(**inputs)[0]
+    return F.mse_loss(predicted_velocity.float(), velocity)
 
 
 def generator_for(device: torch.device, *numbers: int) -> torch.Generator:

@@ -27,7 +27,7 @@ from transformers import T5EncoderModel
 
 from cogvideox import compute, encoders, quantized, swapping
 from cogvideox.base_model import BaseModel, empty_text_encoder, empty_transformer, empty_vae
-from cogvideox.lora import Lora, add_lora, count_trained, trained_parameters
+from cogvideox.lora import Lora, add_lora, base_of, count_trained, trained_parameters
 from cogvideox.meter import Meter, bytes_of, module_bytes
 from cogvideox.objective import ofs_of, pad_latent_frames, rotary_embedding, training_loss
 from cogvideox.sampling import NUM_INFERENCE_STEPS
@@ -50,6 +50,8 @@ class Settings(NamedTuple):
     # Clips, frames, height and width of the micro-batch with most tokens, where it is not one of the size above.
     largest_batch: tuple[int, int, int, int] | None = None
     gradient_accumulation_steps: int = 1
+    preserve: float = 0  # whether, and
+    preserve_every: int = 1  # how often the base model's predictions are preserved
     gradient_checkpointing: str = "none"
     attention_backend: str = "auto"
     blocks_to_swap: int = 0
@@ -78,8 +80,8 @@ class Settings(NamedTuple):
 
     @property
     def gradients_in_forward(self) -> bool:
-        """Whether gradients are there in the forward pass: of earlier micro-batches, or in the buckets of DDP."""
-        return self.gradient_accumulation_steps > 1 or self.num_processes > 1
+        """Whether gradients are there in the forward pass: of earlier losses, or in the buckets of DDP."""
+        return self.gradient_accumulation_steps > 1 or self.num_processes > 1 or bool(self.preserve)
 
 
 class OptimizerBytes(NamedTuple):
@@ -365,7 +367,13 @@ def _count_update(models: Models, settings: Settings, num_layers: int) -> dict[s
             weight.grad = torch.empty_like(weight)
         if settings.num_processes == 1:  # several have them in the buckets of DDP
             resident += bytes_of(trained)
-    peaks = {}
+    encode = partial(encoders.encode_images, vae) if vae else None
+    batch, peaks, preserving = _batch(base, settings), {}, 0
+    if settings.preserve:
+        teacher = base_of(transformer)
+        with Meter() as meter:  # its peak is lower than that of the training loss, when gradients are there, too
+            training_loss(base, transformer, batch, MetaGenerator(), settings.dtype, encode, teacher=teacher).backward()
+        preserving = meter.flops // settings.preserve_every
     with Meter() as meter:
 
         def lap(part: str) -> None:
@@ -374,14 +382,13 @@ def _count_update(models: Models, settings: Settings, num_layers: int) -> dict[s
         parts = {0: "first block", 1: "second block", num_layers - 1: "last block"}
         _call_after_backward(transformer.transformer_blocks, lambda index: lap(parts.get(index, "other blocks")))
         transformer.register_forward_pre_hook(lambda *_: lap("conditioning"))
-        encode = partial(encoders.encode_images, vae) if vae else None
-        loss = training_loss(base, transformer, _batch(base, settings), MetaGenerator(), settings.dtype, encode)
+        loss = training_loss(base, transformer, batch, MetaGenerator(), settings.dtype, encode)
         lap("forward")
         loss.backward()
         lap("first block")
     peaks.pop("other blocks", None)
     update = meter.live + round(models.optimizer.update * max(weight.numel() for weight in trained))
-    return {**peaks, "update": update, "resident": resident, "flops": meter.flops}
+    return {**peaks, "update": update, "resident": resident, "flops": meter.flops + preserving}
 
 
 def _call_after_backward(blocks: torch.nn.ModuleList, call: Callable[[int], None]) -> None:

@@ -12,7 +12,7 @@ import torch
 import dataset
 from clips.facts import examine
 from clips.frames import View, choose_frames, read_frames, resize_and_crop, trainable_length
-from clips.listing import Clip, Columns, Folder, Listing, read_listing
+from clips.listing import Clip, Columns, Folder, Listing, Words, read_listing
 from clips.order import Item, Ranks, make_timeline
 from clips.selection import Selection
 from cogvideox.encoders import Encoder
@@ -72,7 +72,7 @@ def test_paths_may_be_relative_absolute_from_home_and_hold_spaces_and_umlauts(tm
 
 def test_the_id_token_is_put_before_each_caption_with_one_space(tmp_path):
     write(tmp_path, "a cat\n", "a.mp4\n")
-    clips = read_listing([Folder(tmp_path)], id_token="DISNEY").clips
+    clips = read_listing([Folder(tmp_path)], words=Words("DISNEY")).clips
     assert clips[0].caption == "DISNEY a cat"
 
 

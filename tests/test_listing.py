@@ -17,7 +17,7 @@ from PIL import Image
 from clips import check
 from clips.facts import examine, grouped, remarks
 from clips.frames import View
-from clips.listing import BESIDE, LISTS, SAT, Columns, Folder, find_layout, folder_option, read_listing
+from clips.listing import BESIDE, LISTS, SAT, Columns, Folder, Words, find_layout, folder_option, read_listing
 from clips.selection import Selection
 from cogvideox.lora_files import LORA_FILE
 from dataset import CachedClips, Data
@@ -65,7 +65,7 @@ LAYOUTS = [LISTS, "metadata.jsonl", "metadata.csv", BESIDE, SAT]
 def test_each_layout_gives_the_same_clips(layout, drawn, tmp_path):
     folder = lay_out(layout, drawn, tmp_path / "clips")
     assert find_layout(folder) == layout
-    _, _, clips, problems, _ = read_listing([Folder(folder)], id_token="DISNEY")
+    _, _, clips, problems, _ = read_listing([Folder(folder)], words=Words("DISNEY"))
     expected = (drawn / "prompts.txt").read_text().splitlines()
     assert problems == [] and [clip.caption for clip in clips] == [f"DISNEY {caption}" for caption in expected]
     assert [clip.video.read_bytes() for clip in clips] == [
@@ -457,7 +457,7 @@ def test_files_that_are_not_used_are_told(drawn, tmp_path):
 def test_several_folders_are_one_dataset_and_each_clip_names_its_folder(drawn, tmp_path):
     lists, beside = lay_out(LISTS, drawn, tmp_path / "lists"), lay_out(BESIDE, drawn, tmp_path / "beside")
     table = lay_out("metadata.jsonl", drawn, tmp_path / "table")
-    listing = read_listing([Folder(lists), Folder(beside, repeats=2), Folder(table)], id_token="DISNEY")
+    listing = read_listing([Folder(lists), Folder(beside, repeats=2), Folder(table)], words=Words("DISNEY"))
     assert listing.layouts == [LISTS, BESIDE, "metadata.jsonl"] and listing.problems == []
     assert listing.name == f"{lists}, {beside}=2, {table}"
     assert listing.describe().splitlines()[3:] == [f"{beside}: 3 clips, each shown 2 times an epoch, 6 in all"]

@@ -75,6 +75,7 @@ def test_auto_finds_the_sizes_and_the_lengths(tiny_checkpoint, mixed, tmp_path, 
 def test_a_resumed_run_on_mixed_sizes_equals_a_straight_one(tiny_checkpoint, mixed, tmp_path, train):
     options = MIXED | {"caption_dropout": 0.2, "image_share": 0.25, "train_batch_size": 2, "validation_split": 2}
     options |= {"clip_mode": "random", "clips_per_video": 3, "checkpointing_steps": 7, "instance_data_root": mixed}
+    options |= {"id_token": "X", "preserve": 1, "lora_dropout": 0.1}
     straight = train(tiny_checkpoint, tmp_path / "straight", max_train_steps=20, **options)
     train(tiny_checkpoint, tmp_path / "resumed", max_train_steps=7, **options)
     resumed = train(
@@ -87,7 +88,8 @@ def test_a_resumed_run_on_mixed_sizes_equals_a_straight_one(tiny_checkpoint, mix
 
 
 def test_two_ranks_on_mixed_sizes_equal_one(tiny_checkpoint, mixed, tmp_path, train):
-    options = MIXED | {"instance_data_root": mixed, "max_train_steps": 8, "bucket_group": 2}
+    options = MIXED | {"instance_data_root": mixed, "max_train_steps": 8, "bucket_group": 2, "id_token": "X"}
+    options |= {"preserve": 1, "preserve_every": 2, "lora_dropout": 0.1}
     line = training_options(tiny_checkpoint, options.pop("instance_data_root"), tmp_path / "two", **options)
     torchrun(ROOT / "train_cogvideox_lora.py", *line)
     train(tiny_checkpoint, tmp_path / "one", instance_data_root=mixed, gradient_accumulation_steps=2, **options)
