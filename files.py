@@ -192,6 +192,11 @@ def run_command(parser: argparse.ArgumentParser, command: Callable[[], None]) ->
         parser.exit(3 if isinstance(error, CannotContinue) else 2, f"{parser.prog}: error: {error}\n")
 
 
+def printable(text: str) -> str:
+    """Returns a text in one line, in which what no terminal can show of a file's name is written as in Python."""
+    return re.sub("[\0-\x1f\x7f\ud800-\udfff]", lambda character: repr(character[0])[1:-1], text)
+
+
 def expanded_path(text: str) -> Path:
     """Returns the path with ~ expanded, which a quoted path would keep."""
     return Path(text).expanduser()

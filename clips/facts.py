@@ -18,7 +18,7 @@ from clips.frames import View, choose_source, covering_scale, read_image
 from clips.known import File, Notes, file_key, look_at
 from clips.listing import LFS, Clip, is_lfs_pointer, other_spelling
 from clips.selection import Bucket, Selection, Unfit, lost_share, views_of
-from files import file_hash
+from files import file_hash, printable
 
 LEAST_CUT, LEAST_UNSEEN_SECONDS = 0.005, 0.05  # share of the picture; less is not worth a word
 MOST_LINES = 20  # of the message that lists problems
@@ -129,6 +129,8 @@ def is_known(clip: Clip, notes: Notes) -> bool:
 
 def _not_a_file(path: Path) -> str | None:
     """Returns why a path is no file that can be read; None if it is one."""
+    if re.search("[\ud800-\udfff]", str(path)):
+        return "its name is not UTF-8, so that no list or page could hold it; rename it"
     try:
         if path.is_file():
             return LFS if is_lfs_pointer(path) else None
@@ -319,7 +321,7 @@ def _enumeration(clips: list[Clip]) -> str:
         others = len(names) - 6
         names = [*names[:6], f"{others} other{'s' * (others > 1)}"]
     *first, last = names
-    text = f"{', '.join(first)} and {last}" if first else last
+    text = printable(f"{', '.join(first)} and {last}" if first else last)
     return f"line{'s' if first else ''} {text}" if from_lists else text
 
 
@@ -331,6 +333,7 @@ def list_problems(root: Path | str, problems: list[str], consequence: str) -> st
 
 def grouped(problems: list[str]) -> list[str]:
     """Returns all problems, or of more than MOST_LINES some of each kind, and how many more there are of it."""
+    problems = [printable(problem) for problem in problems]
     if len(problems) <= MOST_LINES:
         return problems
     kinds = {}

@@ -20,13 +20,16 @@ from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
 
+from files import printable
+
 CAPTIONS_FILE, VIDEOS_FILE = "prompts.txt", "videos.txt"
 LISTS, BESIDE, SAT = "two lists", "a caption beside each clip", "videos/ and labels/"
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_COLUMN, CAPTION_COLUMNS = "file_name", ("text", "caption", "prompt")
 VIDEO_SUFFIXES = {
     ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".wmv", ".flv", ".3gp",
-    ".ogv", ".mxf", ".gif", ".apng",
+    ".ogv", ".mxf", ".gif", ".apng", ".3g2", ".asf", ".divx", ".dv", ".f4v", ".h264", ".h265", ".264", ".265", ".hevc",
+    ".m1v", ".m2v", ".mjpeg", ".mjpg", ".mod", ".mpe", ".nut", ".ogm", ".qt", ".rm", ".rmvb", ".tod", ".vob", ".y4m",
 }  # fmt: skip
 UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jxl", ".tif", ".tiff", ".bmp", ".dng"}  # pictures that are no clips
 MEDIA_SUFFIXES = VIDEO_SUFFIXES | {".png", ".jpg", ".jpeg", ".webp"}
@@ -251,16 +254,28 @@ def _left_out(root: Path, layout: str, clips: list[Clip]) -> Iterator[str]:
             unread.append(path)
         elif suffix.lower() in MEDIA_SUFFIXES and path not in used:
             unlisted.append(path)
-        elif suffix == ".txt" and layout == BESIDE and not stems & {stem, NUMBERED.sub("", stem)}:
+        elif suffix == ".txt" and layout == BESIDE and not (stems | used) & {stem, NUMBERED.sub("", stem)}:
             without_clip.append(path)
+    captioned = _not_clips(root, without_clip)
+    without_clip = [path for path in without_clip if os.path.splitext(path)[0] not in captioned]
     for kind, paths in (
         ("not read; save them as JPEG or PNG", unread),
         (f"in none of the {layout}, so not used" if layout == LISTS else f"not in {layout}, so not used", unlisted),
         ("captions without a clip", without_clip),
+        ("have a caption but not the ending of a video, so not used; convert them to .mp4", list(captioned.values())),
+        ("links to folders, which are not followed; pass those folders as well", _linked_folders(root, layout)),
     ):
         if paths:
             more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-            yield f"{root}: {kind}: {', '.join(map(os.path.basename, paths[:3]))}{more}"
+            yield printable(f"{root}: {kind}: {', '.join(map(os.path.basename, paths[:3]))}{more}")
+
+
+def _not_clips(root: Path, captions: list[str]) -> dict[str, str]:
+    """Returns the files that have the names of captions and no ending of a clip, by their paths without the ending."""
+    stems = {os.path.splitext(path)[0] for path in captions}
+    others = {} if not stems else {os.path.splitext(path): path for path in _files(Path(os.path.abspath(root)))}
+    apart = {".txt", *UNREAD_SUFFIXES}  # pictures have a line of their own
+    return {stem: path for (stem, suffix), path in others.items() if stem in stems and suffix.lower() not in apart}
 
 
 def find_layout(root: Path, columns: Columns = NONE_NAMED) -> str:
@@ -298,11 +313,13 @@ def _evidence(root: Path) -> dict[str, list[str]]:
 
 
 def _caption_beside(root: Path) -> str | None:
-    """Returns a text file of the name of a clip beside it, if there is one; Windows may hide that it ends twice."""
+    """Returns a text file that a clip beside it gave its name, if there is one, also if it has to be renamed."""
     for folder, names in _folders(root):
-        texts = {name for name in names if name.endswith(".txt")}
-        for stem in (stem for stem, suffix in map(os.path.splitext, names) if suffix.lower() in MEDIA_SUFFIXES):
-            names_of_text = f"{stem}.txt", f"{stem}.txt.txt", f"{stem}.1.txt"
+        texts = {name for name in names if name.lower().endswith(".txt")}
+        for name, (stem, suffix) in zip(names, map(os.path.splitext, names)):
+            if suffix.lower() not in MEDIA_SUFFIXES:
+                continue
+            names_of_text = f"{stem}.txt", f"{stem}.txt.txt", f"{stem}.1.txt", f"{stem}.TXT", f"{name}.txt"
             if caption := next((name for name in names_of_text if name in texts), None):
                 return os.path.join(folder, caption)
     return None
@@ -313,6 +330,17 @@ def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))  # not into the cache
         yield folder, sorted(name for name in names if not name.startswith("."))
+
+
+def _linked_folders(root: Path, layout: str = BESIDE) -> list[str]:
+    """Returns the links to folders in which clips would be looked for."""
+    links = []
+    if layout not in (BESIDE, SAT):  # lists and tables name the files
+        return links
+    for folder, subfolders, _ in os.walk(root / "videos" if layout == SAT else root):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        links += [path for name in subfolders if os.path.islink(path := os.path.join(folder, name))]
+    return links
 
 
 def _files(root: Path) -> Iterator[str]:
@@ -337,7 +365,7 @@ def _read_pairs(root: Path, layout: str) -> tuple[list[Clip], list[str]]:
     numbered = _numbered_captions(texts, set(text_of.values()))
     for number, (path, text) in enumerate(text_of.items(), start=1):
         files = [*([text] if text.is_file() or text not in numbered else []), *numbered.get(text, [])]
-        read = [_read_caption(file) for file in files]
+        read = [_read_caption(file, text.with_name(f"{path.name}.txt")) for file in files]
         (caption, _), *others = read
         problem = next((problem for _, problem in read if problem), None)
         if text in clip_of_text:
@@ -389,14 +417,20 @@ def _meant_datasets(root: Path, names: list[str]) -> str:
     )
 
 
-def _read_caption(path: Path) -> tuple[str, str | None]:
-    """Returns the caption in a file, whose lines are joined, and its problem."""
+def _read_caption(path: Path, misnamed: Path) -> tuple[str, str | None]:
+    """Returns the caption in a file, whose lines are joined, and its problem.
+
+    Args:
+        misnamed: file with the caption if other tools wrote it.
+    """
     if not path.is_file():
         if path.exists():
             return "", f"no caption: {path} is not a plain file; write a text file of that name"
         if (twice := path.with_name(f"{path.name}.txt")).is_file():
             there = f"{twice.name}, which Windows may show as {path.name}"
             return "", f"no caption: {path} is missing, but there is {there}; rename it to {path.name}"
+        if misnamed.is_file():
+            return "", f"no caption: {path} is missing, but there is {misnamed.name}; rename it to {path.name}"
         if there := other_spelling(path):
             return "", f"no caption: {path} is missing, but there is {there}; rename it, its spelling is another"
         return "", f"no caption: {path} is missing; write it, or move the clip to another folder"
@@ -523,7 +557,8 @@ def _parsed(line: str, place: str) -> dict:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # besides what is no JSON: very long numbers, very deep nesting
         reason = str(error).partition(":")[0]
-        raise ValueError(f"{place}: not JSON ({reason}); write one object per line") from error
+        rule = "write one object per line, with no comma after it or after its last value, and no list around all"
+        raise ValueError(f"{place}: not JSON ({reason}); {rule}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{place}: is a {type(row).__name__}; write one object per line")
     return row
@@ -565,10 +600,18 @@ def _no_layout(root: Path) -> str:
     others = [name for name in others if Path(name).suffix.lower() not in MEDIA_SUFFIXES]
     beside = f", and beside them {', '.join(others[:5])}" if others else ""
     count = sum(1 for _ in _media(root))
+    if not count:
+        links = ", ".join(map(os.path.basename, _linked_folders(root)[:3]))
+        followed = f", but links to folders, which are not followed ({links}); pass those folders" if links else ""
+        beside = f", only {', '.join(others[:5])}" if others else ""
+        return f"{root}: holds no videos and no images{beside}{followed or '; copy clips and captions there'}"
+    clips = "1 video or image" if count == 1 else f"{count} videos and images"
+    lists = sum(name.endswith(".txt") for name in others) > 1
+    or_name = ", or name your lists with --caption_column and --video_column" if lists else ""
     return (
-        f"{root}: holds {count} videos and images{beside}, but no captions: no .txt file of the name of a "
-        f"clip, no {CAPTIONS_FILE} and {VIDEOS_FILE}, no {', '.join(TABLES)}, no {SAT}; write one of them: see "
-        "docs/data.md"
+        f"{root}: holds {clips}{beside}, but no captions: no .txt file of the name of a clip, "
+        f"no {CAPTIONS_FILE} and {VIDEOS_FILE}, no {', '.join(TABLES)}, no {SAT}; write one of them{or_name}: "
+        "see docs/data.md"
     )
 
 

@@ -113,8 +113,9 @@ def _refuse_hdr(path: Path, frame: av.VideoFrame) -> None:
         source, result = (shlex.quote(str(file)) for file in (path, path.with_name(f"{path.stem}-sdr.mp4")))
         raise ValueError(
             f"is HDR video ({transfer}), whose colours would be taken for washed-out SDR, and how bright it is meant "
-            "to look is a matter of taste; make SDR of it with a tone curve that you like, and put that in its place, "
-            f"for example: {ffmpeg} -i {source} {TO_SDR} {result}"
+            "to look is a matter of taste; make SDR of it with a tone curve that you like, let the new file take the "
+            "name, row or line of this one, and move this one to another folder, for example: "
+            f"{ffmpeg} -i {source} {TO_SDR} {result}"
         )
 
 

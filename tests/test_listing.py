@@ -15,7 +15,7 @@ from make_example import make_clips
 from PIL import Image
 
 from clips import check
-from clips.facts import examine, grouped, remarks
+from clips.facts import examine, grouped, list_problems, remarks
 from clips.frames import View
 from clips.listing import BESIDE, LISTS, SAT, Columns, Folder, Words, find_layout, folder_option, read_listing
 from clips.selection import Selection
@@ -101,6 +101,48 @@ def test_remarks_name_clips_as_their_layout_does(layout, named, drawn, tmp_path)
     said = remarks(clips, [examine(clip, SELECTION).windows[0] for clip in clips], SELECTION)
     expected = named.replace("00.mp4", first.name).replace("01.mp4", second.name)
     assert f"the same video more than once: {expected}" in said
+
+
+def test_what_stands_beside_a_caption_and_ends_as_no_clip_does_is_told(drawn, tmp_path):
+    folder = lay_out(BESIDE, drawn, tmp_path / "clips")
+    for name in ("a.xyz", "a.txt", "b", "b.txt", "c.json", "c\n.txt"):
+        (folder / name).write_text("x")
+    assert read_listing([Folder(folder)]).remarks == [
+        f"{folder}: captions without a clip: c\\n.txt",
+        f"{folder}: have a caption but not the ending of a video, so not used; convert them to .mp4: a.xyz, b",
+    ]
+
+
+@pytest.mark.parametrize("layout", [BESIDE, SAT])
+def test_links_to_folders_in_which_clips_would_be_looked_for_are_told(layout, drawn, tmp_path):
+    folder = lay_out(layout, drawn, tmp_path / "clips")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(folder / "videos", tmp_path / "elsewhere")
+    (folder / "videos").symlink_to(tmp_path / "elsewhere" / "videos")
+    if layout == SAT:  # the link that makes the layout is followed
+        assert len(read_listing([Folder(folder)]).clips) == 3
+        (tmp_path / "elsewhere" / "videos" / "more").symlink_to(tmp_path / "elsewhere")
+        (told,) = read_listing([Folder(folder)]).remarks
+        assert told == f"{folder}: links to folders, which are not followed; pass those folders as well: more"
+    else:
+        (problem,) = read_listing([Folder(folder)]).problems
+        assert "holds no videos and no images" in problem
+        assert problem.endswith("but links to folders, which are not followed (videos); pass those folders")
+
+
+def test_clips_in_rarer_containers_are_found_by_their_endings(drawn, tmp_path):
+    clip = next((drawn / "videos").glob("*.mp4"))
+    for suffix in ("asf", "VOB", "h264", "f4v", "3g2", "y4m"):
+        shutil.copy(clip, tmp_path / f"{suffix}.{suffix}")
+        (tmp_path / f"{suffix}.txt").write_text("x")
+    listed = read_listing([Folder(tmp_path)])
+    assert len(listed.clips) == 6 and listed.problems == listed.remarks == []
+
+
+def test_a_message_stays_in_its_line_whatever_a_file_is_called():
+    problems = [f"a\nb\x1b[31m\udce9é 🎬{number}.mp4: no caption; write it" for number in range(2)]
+    said = list_problems("clips", problems, "nothing is trained").splitlines()
+    assert said[1:] == [f"  a\\nb\\x1b[31m\\udce9é 🎬{number}.mp4: no caption; write it" for number in range(2)]
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
@@ -208,6 +250,7 @@ MISTAKES = {
     "no header": in_csv("none of text, caption, prompt; pass the column of the captions", "a.mp4,x\na.mp4,y\n"),
     "no JSON": in_json("metadata.jsonl:2: not JSON (Expecting value); write one object per line", ROW, "hello"),
     "JSON over several lines": Mistake("jsonl:1: not JSON", {"metadata.jsonl": json.dumps([ROW], indent=1)}),
+    "a comma too many in JSON": in_json("no comma after it or after its last", '{"file_name": "a.mp4",}'),
     "two objects in a line": in_json("metadata.jsonl:1: not JSON (Extra data)", json.dumps(ROW) * 2),
     "a path of Windows in JSON": in_json("metadata.jsonl:1: not JSON (Invalid", '{"file_name": "C:\\clips\\a.mp4"}'),
     "JSON too deep": in_json("metadata.jsonl:1: not JSON (maximum recursion depth", "[" * 100_000),
@@ -275,6 +318,14 @@ MISTAKES = {
         "{root}/b.txt is missing, but there is b.txt.txt, which Windows may show as b.txt; rename it to b.txt",
         BESIDE_A | {"b.mp4": CLIP, "b.txt.txt": "x"},
     ),
+    "only captions in another case": Mistake("but there is {root}/b.TXT; rename", {"b.MP4": CLIP, "b.TXT": "x"}),
+    "captions named as the whole file": Mistake(
+        "{root}/b.txt is missing, but there is b.mp4.txt; rename it to b.txt", {"b.mp4": CLIP, "b.mp4.txt": "x"}
+    ),
+    "a name that is not UTF-8": Mistake(
+        "its name is not UTF-8, so that no list or page could hold it; rename it",
+        {"\udce9.mp4": CLIP, "\udce9.txt": "x"},
+    ),
     "only captions that end twice": Mistake("but there is b.txt.txt, which", {"b.mp4": CLIP, "b.txt.txt": "x"}),
     "a caption with accents apart": Mistake(
         "but there is {root}/e\u0301.txt; rename it", BESIDE_A | {"\xe9.mp4": CLIP, "e\u0301.txt": "x"}
@@ -302,7 +353,13 @@ MISTAKES = {
         "a.mp4",
         {"videos": FOLDER, "labels": FOLDER},
     ),
-    "nothing": Mistake("{root}: holds 0 videos and images, but no captions", {}),
+    "nothing": Mistake("{root}: holds no videos and no images; copy clips and captions there", {}),
+    "no clips": Mistake("{root}: holds no videos and no images, only a.doc; copy clips", {"a.doc": ""}),
+    "only a video": Mistake("holds 1 video or image, but no captions: ", {"a.mp4": CLIP}),
+    "lists of other names": Mistake(
+        "no videos/ and labels/; write one of them, or name your lists with --caption_column and --video_column",
+        {"a.mp4": CLIP, "prompt.txt": "x", "video.txt": "a.mp4"},
+    ),
     "only videos": Mistake("holds 2 videos and images, but no captions: ", {"a.mp4": CLIP, "b/b.mp4": CLIP}),
     "the folder of several datasets": Mistake(
         "{root}: has datasets of their own in it (a, b, c and 1 more); pass the folders of the datasets in its place, "
@@ -445,6 +502,8 @@ def test_files_that_are_not_used_are_told(drawn, tmp_path):
     ]
     lists = lay_out(LISTS, drawn, tmp_path / "lists")
     assert read_listing([Folder(lists)]).remarks == []
+    (lists / "other").symlink_to(folder)
+    assert read_listing([Folder(lists)]).remarks == []  # lists may name files in it
     for number in range(5):
         (lists / f"{number}.mov").write_bytes(b"x")
     (told,) = read_listing([Folder(lists)]).remarks

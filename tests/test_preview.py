@@ -248,12 +248,13 @@ def test_clips_of_several_folders_are_told_apart(tmp_path):
     assert f"({tmp_path}/b, line 1)" in page and f"has the same video as {tmp_path}/b, line 1" in page
 
 
-def test_a_name_that_is_no_text_has_a_card(tmp_path):
+def test_a_name_that_is_no_text_is_a_problem_with_a_card(tmp_path, capsys):
     name = os.fsdecode(b"\xff.mp4")
     imageio.mimsave(tmp_path / "a.mp4", draw_clip("circle", "red", "left", 9, 64, 96), fps=8, macro_block_size=1)
     (tmp_path / "a.mp4").rename(tmp_path / name)
     (tmp_path / name).with_suffix(".txt").write_text("a cat")
-    preview.main([str(tmp_path), *SMALL])
+    said = refused(capsys, [tmp_path, *SMALL])
+    assert "its name is not UTF-8, so that no list or page could hold it; rename it" in said.err
     assert "<b>?.mp4</b>" in (tmp_path / "preview.html").read_text()
 
 
