@@ -29,7 +29,7 @@ from clips.frames import MEND, decode, decoding_threads, describe_damage
 from clips.known import Notes
 from clips.listing import Clip, Listing
 from clips.selection import Selection
-from files import at_least, map_ahead, parse_options, run_command
+from files import at_least, expanded_path, map_ahead, parse_options, printable, publish, run_command
 
 
 class Seen(NamedTuple):
@@ -147,8 +147,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     about = "Reads all that a model would see of a dataset, and says what is wrong with it; exit code 0 or 2."
     parser = argparse.ArgumentParser("python dataset.py check", description=about, allow_abbrev=False)
     add_options(parser)
+    problems = "also write all problems there, a line each: the message groups more than 20 by kind"
+    parser.add_argument("--problems_file", type=expanded_path, metavar="FILE", help=problems)
     args = parse_options(parser, argv)
     selection.check_options(args, parser.error)
+    if args.problems_file and (args.problems_file.is_dir() or not args.problems_file.parent.is_dir()):
+        parser.error(f"--problems_file {args.problems_file}: must be a file in a folder that exists; pass another path")
     return parser, args
 
 
@@ -159,6 +163,9 @@ def main(argv: list[str] | None = None) -> None:
         listed, chosen = listing_of(args), selection.selection_of(args, with_image=False, whole=False)
         all_seen, chosen = see_all(listed.clips, chosen, make=lambda *_: None, damaged=args.allow_damaged)
         print(*describe(listed, all_seen, chosen), sep="\n")
+        if args.problems_file:
+            lines = [f"{printable(problem)}\n" for problem in all_problems(listed, all_seen)]
+            publish(args.problems_file, "".join(lines).encode())
         refuse_problems(listed, all_seen, "training refuses it")
         usable = {id(seen.clip) for seen in all_seen if not seen.is_dropped}
         print(f"no problems: {count_clips(len(usable))} can be trained on")

@@ -46,6 +46,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     selection.check_options(args, parser.error)
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         parser.error(f"--output_dir {args.output_dir}: is not empty; pass a new folder")
+    for folder in args.folders:
+        if args.output_dir.resolve().is_relative_to(folder.path.resolve()):
+            parser.error(
+                f"--output_dir {args.output_dir}: is in {folder.path}, where its pictures could be taken for clips; "
+                "pass a folder elsewhere"
+            )
     return parser, args
 
 
@@ -57,7 +63,11 @@ def main(argv: list[str] | None = None) -> None:
         write = partial(write_clip, args.output_dir)
         all_seen, chosen = check.see_all(listed.clips, chosen, make=write, damaged=args.allow_damaged)
         print(*check.describe(listed, all_seen, chosen), sep="\n")
-        check.refuse_problems(listed, all_seen, "the other clips are written")
+        written = sum(seen.facts is not None and not seen.problem for seen in all_seen)
+        if written:
+            print(f"{args.output_dir}: {written} folders of frames, 00001/ ...; frames.json in each says of which clip")
+        others = "the other clips are written" if written else "nothing is written"
+        check.refuse_problems(listed, all_seen, others)
 
     run_command(parser, export)
 

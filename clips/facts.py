@@ -328,7 +328,10 @@ def _enumeration(clips: list[Clip]) -> str:
 def list_problems(root: Path | str, problems: list[str], consequence: str) -> str:
     """Returns the error message for problems whose consequence is, for example, "nothing is trained"."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return f"{root}: {count} in the dataset, {consequence}:\n  " + "\n  ".join(grouped(problems))
+    lines = grouped(problems)
+    if len(problems) > MOST_LINES:
+        lines.append(f"all {len(problems)}, a line each: python dataset.py check FOLDER --problems_file FILE")
+    return f"{root}: {count} in the dataset, {consequence}:\n  " + "\n  ".join(lines)
 
 
 def grouped(problems: list[str]) -> list[str]:

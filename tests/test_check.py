@@ -69,3 +69,42 @@ def test_what_is_exported_is_what_the_model_gets(folder, tmp_path):
 def test_a_folder_with_something_in_it_is_not_written_into(folder, capsys):
     said = refused(capsys, export, [folder, *SIZE, "--output_dir", folder])
     assert "is not empty; pass a new folder" in said.err
+
+
+def test_an_export_says_where_it_is(folder, tmp_path, capsys):
+    export.main([str(folder), *SIZE, "--output_dir", str(tmp_path / "seen")])
+    assert capsys.readouterr().out.endswith(
+        f"{tmp_path}/seen: 3 folders of frames, 00001/ ...; frames.json in each says of which clip\n"
+    )
+    for video in (folder / "videos").iterdir():
+        video.write_bytes(b"")
+    said = refused(capsys, export, [folder, *SIZE, "--output_dir", tmp_path / "other"])
+    assert "3 problems in the dataset, nothing is written" in said.err and "folders of frames" not in said.out
+
+
+def test_an_export_into_the_dataset_is_refused(folder, capsys):
+    for output in (folder / "seen", folder / "videos" / ".." / "seen"):
+        said = refused(capsys, export, [folder, *SIZE, "--output_dir", output])
+        assert f"--output_dir {output}: is in {folder}, where its pictures could be taken for clips" in said.err
+        assert not (folder / "seen").exists()
+
+
+def test_a_file_has_all_problems_of_which_the_message_tells_some(tmp_path, capsys):
+    clips, problems = tmp_path / "clips", tmp_path / "problems.txt"
+    clips.mkdir()
+    for number in range(30):
+        (clips / f"{number:02d}.mp4").touch()
+        (clips / f"{number:02d}.txt").write_text("x")
+    said = refused(capsys, check, [clips, *SIZE, "--problems_file", problems])
+    assert "... and 11 more like this" in said.err
+    assert "all 30, a line each: python dataset.py check FOLDER --problems_file FILE" in said.err
+    lines = problems.read_text().splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [str(clips / f"{number:02d}.mp4") for number in range(30)]
+    said = refused(capsys, check, [clips, *SIZE, "--problems_file", tmp_path / "none" / "problems.txt"])
+    assert "must be a file in a folder that exists" in said.err
+
+
+def test_the_file_of_a_good_dataset_is_empty(folder, tmp_path):
+    (tmp_path / "problems.txt").write_text("of an earlier check")
+    check.main([str(folder), *SIZE, "--problems_file", str(tmp_path / "problems.txt")])
+    assert (tmp_path / "problems.txt").read_text() == ""
