@@ -460,6 +460,7 @@ def prepare_data(
             listed, chosen, Notes(cache), ranks=sharing, everyone=ranks, progress=progress, check_all=args.check_all
         )
     base = download_weights(base)
+    cut = {}
     video_encoder, text_encoder = encoders.encoders(
         base,
         dtype,
@@ -468,6 +469,7 @@ def prepare_data(
         slicing=args.enable_slicing,
         text_precision=args.text_encoder_precision,
         text_device="cpu" if args.text_encoder_device == "cpu" else accelerator.device,
+        cut=cut,
     )
     data = dataset.encode_dataset(
         listed,
@@ -485,6 +487,8 @@ def prepare_data(
         before_encoding=partial(check_room, args, accelerator, ranks, base, memory_plan, listed),
         allow_damaged=args.allow_damaged,
     )
+    if cut := dict(ranks.gather(list(cut.items()))):  # each rank has encoded others
+        accelerator.print(encoders.describe_cut_captions(cut, base.transformer["max_text_seq_length"]))
     if accelerator.device.type == "cuda":  # later peaks are those of training
         peak_gib = run_directory.peak_memory_gib(accelerator.device)
         accelerator.print(f"peak memory of encoding: {peak_gib:.1f} GiB")

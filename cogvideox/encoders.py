@@ -5,7 +5,6 @@ f = (F - 1) / 4 + 1, h = H / 8, w = W / 8. L prompt tokens, D text width.
 """
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -37,15 +36,24 @@ class Encoder(NamedTuple):
 
 
 def encoders(
-    base: BaseModel, dtype, device, *, tiling: bool, slicing: bool, text_precision: str = "bf16", text_device=None
+    base: BaseModel,
+    dtype,
+    device,
+    *,
+    tiling: bool,
+    slicing: bool,
+    text_precision: str = "bf16",
+    text_device=None,
+    cut: dict[str, int] | None = None,
 ) -> tuple[Encoder, Encoder]:
     """Returns the video and the caption encoder; each loads its model when it is entered.
 
     Args:
         text_device: where captions are encoded; None: `device`.
+        cut: receives each encoded caption that is too long, and how many of its tokens are cut off.
     """
     video = partial(video_encoder, base, dtype, device, tiling=tiling, slicing=slicing)
-    caption = partial(caption_encoder, base, dtype, text_device or device, text_precision)
+    caption = partial(caption_encoder, base, dtype, text_device or device, text_precision, cut)
     max_length, width = base.transformer["max_text_seq_length"], base.transformer["text_embed_dim"]
     return (
         Encoder(
@@ -119,13 +127,17 @@ def image_encoder(base: BaseModel, dtype, device, *, tiling: bool, slicing: bool
 
 
 @contextmanager
-def caption_encoder(base: BaseModel, dtype, device, precision: str = "bf16") -> Iterator[Callable]:
+def caption_encoder(
+    base: BaseModel, dtype, device, precision: str = "bf16", cut: dict[str, int] | None = None
+) -> Iterator[Callable]:
     """Yields `encode_captions` with a T5 that is in memory for the length of a `with` block.
 
     Args:
         precision: of T5's linear layers, from `quantized.PRECISIONS`; they are quantised one by one on `device`.
+        cut: receives each caption that is too long, and how many of its tokens are cut off.
     """
-    tokenizer, max_length, cut = load_tokenizer(base), base.transformer["max_text_seq_length"], {}
+    tokenizer, max_length = load_tokenizer(base), base.transformer["max_text_seq_length"]
+    cut = {} if cut is None else cut
     text_encoder = T5EncoderModel.from_pretrained(
         base.folder, subfolder="text_encoder", dtype=dtype, variant=base.variant
     )
@@ -134,8 +146,6 @@ def caption_encoder(base: BaseModel, dtype, device, precision: str = "bf16") -> 
     text_encoder.to(device).eval()
     try:
         yield partial(encode_captions, tokenizer, text_encoder, max_length=max_length, cut=cut)
-        if cut:
-            print(describe_cut_captions(cut, max_length), file=sys.stderr)
     finally:
         text_encoder.to("meta")  # frees the memory even if something still refers to T5
         torch.cuda.empty_cache()

@@ -88,6 +88,14 @@ def test_only_one_rank_speaks(two_ranks):
     assert result.stdout.count("\n4 clips of 128x96 at 24 fps -> 96x64 at 8 fps; 4 of 9 frames") == 1
 
 
+def test_captions_that_are_cut_off_are_counted_over_all_ranks(tiny_checkpoint, clips, tmp_path):
+    options = training_options(tiny_checkpoint, clips, tmp_path / "run", id_token="word " * 250, encode_only=True)
+    result = torchrun(ROOT / "train_cogvideox_lora.py", *options)
+    told = [line for line in (result.stdout + result.stderr).splitlines() if "longer and cut off" in line]
+    count = len(set((clips / "prompts.txt").read_text().splitlines()))
+    assert len(told) == 1 and f"CogVideoX reads 226 tokens of a caption; {count} captions are longer" in told[0]
+
+
 def test_killed_ranks_that_resume_equal_a_straight_run(two_ranks, tiny_checkpoint, clips, tmp_path):
     straight, _ = two_ranks
     options = training_options(tiny_checkpoint, clips, tmp_path / "run", gradient_accumulation_steps=2, **RUN)
