@@ -382,30 +382,42 @@ def plan_memory(args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, d
     return plan
 
 
+def memory_savings(
+    args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, memory_plan: MemoryPlan, *, phase: str
+) -> list[str]:
+    """Returns the options that would need less memory in a phase, each with how much less by the prediction."""
+    settings = memory_settings(args, base, DTYPES[accelerator.mixed_precision], accelerator.device, ranks.count)
+    decided = {name: value for name, value in memory_plan._asdict().items() if name in Settings._fields}
+    return budget.savings(phase, rehearsed_models(args, base), settings._replace(**decided))
+
+
 def memory_advice(run: "Run", phase: str) -> str:
-    """Returns what would need less memory in a phase, and how much less by the prediction."""
-    settings = memory_settings(run.args, run.base, run.dtype, run.accelerator.device, run.ranks.count)
-    decided = {name: value for name, value in run.memory_plan._asdict().items() if name in Settings._fields}
-    options = budget.savings(phase, rehearsed_models(run.args, run.base), settings._replace(**decided))
-    smaller = "lower --max_num_frames, --height and --width"
-    if not options:
-        return f"out of memory in {phase}; by the prediction no option needs less, so {smaller}"
-    return f"out of memory in {phase}; by the prediction, each by itself, the cheapest first: " + ", ".join(
-        [*options, f"or {smaller}"]
+    """Returns what would need less memory in a phase of the loop."""
+    savings = memory_savings(run.args, run.accelerator, run.ranks, run.base, run.memory_plan, phase=phase)
+    return f"out of memory in {phase}; by the prediction, {budget.ways_out(phase, savings)}"
+
+
+def encoding_advice(args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, memory_plan: MemoryPlan) -> str:
+    """Returns what would need less memory while captions (in T5) or clips (in the VAE) are encoded."""
+    ways_out = {
+        phase: budget.ways_out(phase, memory_savings(args, accelerator, ranks, base, memory_plan, phase=phase))
+        for phase in ("text", "clips")
+    }
+    return (
+        f"out of memory in encoding; by the prediction, if it was captions, {ways_out['text']}; if it was clips, "
+        f"{ways_out['clips']}"
     )
 
 
 @contextlib.contextmanager
-def memory_explained(run: "Run") -> Iterator[None]:
-    """Turns a lack of memory in the updates into a message with what would need less."""
+def memory_explained(advice: Callable[[], str], stays: str) -> Iterator[None]:
+    """Turns a lack of memory into a message with what would need less, and what stays."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not budget.is_out_of_memory(error):
             raise
-        raise CannotContinue(
-            f"{memory_advice(run, 'training')}; --resume_from_checkpoint auto continues from the last checkpoint"
-        ) from error
+        raise CannotContinue(f"{advice()}; {stays}") from error
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -471,22 +483,24 @@ def prepare_data(
         text_device="cpu" if args.text_encoder_device == "cpu" else accelerator.device,
         cut=cut,
     )
-    data = dataset.encode_dataset(
-        listed,
-        chosen,
-        cache=cache,
-        prompts=[*validation.prompts(args), ""],  # "" is the unconditional prompt of guidance
-        random_flip=args.random_flip,
-        video_encoder=video_encoder,
-        text_encoder=text_encoder,
-        progress=progress,
-        ranks=sharing,
-        everyone=ranks,
-        used_by=args.output_dir,
-        check_all=args.check_all and not is_checked,
-        before_encoding=partial(check_room, args, accelerator, ranks, base, memory_plan, listed),
-        allow_damaged=args.allow_damaged,
-    )
+    advice = partial(encoding_advice, args, accelerator, ranks, base, memory_plan)
+    with memory_explained(advice, "what is encoded stays, and the same command continues"):
+        data = dataset.encode_dataset(
+            listed,
+            chosen,
+            cache=cache,
+            prompts=[*validation.prompts(args), ""],  # "" is the unconditional prompt of guidance
+            random_flip=args.random_flip,
+            video_encoder=video_encoder,
+            text_encoder=text_encoder,
+            progress=progress,
+            ranks=sharing,
+            everyone=ranks,
+            used_by=args.output_dir,
+            check_all=args.check_all and not is_checked,
+            before_encoding=partial(check_room, args, accelerator, ranks, base, memory_plan, listed),
+            allow_damaged=args.allow_damaged,
+        )
     if cut := dict(ranks.gather(list(cut.items()))):  # each rank has encoded others
         accelerator.print(encoders.describe_cut_captions(cut, base.transformer["max_text_seq_length"]))
     if accelerator.device.type == "cuda":  # later peaks are those of training
@@ -1197,7 +1211,8 @@ def main(args: argparse.Namespace) -> None:
             stop.check()
             smoothed_loss = announce(run, starting, changed | other_content)
 
-        with memory_explained(run):
+        stays = "--resume_from_checkpoint auto continues from the last checkpoint"
+        with memory_explained(partial(memory_advice, run, "training"), stays):
             train(run, smoothed_loss)
 
         # Result.

@@ -120,7 +120,7 @@ def _smaller(phase: str, settings: Settings, num_layers: int) -> list[tuple[str,
             ("--text_encoder_device cpu", {"text_encoder_device": "cpu"}),
         ]
     if phase == "clips":
-        return [("--enable_tiling", {"tile_encoding": True})]
+        return [("--enable_tiling", {"tile_encoding": True}), ("--enable_slicing", {"enable_slicing": True})]
     lora = settings.lora or Lora(DEFAULT_RANK, DEFAULT_RANK, DEFAULT_TARGETS)
     options = [("--enable_tiling", {"tile_decoding": True})]
     if phase == "training":
@@ -151,6 +151,13 @@ def savings(phase: str, models: Models, settings: Settings) -> list[str]:
         if saved > 0:
             found.append(f"{option} ({saved / GIB:.1f} GiB less)")
     return found
+
+
+def ways_out(phase: str, savings: list[str]) -> str:
+    """Returns in words what makes a phase smaller; the options are those of `savings`."""
+    if not savings:
+        return f"no option needs less, so {_less(phase)}"
+    return f"each by itself, the cheapest first: {', '.join([*savings, f'or {_less(phase)}'])}"
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------
@@ -193,10 +200,12 @@ def _rule(peak_bytes: int, free: int | None) -> str:
 
 
 def _way_out(phase: Phase, plan: MemoryPlan) -> str:
-    smaller = "lower --max_num_frames, --height and --width"
-    if phase.name == "text":
-        smaller = "use a machine with more memory"
     for remedy in plan.remedies:
         if remedy.phase == phase.name:
-            return f"with {remedy.options} it would need {needed(remedy.peak_bytes) / GIB:.1f}; or {smaller}"
-    return smaller
+            return f"with {remedy.options} it would need {needed(remedy.peak_bytes) / GIB:.1f}; or {_less(phase.name)}"
+    return _less(phase.name)
+
+
+def _less(phase: str) -> str:
+    is_text = phase == "text"
+    return "use a machine with more memory" if is_text else "lower --max_num_frames, --height and --width"

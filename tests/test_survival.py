@@ -72,6 +72,24 @@ def test_out_of_memory_in_an_update_names_what_would_need_less(
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
 
 
+@pytest.mark.parametrize("encoded", ["captions", "videos"])
+def test_out_of_memory_in_encoding_names_what_would_need_less(
+    tiny_checkpoint, clips, tmp_path, train, monkeypatch, capsys, encoded
+):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    encode = getattr(encoders, f"encode_{encoded}")
+    monkeypatch.setattr(encoders, f"encode_{encoded}", failing(1, error, encode))
+    options = {"max_train_steps": 1, "latents_cache_dir": tmp_path / "cache"}
+    ended(lambda: train(tiny_checkpoint, tmp_path / "run", **options), 3)
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and "out of memory in encoding; by the prediction, if it was captions, " in error
+    captions, of_clips = error.split("; if it was clips, ")
+    assert "--text_encoder_precision int8 (" in captions and captions.endswith("or use a machine with more memory")
+    assert "--enable_slicing (" in of_clips and "lower --max_num_frames, --height and --width" in of_clips
+    assert "what is encoded stays, and the same command continues" in of_clips
+    assert train(tiny_checkpoint, tmp_path / "run", **options)
+
+
 def test_another_error_of_an_update_is_a_fault_and_keeps_its_traceback(tiny_checkpoint, tmp_path, train, monkeypatch):
     monkeypatch.setattr(train_cogvideox_lora, "training_loss", failing(1, RuntimeError("shapes differ"), None))
     with pytest.raises(RuntimeError, match="shapes differ"):
