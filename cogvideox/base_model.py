@@ -40,6 +40,8 @@ KINDS = (
     Kind("text-to-video",  ("CogVideoXPipeline", "CogVideoXVideoToVideoPipeline"), 1),  # the noisy video
     Kind("image-to-video", ("CogVideoXImageToVideoPipeline",),                     2),  # beside it the first image
 )  # fmt: skip
+# Counts in the configs of a base model on which it depends how long building it takes; published ones are far below.
+MOST = {"num_layers": 1000, "layers_per_block": 100, "num_train_timesteps": 100_000}
 FAR = 2  # times as many pixels, or as few, as a base model was made for
 INSTEAD = "use a base model such as THUDM/CogVideoX-2b or THUDM/CogVideoX-5b-I2V"
 
@@ -206,14 +208,18 @@ def read_base_model(
         transformer = CogVideoXTransformer3DModel.load_config(name, subfolder="transformer", **hub)
         vae = AutoencoderKLCogVideoX.load_config(name, subfolder="vae", **hub)
         _check_transformer_class(name, transformer)
+        _check_counts(name, "transformer", transformer)
+        _check_counts(name, "vae", vae)
         transformer = dict(empty_transformer(transformer).config)
         _check_channels(name, kind, transformer, vae)
         scheduler = _scheduler_class(name, index)
+        noise_schedule = scheduler.load_config(name, subfolder="scheduler", **hub)
+        _check_counts(name, "scheduler", noise_schedule)
         return BaseModel(
             name=name,
             transformer=transformer,
             vae=vae,
-            scheduler=scheduler.from_pretrained(name, subfolder="scheduler", **hub),
+            scheduler=scheduler.from_config(noise_schedule),
             hub=hub | {"variant": variant},
             folder=local if local.is_dir() else None,
         )
@@ -306,12 +312,24 @@ def read_text_encoder_config(base: BaseModel) -> dict:
     except OSError as error:
         reason = why_not_loaded(error)
         raise ValueError(f"{base.name}: the base model is not complete ({reason}); download it again") from error
-    return config.to_dict()
+    config = config.to_dict()
+    _check_counts(base.name, "text_encoder", config)
+    return config
 
 
 def _where(base: BaseModel) -> dict:
     """Keyword arguments of functions that read from the hub and know no `variant`."""
     return {option: value for option, value in base.hub.items() if option != "variant"}
+
+
+def _check_counts(name: str, part: str, config: dict) -> None:
+    """Refuses a config with which building the part would take hours, or the memory of the machine."""
+    for field, most in MOST.items():
+        if isinstance(count := config.get(field), int) and count > most:
+            raise ValueError(
+                f"{name}: {part}/ has {field} {count:,} in its config, and no base model has more than {most:,}; take "
+                "that folder from the published model"
+            )
 
 
 @contextlib.contextmanager

@@ -531,6 +531,23 @@ def changed(folder, target, changes):
     return target
 
 
+@pytest.mark.parametrize(("part", "field"), [
+    ("transformer/config", "num_layers"),
+    ("vae/config", "layers_per_block"),
+    ("scheduler/scheduler_config", "num_train_timesteps"),
+    ("text_encoder/config", "num_layers"),
+])  # fmt: skip
+def test_a_config_that_would_take_hours_to_build_is_refused_by_name(
+    checkpoint_of, tmp_path, train, capsys, part, field
+):
+    folder = changed(checkpoint_of("2b"), tmp_path / "base", {part: {field: 10**9}})
+    with pytest.raises(SystemExit) as stop:
+        train(folder, tmp_path / "run")
+    assert stop.value.code == 2
+    expected = f"{folder}: {part.split('/')[0]}/ has {field} 1,000,000,000 in its config, and no base model has more"
+    assert expected in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("script", ["training", "cli_demo.py"])
 @pytest.mark.parametrize("name", FOREIGN)
 def test_another_base_model_is_refused_by_name(checkpoint_of, tmp_path, train, capsys, name, script):
