@@ -71,9 +71,14 @@ def find_leftovers(folder: Path) -> list[Path]:
 
 
 def _host() -> str:
-    """Returns a name for where process ids are unique: the host, and in a container its namespace of processes."""
-    namespace = Path("/proc/self/ns/pid")  # Linux
-    return f"{socket.gethostname().replace('.', '-')}-{namespace.stat().st_ino if namespace.exists() else 0}"
+    """Returns a name for where process ids are unique: the host, its boot, and in a container its processes' namespace.
+
+    Names of hosts and machine ids are copied with the images of machines; no two boots have the same id.
+    """
+    namespace, boot = Path("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id")  # Linux
+    numbers = [str(namespace.stat().st_ino) if namespace.exists() else "0"]
+    numbers += [boot.read_text()[:8]] if boot.exists() else []
+    return "-".join([socket.gethostname().replace(".", "-"), *numbers])
 
 
 def _is_running(process: int) -> bool:

@@ -515,6 +515,15 @@ def test_clean_removes_them_too(leftovers, tmp_path):
     assert before - names(cache) == set(gone)
 
 
+def test_a_machine_of_the_same_name_is_another_host(leftovers, monkeypatch):
+    """Copies of one image share their names: what one writes on a shared disk is alive to the other."""
+    cache, (own, *_) = leftovers
+    read = Path.read_text
+    another_boot = "fedcba98-0000-4000-8000-000000000000\n"
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: another_boot if path.name == "boot_id" else read(path))
+    assert own in names(cache) and own not in [path.name for path in find_leftovers(cache / "latents")]
+
+
 def test_what_a_killed_process_leaves_is_known_by_its_name(tmp_path):
     """A process ends between writing and renaming."""
     script = "import os, sys, files, pathlib\nos.replace = lambda *_: os._exit(9)\n"
