@@ -19,7 +19,7 @@ from cogvideox.budget import is_out_of_memory
 from cogvideox.objective import generator_for, training_loss
 from cogvideox.sampling import encode_mp4, sample_video
 from dataset import Data
-from files import at_least
+from files import CannotContinue, at_least
 from run import trackers
 from run.run_directory import write_validation_videos
 from run.trackers import Video
@@ -137,14 +137,16 @@ def cause(failed: Failed, memory_advice: Callable[[], str]) -> str:
 def failing_together(agree: Callable) -> Iterator[None]:
     """Ends the block on all ranks if it fails on one of them; its last turn is followed by one more call of `agree`.
 
+    What ends the run (CannotContinue) ends it here as it does in an update.
+
     Blocks may be nested: each ends with its own call.
     """
     try:
         yield
         agree()
-    except Failed:
+    except (Failed, CannotContinue):
         raise
-    except Exception as error:  # whatever it is, training may continue
+    except Exception as error:  # whatever else it is, training may continue
         agree(error)
 
 

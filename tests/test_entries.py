@@ -313,6 +313,31 @@ def test_where_encoding_is_impossible_the_run_ends_with_the_reason(
     assert len(list((folder / ".cogvideox_cache" / "captions").glob("*.safetensors"))) == 1  # that of "", not read
 
 
+@pytest.mark.parametrize("kind", ["latents", "captions"])
+def test_it_ends_the_run_in_a_validation_too(tiny_checkpoint, tmp_path, train, monkeypatch, capfd, kind):
+    """It is no failed validation: training would run into the same clip, or go on without its held-out loss."""
+    folder, losses = make_clips(tmp_path / "clips", count=2), train_cogvideox_lora.held_out_losses
+
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def damage_and_validate(run):
+        for path in (run.held_out.clips.latents if kind == "latents" else run.held_out.clips.captions)[0]:
+            flip(path)
+        for video in folder.rglob("*.mp4"):
+            video.unlink()
+        monkeypatch.setattr("cogvideox.encoders.encode_captions", refuse)
+        return losses(run)
+
+    monkeypatch.setattr(train_cogvideox_lora, "held_out_losses", damage_and_validate)
+    options = {"instance_data_root": folder, "validation_split": 1, "validation_steps": 1, "validate_first": False}
+    with pytest.raises(SystemExit) as end:
+        train(tiny_checkpoint, tmp_path / "run", **options, max_train_steps=3)
+    assert end.value.code == 3
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert "is damaged (checksum), and cannot be encoded again now: " in message and "has failed" not in message
+
+
 def test_held_out_clips_and_prompts_are_mended_too(checkpoint_of, tmp_path, train, monkeypatch, capfd):
     folder, announce, damaged = make_clips(tmp_path / "clips", count=2), train_cogvideox_lora.announce, []
     options = {"instance_data_root": folder, "max_train_steps": 1, "validation_split": 1}
