@@ -397,6 +397,11 @@ def memory_advice(run: "Run", phase: str) -> str:
     return f"out of memory in {phase}; by the prediction, {budget.ways_out(phase, savings)}"
 
 
+def training_advice(run: "Run") -> str:
+    resume = "--resume_from_checkpoint auto continues from the last checkpoint, or begins again where there is none"
+    return f"{memory_advice(run, 'training')}; {resume}"
+
+
 def encoding_advice(args, accelerator: Accelerator, ranks: Ranks, base: BaseModel, memory_plan: MemoryPlan) -> str:
     """Returns what would need less memory while captions (in T5) or clips (in the VAE) are encoded."""
     ways_out = {
@@ -405,19 +410,19 @@ def encoding_advice(args, accelerator: Accelerator, ranks: Ranks, base: BaseMode
     }
     return (
         f"out of memory in encoding; by the prediction, if it was captions, {ways_out['text']}; if it was clips, "
-        f"{ways_out['clips']}"
+        f"{ways_out['clips']}; what is encoded stays, and the same command continues"
     )
 
 
 @contextlib.contextmanager
-def memory_explained(advice: Callable[[], str], stays: str) -> Iterator[None]:
-    """Turns a lack of memory into a message with what would need less, and what stays."""
+def memory_explained(advice: Callable[[], str]) -> Iterator[None]:
+    """Turns a lack of memory into a message with what would need less, and what stays, by `advice`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not budget.is_out_of_memory(error):
             raise
-        raise CannotContinue(f"{advice()}; {stays}") from error
+        raise CannotContinue(advice()) from error
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -484,7 +489,7 @@ def prepare_data(
         cut=cut,
     )
     advice = partial(encoding_advice, args, accelerator, ranks, base, memory_plan)
-    with memory_explained(advice, "what is encoded stays, and the same command continues"):
+    with memory_explained(advice):
         data = dataset.encode_dataset(
             listed,
             chosen,
@@ -890,7 +895,7 @@ def count_skipped(run: Run, step: int, measured: Update, encode_images: Callable
             f"{failures.skipped_in_a_row} updates in a row were not finite (--max_skipped_updates), the last one: "
             f"{'; '.join(reasons)}. {guard.advice(suspects, precision=precision, learning_rate=rate)}. The weights are "
             "as before these updates, and no checkpoint was written since; --resume_from_checkpoint auto continues "
-            "from the last one"
+            "from the last one, or begins again where there is none"
         )
 
 
@@ -1211,8 +1216,7 @@ def main(args: argparse.Namespace) -> None:
             stop.check()
             smoothed_loss = announce(run, starting, changed | other_content)
 
-        stays = "--resume_from_checkpoint auto continues from the last checkpoint"
-        with memory_explained(partial(memory_advice, run, "training"), stays):
+        with memory_explained(partial(training_advice, run)):
             train(run, smoothed_loss)
 
         # Result.

@@ -32,7 +32,7 @@ from cogvideox.base_model import BaseModel
 from cogvideox.lora import Export
 from cogvideox.lora_files import LORA_FILE, TRANSFORMER_FOLDER
 from files import TEMPORARY, CannotContinue, publish_folder, restore_folder, write_json
-from run import course
+from run import course, guard
 from run.manifest import read_manifest, write_manifest
 from run.optimizers import WeightAverage
 from run.processes import from_main, of_each_rank
@@ -43,6 +43,7 @@ from run.run_directory import (
     STATE_FOLDER,
     STATE_TENSORS,
     VALIDATION_FOLDER,
+    check_records,
     check_writable,
     checkpoint_folder,
     list_checkpoints,
@@ -106,7 +107,8 @@ def starting_point(output_dir: Path, resume_from: str | None, *, only_look: bool
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it is damaged, or the directory holds the results of a run that got further.
+        ValueError: it is damaged, or the records beside it are, or the directory holds the results of a run that got
+            further.
     """
     check_writable(output_dir)
     remarks = []
@@ -117,15 +119,13 @@ def starting_point(output_dir: Path, resume_from: str | None, *, only_look: bool
         return _start_at(output_dir, resume_from)._replace(remarks=tuple(remarks))
     for checkpoint in reversed(list_checkpoints(output_dir) if resume_from else []):
         if not (problem := damage(checkpoint)):
+            check_records(output_dir)
             return Start(checkpoint, _read_state(checkpoint), tuple(remarks))
         remarks.append(f"{checkpoint}: {problem}" if only_look else _set_aside(checkpoint, problem))
-    if resume_from == "latest":
-        seen = f" ({'; '.join(remarks)})" if remarks else ""
-        raise FileNotFoundError(
-            f"--resume_from_checkpoint latest: {output_dir} holds no complete checkpoint{seen}; pass auto, which then "
-            "starts from the beginning"
-        )
-    _check_unused(output_dir, resume_from)
+    if resume_from:
+        _check_may_begin(output_dir, resume_from, remarks)
+    else:
+        _check_unused(output_dir)
     if not only_look:
         shutil.rmtree(output_dir / BEST_FOLDER, ignore_errors=True)  # of a run killed before its first checkpoint
     return Start.fresh()._replace(remarks=tuple(remarks))
@@ -168,18 +168,35 @@ def _start_at(output_dir: Path, resume_from: str) -> Start:
             f"--resume_from_checkpoint {resume_from}: {output_dir} holds {later[-1]}, which is later; resume from "
             "latest, or branch off into another --output_dir"
         )
+    check_records(checkpoint.parent)
     return Start(checkpoint, saved)
 
 
-def _check_unused(output_dir: Path, resume_from: str | None) -> None:
-    """Refuses to begin a run where there are results of another; "auto" may repeat one that has only a best result."""
-    names = (LORA_FILE, TRANSFORMER_FOLDER) if resume_from else (BEST_FOLDER, LORA_FILE, TRANSFORMER_FOLDER)
-    results = [path for name in names if (path := output_dir / name).exists()]
+def _check_may_begin(output_dir: Path, resume_from: str, remarks: list[str]) -> None:
+    """Refuses to begin a run where there is no checkpoint to resume, unless "auto" asks for that.
+
+    "auto" may repeat a run that has only a best result.
+    """
+    found = f"{output_dir} holds no complete checkpoint" + (f" ({'; '.join(remarks)})" if remarks else "")
+    if result := next((name for name in (LORA_FILE, TRANSFORMER_FOLDER) if (output_dir / name).exists()), None):
+        start = f", with --lora_path {output_dir} to train that result further" if result == LORA_FILE else ""
+        raise ValueError(
+            f"--resume_from_checkpoint {resume_from}: {found}, but {result}, the result of a run that a new one would "
+            f"mix with its own; start in another --output_dir{start}"
+        )
+    if resume_from == "latest":
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint latest: {found}; pass auto, which then starts from the beginning"
+        )
+
+
+def _check_unused(output_dir: Path) -> None:
+    """Refuses to begin a run where there are checkpoints or results of another."""
+    results = [path for name in (BEST_FOLDER, LORA_FILE, TRANSFORMER_FOLDER) if (path := output_dir / name).exists()]
     if used := [path.name for path in (*list_checkpoints(output_dir)[-1:], *results)]:
-        way_out = "" if resume_from else "continue that run with --resume_from_checkpoint auto, or "
         raise ValueError(
             f"--output_dir {output_dir}: holds {' and '.join(used)} of an earlier run, which a new run would mix with "
-            f"its own; {way_out}choose another --output_dir"
+            "its own; continue that run with --resume_from_checkpoint auto, or choose another --output_dir"
         )
 
 
@@ -397,7 +414,7 @@ def _check_finite(accelerator, tensors: dict, name: str) -> None:
         raise CannotContinue(
             f"{name} is not saved: {found or 'a weight of another process'} holds numbers that are not finite (NaN or "
             "infinity); earlier checkpoints stay. Resume from the newest with a lower --learning_rate (and --change "
-            "learning_rate), or in --mixed_precision bf16 or no if this was fp16"
+            f"learning_rate); if this was fp16, {guard.OTHER_PRECISION}"
         )
 
 

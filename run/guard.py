@@ -7,6 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+# A resumed run keeps its precision.
+OTHER_PRECISION = (
+    "begin in another --output_dir with --mixed_precision bf16, or no where the GPU has no bfloat16; --lora_path with "
+    "the last checkpoint keeps what a LoRA has learned"
+)
 LARGEST_CACHED = 1e4  # latents and embeddings of real clips and captions stay far below it
 
 
@@ -54,8 +59,11 @@ def advice(suspects: list[Suspect], *, precision: str, learning_rate: float) -> 
     if any(suspect.extremes for suspect in suspects):
         return "the values of those clips or captions are at fault: look at the clips (python dataset.py preview)"
     if precision == "fp16":
-        return "float16 overflows beyond 65,504: pass --mixed_precision bf16, or no where the GPU has no bfloat16"
-    return f"--learning_rate {learning_rate:g} may be too high for this run: lower it, or warm up"
+        return f"float16 overflows beyond 65,504: {OTHER_PRECISION}"
+    return (
+        f"--learning_rate {learning_rate:g} may be too high for this run: lower it (with --change learning_rate where "
+        "there is a checkpoint to resume), or warm up"
+    )
 
 
 def drawn_timesteps(training_loss: Callable[[Callable], torch.Tensor]) -> list[int]:

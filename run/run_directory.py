@@ -239,6 +239,12 @@ def start_records(
         publish(output_dir / METRICS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
+def check_records(output_dir: Path) -> None:
+    """Refuses damaged records, to which a resumed run adds, before hours of encoding."""
+    read_args(output_dir)
+    read_metrics(output_dir)
+
+
 def read_args(output_dir: Path) -> dict:
     return read_json(output_dir / ARGS_FILE)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from test_distributed import torchrun
 import train_cogvideox_lora
 from cogvideox import budget, encoders
 from cogvideox.lora_files import LORA_FILE
-from run import checkpoints, dry_run, processes, validation
+from run import checkpoints, dry_run, guard, processes, validation
 from run.run_directory import list_checkpoints, read_metrics
 
 
@@ -68,7 +69,7 @@ def test_out_of_memory_in_an_update_names_what_would_need_less(
     assert "Traceback" not in error
     said = "out of memory in training; by the prediction, each by itself, the cheapest first: "
     assert f"{said}--gradient_checkpointing full (" in error
-    assert "GiB less)" in error and "--resume_from_checkpoint auto continues from the last checkpoint" in error
+    assert "GiB less)" in error and "auto continues from the last checkpoint, or begins again where there is" in error
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
 
 
@@ -285,13 +286,52 @@ def test_a_disk_that_is_really_full_ends_with_a_message(tiny_checkpoint, tmp_pat
         subprocess.run(["umount", disk], check=True)
 
 
-def test_metrics_with_a_damaged_line_are_refused_by_name(tiny_checkpoint, tmp_path, train, capsys):
+@pytest.mark.parametrize("name", ["metrics.jsonl", "args.json"])
+def test_damaged_records_are_refused_by_name_before_anything_is_encoded(tiny_checkpoint, tmp_path, train, capsys, name):
     train(tiny_checkpoint, tmp_path / "run", max_train_steps=2)
-    path = tmp_path / "run" / "metrics.jsonl"
+    path = tmp_path / "run" / name
     path.write_text(path.read_text() + '{"step": \n' + json.dumps({"step": 3}) + "\n")
-    options = {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
-    ended(lambda: train(tiny_checkpoint, tmp_path / "run", **options), 2)
-    assert f"{path}: line 3 is no row of metrics" in capsys.readouterr().err
+    options = {"max_train_steps": 3, "latents_cache_dir": tmp_path / "cache"}
+    origin = str(tmp_path / "run" / "checkpoint-2")
+    for folder, resumed in (("run", "latest"), ("run", "checkpoint-2"), ("branch", origin)):
+        resume = partial(train, tiny_checkpoint, tmp_path / folder, **options, resume_from_checkpoint=resumed)
+        ended(resume, 2)
+        damage = {"metrics.jsonl": "line 3 is no row of metrics", "args.json": "damaged"}[name]
+        assert f"{path}: {damage}" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_result_without_a_whole_checkpoint_is_kept_and_the_way_out_is_one(tiny_checkpoint, tmp_path, train, capsys):
+    run = tmp_path / "run"
+    train(tiny_checkpoint, run, max_train_steps=1)
+    (run / "checkpoint-1" / "manifest.json").write_text("{")
+    for resumed, looks, is_there in (("auto", {"dry_run": True}, True), ("auto", {}, True), ("latest", {}, False)):
+        ended(partial(train, tiny_checkpoint, run, resume_from_checkpoint=resumed, **looks), 2)
+        said = capsys.readouterr().err
+        assert f"--resume_from_checkpoint {resumed}: {run} holds no complete checkpoint" in said
+        assert ("its manifest.json is missing or damaged" in said) == is_there, "what is set aside is told"
+        assert f"start in another --output_dir, with --lora_path {run} to train that result further" in said
+    assert train(tiny_checkpoint, tmp_path / "further", max_train_steps=1, lora_path=run)
+
+
+def test_what_is_advised_where_float16_overflows_works(tiny_checkpoint, tmp_path, train):
+    """A resumed run keeps its precision, so the advice leads into another run."""
+    advice = guard.advice([], precision="fp16", learning_rate=1e-4)
+    for words in ("another --output_dir", "--mixed_precision bf16", "--lora_path with the last checkpoint"):
+        assert words in advice
+    train(tiny_checkpoint, tmp_path / "run", max_train_steps=1)
+    learned = tmp_path / "run" / "checkpoint-1"
+    assert train(tiny_checkpoint, tmp_path / "b", mixed_precision="bf16", max_train_steps=1, lora_path=learned)
+
+
+def test_a_dry_run_begins_where_the_run_would(tiny_checkpoint, tmp_path, train, capsys):
+    """With all checkpoints damaged, auto starts from the beginning."""
+    run = tmp_path / "run"
+    train(tiny_checkpoint, run, max_train_steps=1)
+    (run / "checkpoint-1" / "manifest.json").write_text("{")
+    (run / LORA_FILE).unlink()
+    train(tiny_checkpoint, run, max_train_steps=2, resume_from_checkpoint="auto", dry_run=True)
+    assert "updates 1 to 2" in (said := capsys.readouterr().out) and "checkpoint-1: its manifest.json is" in said
 
 
 def test_what_killed_runs_left_is_removed_by_the_next(tiny_checkpoint, tmp_path, train):
