@@ -75,7 +75,8 @@ def check_options_of_checkpoint(
     if refused:
         ways_out = []
         if kept:
-            ways_out.append("a resumed run keeps these options of its checkpoint: pass the same values")
+            named = " and ".join(f"--{option}" for option in kept)
+            ways_out.append(f"a resumed run keeps {named} of its checkpoint: pass the same")
         if missing:
             changes = " ".join(dict.fromkeys([*allowed, *missing]))
             named = " and ".join(f"--{option}" for found in missing.values() for option in found)

@@ -444,6 +444,7 @@ def test_only_options_that_were_given_are_listed_on_resuming(tiny_checkpoint, tm
     train(tiny_checkpoint, tmp_path / "run", max_train_steps=1)
     error = refused(rank=8)
     assert "--rank 8: checkpoint-1 was trained with 4" in error and "--lora_alpha" not in error
+    assert "A resumed run keeps --rank of its checkpoint: pass the same; or start" in error
     assert "--lora_alpha 2.0: checkpoint-1 was trained with 4" in refused(rank=8, lora_alpha=2)
     assert "--lora_alpha 2.0: checkpoint-1 was trained with 4" in refused(lora_alpha=2)
     error = refused(optimizer="prodigy", learning_rate=1.0)
