@@ -30,7 +30,7 @@ from PIL import Image, ImageOps
 from cogvideox.base_model import IDENTITY, BaseModel, empty_transformer, reaches_hub, read_base_model, why_not_loaded
 from cogvideox.encoders import set_tiling
 from cogvideox.lora_files import LORA_FILE, LoraHeader, load_lora, lora_file_in, read_header, read_lora
-from cogvideox.sampling import encode_mp4
+from cogvideox.sampling import NUM_INFERENCE_STEPS, encode_mp4, noise_generator
 from files import at_least, parse_options, publish
 
 PIPELINES = {"t2v": CogVideoXPipeline, "i2v": CogVideoXImageToVideoPipeline, "v2v": CogVideoXVideoToVideoPipeline}
@@ -87,8 +87,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     sampling = parser.add_argument_group("sampling").add_argument
     guidance = "classifier-free guidance; 1.0 or less turns it off"
-    sampling("--num_inference_steps", type=positive, default=50, metavar="N", help="denoising steps")
+    steps = {"default": NUM_INFERENCE_STEPS, "metavar": "N"}
+    sampling("--num_inference_steps", type=positive, **steps, help="denoising steps")
     sampling("--guidance_scale", type=float, default=6.0, metavar="X", help=guidance)
+    sampling("--use_dynamic_cfg", action=switch, default=False, help="increase the guidance over the sampling steps")
     sampling("--seed", type=int, default=42, metavar="N", help="seed of the first video; each further one adds 1")
 
     machine = parser.add_argument_group("machine").add_argument
@@ -109,6 +111,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--image_or_video_path {source}: t2v uses no file; add --generate_type i2v or v2v")
     if kind in ("i2v", "v2v") and not source:
         parser.error(f"--generate_type {kind}: needs a file to start from; add --image_or_video_path")
+    if kind == "v2v" and args.use_dynamic_cfg:
+        parser.error("--use_dynamic_cfg: diffusers' v2v has no such guidance; leave it out")
     if kind == "v2v" and args.num_inference_steps < 2:
         parser.error(f"--num_inference_steps {args.num_inference_steps}: v2v runs only 80 % of them; give 2 or more")
     if output.suffix != ".mp4" or output.is_dir():
@@ -472,15 +476,16 @@ def main(args: argparse.Namespace) -> None:
         sys.exit(2)
     pipe = load_pipeline(request, args)
     output = Path(args.output_path)
+    options = request.inputs | ({"use_dynamic_cfg": True} if args.use_dynamic_cfg else {})
     for i in range(args.num_videos_per_prompt):  # diffusers 0.42.1 sets its own num_videos_per_prompt back to 1
         path = output.with_stem(f"{output.stem}-{i}") if i else output
         frames = pipe(
             prompt=args.prompt,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
-            generator=torch.Generator().manual_seed(args.seed + i),  # on the CPU: same noise on every device
+            generator=noise_generator(args.seed + i),
             max_sequence_length=pipe.transformer.config.max_text_seq_length,
-            **request.inputs,
+            **options,
         ).frames[0]
         publish(path, encode_mp4(frames, request.fps))
         print(f"{path}: {len(frames)} frames, seed {args.seed + i}")

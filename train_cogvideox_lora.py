@@ -1036,7 +1036,8 @@ def sample_videos(run: Run, step: int) -> None:
     args, device, tiling = run.args, run.accelerator.device, run.memory_plan.tile_decoding
     view = run.data.selection.view
     size = {"height": view.height, "width": view.width}
-    guidance = {"guidance_scale": args.guidance_scale, "use_dynamic_cfg": args.use_dynamic_cfg}
+    options = size | {"num_frames": view.max_num_frames, "guidance_scale": args.guidance_scale}
+    options |= {"use_dynamic_cfg": True} if args.use_dynamic_cfg else {}
     validation.sample_videos(
         run.accelerator,
         run.ranks,
@@ -1049,9 +1050,25 @@ def sample_videos(run: Run, step: int) -> None:
         step=step,
         seeds=range(args.seed, args.seed + args.num_validation_videos),
         fps=args.fps,
-        video_options=size | guidance | {"num_frames": view.max_num_frames},
+        video_options=options,
+        command=demo_command(run, step, options),
         agree=partial(agree, run),
     )
+
+
+def demo_command(run: Run, step: int, video_options: dict) -> list[str]:
+    """Returns words of the command line that makes a validation video of this step again, where its result is saved."""
+    args, dtype = run.args, str(run.dtype).removeprefix("torch.")
+    result = args.output_dir
+    if step < run.timeline.total_steps:
+        result = run_directory.checkpoint_folder(args.output_dir, step) if step else args.lora_path
+    options = {"model_path": run.base.name}
+    options |= {"lora_path" if args.training_type == "lora" else "transformer_path": result} if result else {}
+    options |= video_options | {"fps": args.fps, "dtype": dtype, "enable_tiling": run.memory_plan.tile_decoding}
+    words = ["python", "cli_demo.py"]
+    for name, value in options.items():
+        words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return words
 
 
 def announce(run: Run, start: Start, changed: dict) -> float | None:

@@ -4,11 +4,21 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import imageio
+import numpy as np
+import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
-from diffusers.utils import export_to_video
 from PIL import Image
 
 NUM_INFERENCE_STEPS = 50  # diffusers' default for CogVideoX
+
+
+def noise_generator(seed: int) -> torch.Generator:
+    """Returns the generator of a video's noise, as users of diffusers write it: the same noise on every device.
+
+    The n-th of several videos of a prompt, counted from 0, has the seed of the first plus n.
+    """
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def sample_video(
@@ -28,7 +38,7 @@ def sample_video(
     Args:
         scheduler: the base model's; a copy is used, so that training's stays as it is.
         prompt_embeds, negative_prompt_embeds: [L, D], in the transformer's dtype.
-        generator: of the initial noise, torch.Generator.
+        generator: from `noise_generator`.
         image: the first frame, uint8 [H, W, C]; None for text-to-video.
         before_each: called before each sampling step.
         options: further arguments of the pipeline's __call__, such as height, width and guidance_scale.
@@ -60,6 +70,12 @@ def sample_video(
     ).frames[0]
 
 
-def encode_mp4(frames: list, fps: int) -> bytes:
+def encode_mp4(frames: list[Image.Image], fps: int, comment: str = "") -> bytes:
+    """Returns an mp4 as diffusers' `export_to_video` makes it, which takes no metadata; `comment` is in its."""
+    metadata = ["-metadata", f"comment={comment}"] if comment else []
     with tempfile.TemporaryDirectory() as folder:
-        return Path(export_to_video(frames, f"{folder}/video.mp4", fps=fps)).read_bytes()
+        file = Path(folder) / "video.mp4"
+        with imageio.get_writer(file, fps=fps, quality=5, macro_block_size=16, output_params=metadata) as writer:
+            for frame in frames:
+                writer.append_data(np.array(frame))
+        return file.read_bytes()

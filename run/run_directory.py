@@ -4,7 +4,7 @@ output_dir/
   pytorch_lora_weights.safetensors   the result; with --training_type sft, the folder transformer/
   checkpoint-500/                    a training state, complete or absent, with the result at that step
   checkpoint-best/                   the result with the lowest loss on held-out clips, and best.json with its losses
-  validation/step-000500/*.mp4       and prompts.json: the prompt of each video
+  validation/step-000500/*.mp4       and prompts.json: the prompt of each video; *.png: the images that they start from
   metrics.jsonl                      one line per logged step
   args.json                          options, data, memory plan and versions of packages
   report.html                        the page of the run
@@ -106,9 +106,17 @@ class ValidationVideos(NamedTuple):
     prompts: dict[str, str]  # by file name
 
 
-def write_validation_videos(output_dir: Path, step: int, videos: Iterable[tuple[str, str, bytes]]) -> Path:
-    """Publishes the videos (name, prompt, mp4) and then the file that marks them complete; returns their folder."""
-    folder, prompts = _validation_folder(output_dir, step), {}
+def write_validation_videos(
+    output_dir: Path, step: int, videos: Iterable[tuple[str, str, bytes]], images: dict[str, bytes]
+) -> Path:
+    """Publishes the videos (name, prompt, mp4) and then the file that marks them complete; returns their folder.
+
+    Args:
+        images: what videos start from, by file name.
+    """
+    folder, prompts = validation_folder(output_dir, step), {}
+    for name, content in images.items():
+        publish(folder / name, content)
     for name, prompt, mp4 in videos:
         publish(folder / name, mp4)
         prompts[name] = prompt
@@ -126,7 +134,7 @@ def read_validation_videos(output_dir: Path) -> list[ValidationVideos]:
     return sorted(validations)
 
 
-def _validation_folder(output_dir: Path, step: int) -> Path:
+def validation_folder(output_dir: Path, step: int) -> Path:
     return output_dir / VALIDATION_FOLDER / f"step-{step:06d}"
 
 
@@ -138,7 +146,7 @@ def is_validated(output_dir: Path, step: int, *, with_loss: bool) -> bool:
     """
     if with_loss:
         return any(row["step"] == step and "validation_loss" in row for row in read_metrics(output_dir))
-    return (_validation_folder(output_dir, step) / PROMPTS_FILE).exists()
+    return (validation_folder(output_dir, step) / PROMPTS_FILE).exists()
 
 
 def log_row(accelerator, output_dir: Path, row: dict, group: str = "train") -> None:

@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import io
 import itertools
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from math import isfinite
@@ -10,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
 from clips.frames import read_image
@@ -17,11 +20,11 @@ from clips.order import Item, Ranks
 from cogvideox.base_model import BaseModel
 from cogvideox.budget import is_out_of_memory
 from cogvideox.objective import generator_for, training_loss
-from cogvideox.sampling import encode_mp4, sample_video
+from cogvideox.sampling import encode_mp4, noise_generator, sample_video
 from dataset import Data
 from files import CannotContinue, at_least
 from run import trackers
-from run.run_directory import write_validation_videos
+from run.run_directory import validation_folder, write_validation_videos
 from run.trackers import Video
 
 MOST_FAILURES = 3  # in a row
@@ -193,25 +196,27 @@ def sample_videos(
     seeds: Iterable[int],
     fps: int,
     video_options: dict,
+    command: list[str],
     agree: Callable[[], None],
 ) -> None:
     """Samples every case with every seed, each rank its share; the main rank writes and logs the videos.
 
-    The noise depends only on case and seed, so that videos of different steps can be compared. It comes from
-    generators of its own, so that training continues unchanged. Every rank must call it.
+    The noise depends only on the seed, as in `cli_demo.py`, so that videos of different steps can be compared. It comes
+    from generators of its own, so that training continues unchanged. Every rank must call it.
 
     Args:
         vae: context manager that loads the VAE for the length of a `with` block.
         cases: (prompt, first image, uint8 [H, W, C], or None).
         prompt_embeds: embeddings [L, D] of the prompts and of "", the unconditional prompt of guidance.
         video_options: of `sample_video`.
+        command: words of the command line that makes such videos, without prompt, seed and image, for their metadata.
         agree: called before each sampling step, on all ranks equally often; ends the validation by an exception.
     """
     jobs = [(i, prompt, image, seed) for i, (prompt, image) in enumerate(cases) for seed in seeds]
     embeds = {text: embedding.to(accelerator.device) for text, embedding in prompt_embeds.items()}
     own_jobs, is_quiet = _equal_share(ranks, jobs), not accelerator.is_main_process
     progress = tqdm(own_jobs, f"Validation, step {step}", unit="video", leave=False, disable=is_quiet)
-    videos = []
+    videos, folder = [], validation_folder(output_dir, step)
     with _without_dropout(transformer), failing_together(agree), vae as loaded_vae:
         for i, prompt, image, seed in progress:
             frames = sample_video(
@@ -221,18 +226,36 @@ def sample_videos(
                 embeds[prompt],
                 embeds[""],
                 image=image,
-                generator=generator_for(accelerator.device, seed, i),
+                generator=noise_generator(seed),
                 before_each=agree,
                 **video_options,
             )
-            videos.append(Video(f"prompt-{i:02d}_seed-{seed}.mp4", prompt, encode_mp4(frames, fps)))
+            words = [*command, "--prompt", prompt, "--seed", str(seed)]
+            words += [] if image is None else ["--image_or_video_path", str(folder / _image_name(i))]
+            mp4 = encode_mp4(frames, fps, comment=shlex.join(words))
+            videos.append(Video(f"prompt-{i:02d}_seed-{seed}.mp4", prompt, mp4))
     # Gathered as bytes: the main rank, which writes them, need not share a disk with the others.
     videos = list({video.name: video for video in ranks.gather(videos)}.values())
     if accelerator.is_main_process:
-        try:
-            folder = write_validation_videos(output_dir, step, videos)
-        except OSError as error:
-            where = f"{error.filename}: {error.strerror}"
-            print(f"\nthe validation videos of update {step} are not written ({where}); training continues")
-        else:
-            trackers.log_videos(accelerator, folder, videos, step)
+        images = {_image_name(i): _png(image) for i, (_, image) in enumerate(cases) if image is not None}
+        _write(accelerator, output_dir, step, videos=videos, images=images)
+
+
+def _write(accelerator, output_dir: Path, step: int, *, videos: list[Video], images: dict[str, bytes]) -> None:
+    try:
+        folder = write_validation_videos(output_dir, step, videos, images)
+    except OSError as error:
+        where = f"{error.filename}: {error.strerror}"
+        print(f"\nthe validation videos of update {step} are not written ({where}); training continues")
+    else:
+        trackers.log_videos(accelerator, folder, videos, step)
+
+
+def _image_name(number: int) -> str:
+    return f"prompt-{number:02d}.png"
+
+
+def _png(image: torch.Tensor) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(image.numpy()).save(content, "PNG")
+    return content.getvalue()

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import imageio.v3 as iio
 import numpy as np
 import torch
 from PIL import Image
@@ -156,7 +157,9 @@ def read_run(output_dir: Path) -> dict[str, Any]:
     for path in weights:
         found |= {f"{path.relative_to(output_dir)}: {name}": value for name, value in read_tensors(path).items()}
     for path in sorted((*output_dir.glob("transformer/config.json"), *output_dir.rglob("*.mp4"))):
-        found[str(path.relative_to(output_dir))] = f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        # Of a video the frames: its metadata name the run directory.
+        content = iio.imread(path).tobytes() if path.suffix == ".mp4" else path.read_bytes()
+        found[str(path.relative_to(output_dir))] = f"sha256 {hashlib.sha256(content).hexdigest()}"
     return found
 
 

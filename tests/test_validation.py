@@ -1,13 +1,17 @@
 """Is it learning? Clips held out, their loss at fixed noise, the best checkpoint, the averages."""
 
 import json
+import shlex
 from statistics import fmean
 
+import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
 from conftest import training_options
 from safetensors.torch import load_file
 
+import cli_demo
 import dataset
 import train_cogvideox_lora
 from clips.order import Item, Ranks
@@ -172,3 +176,48 @@ def test_a_validation_that_was_missed_is_made_up_for(tiny_checkpoint, tmp_path, 
 def test_the_smoothed_loss_is_a_mean_at_first(tiny_checkpoint, tmp_path, train):
     rows = train(tiny_checkpoint, tmp_path / "run", max_train_steps=10)
     assert rows[-1]["loss_smoothed"] == pytest.approx(fmean(row["loss"] for row in rows), rel=1e-6)
+
+
+# ---- videos
+
+
+def told_command(video):
+    """What the metadata of a video says, as arguments of cli_demo.py."""
+    words = shlex.split(iio.immeta(video, plugin="pyav")["comment"])
+    assert words[:2] == ["python", "cli_demo.py"]
+    return words[2:]
+
+
+@pytest.mark.parametrize("variant, options", [
+    ("2b", {"use_dynamic_cfg": True, "guidance_scale": 3.0, "ema_decay": 0.9, "mixed_precision": "bf16"}),
+    ("5b-I2V", {}),
+    ("2b", {"training_type": "sft"}),
+], ids=["2b", "5b-I2V", "sft"])  # fmt: skip
+def test_the_command_in_a_validation_video_makes_it_again_bit_for_bit(
+    variant, options, checkpoint_of, tmp_path, train, monkeypatch
+):
+    """Before training, at a checkpoint, and at the end; the second video of a prompt has the seed plus 1."""
+    monkeypatch.setattr("cogvideox.sampling.NUM_INFERENCE_STEPS", 2)
+    options |= {"validation_steps": 1, "checkpointing_steps": 1, "max_train_steps": 2, "learning_rate": 0.05}
+    prompt = 'a cat\'s "tail"'
+    train(checkpoint_of(variant), tmp_path / "run", validation_prompt=prompt, num_validation_videos=2, **options)
+    videos = sorted((tmp_path / "run" / "validation").glob("step-*/*.mp4"))
+    made = {video: iio.imread(video) for video in videos}
+    assert [video.name for video in videos] == 3 * ["prompt-00_seed-3407.mp4", "prompt-00_seed-3408.mp4"]
+    assert len({frames.tobytes() for frames in made.values()}) == len(made)
+    for video in (videos[0], videos[3], videos[4]):
+        words = ["--num_inference_steps", "2", "--output_path", str(tmp_path / "again.mp4")]
+        cli_demo.main(cli_demo.parse_args([*told_command(video), *words]))
+        assert np.array_equal(iio.imread(tmp_path / "again.mp4"), made[video]), video
+
+
+def test_the_last_validation_is_what_cli_demo_makes_of_the_run_directory(tiny_checkpoint, tmp_path, train, monkeypatch):
+    monkeypatch.setattr("cogvideox.sampling.NUM_INFERENCE_STEPS", 2)
+    train(tiny_checkpoint, tmp_path / "run", validation_prompt="a cat", max_train_steps=1, learning_rate=0.05)
+    options = ["--lora_path", tmp_path / "run", "--prompt", "a cat", "--seed", 3407, "--num_inference_steps", 2]
+    options += ["--output_path", tmp_path / "again.mp4"]
+    cli_demo.main(cli_demo.parse_args(list(map(str, options))))
+    again = iio.imread(tmp_path / "again.mp4")
+    for step, is_same in ((1, True), (0, False)):
+        (video,) = (tmp_path / "run" / "validation" / f"step-00000{step}").glob("*.mp4")
+        assert np.array_equal(again, iio.imread(video)) == is_same
