@@ -2,6 +2,7 @@
 
     python cli_demo.py --prompt "Mickey waves from a boat" --lora_path cogvideox-lora-single-gpu --output_path boat.mp4
 
+Several LoRAs apply together, each at its scale: --lora_path style subject --lora_scale 0.8 0.5.
 Size, frames, fps and scheduler are the base model's unless an option says otherwise. Mistakes in options, base model,
 transformer, LoRA or input are reported before any weights are loaded.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import imageio
+import numpy as np
 import torch
 from diffusers import (
     CogVideoXImageToVideoPipeline,
@@ -31,7 +33,7 @@ from cogvideox.base_model import IDENTITY, BaseModel, empty_transformer, reaches
 from cogvideox.encoders import set_tiling
 from cogvideox.lora_files import LORA_FILE, LoraHeader, load_lora, lora_file_in, read_header, read_lora
 from cogvideox.sampling import NUM_INFERENCE_STEPS, encode_mp4, noise_generator
-from files import at_least, parse_options, publish
+from files import at_least, finite, parse_options, publish
 
 PIPELINES = {"t2v": CogVideoXPipeline, "i2v": CogVideoXImageToVideoPipeline, "v2v": CogVideoXVideoToVideoPipeline}
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -51,7 +53,7 @@ class VideoRequest(NamedTuple):
 
     base: BaseModel  # with the config of the transformer that replaces its own
     transformer: TunedTransformer | None  # None: the base model's
-    lora: LoraHeader | None
+    loras: list[LoraHeader]
     generate_type: str
     dtype: torch.dtype
     fps: int
@@ -69,12 +71,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     tuned = "fine-tuned transformer (sft): run directory, checkpoint-N or hub name"
     models("--model_path", type=path, metavar="PATH", help=base)
     models("--transformer_path", type=path, metavar="PATH", help=tuned)
-    models("--lora_path", type=path, metavar="PATH", help="run directory, checkpoint-N, .safetensors file or hub name")
-    models("--lora_scale", type=float, default=1.0, metavar="X", help="factor on the strength that was trained")
+    lora = "LoRA, or several: run directory, checkpoint-N, .safetensors file or hub name"
+    scale = "factor on the strength that was trained; one for all LoRAs, or one for each"
+    models("--lora_path", type=path, nargs="+", default=[], metavar="PATH", help=lora)
+    models("--lora_scale", type=finite, nargs="+", default=[1.0], metavar="X", help=scale)
 
     video = parser.add_argument_group("the video").add_argument
     kind = "start from text, image or video (default: t2v or i2v, as the base model was made)"
     several = "videos to make: out.mp4, out-1.mp4, ..."
+    beside = "show what the LoRA does: the video without it on the left, with it on the right"
     video("--prompt", required=True, help="what the video shows")
     video("--generate_type", choices=PIPELINES, help=kind)
     video("--image_or_video_path", type=path, metavar="FILE", help="i2v: the first image; v2v: the video to change")
@@ -84,12 +89,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     video("--height", type=positive, metavar="PIXELS", help="a multiple of 16 (default: the base model's)")
     video("--fps", type=positive, metavar="N", help="frames per second (default: those of the base model's training)")
     video("--num_videos_per_prompt", type=positive, default=1, metavar="N", help=several)
+    video("--compare", action=switch, default=False, help=beside)
 
     sampling = parser.add_argument_group("sampling").add_argument
     guidance = "classifier-free guidance; 1.0 or less turns it off"
     steps = {"default": NUM_INFERENCE_STEPS, "metavar": "N"}
     sampling("--num_inference_steps", type=positive, **steps, help="denoising steps")
-    sampling("--guidance_scale", type=float, default=6.0, metavar="X", help=guidance)
+    sampling("--guidance_scale", type=finite, default=6.0, metavar="X", help=guidance)
     sampling("--use_dynamic_cfg", action=switch, default=False, help="increase the guidance over the sampling steps")
     sampling("--seed", type=int, default=42, metavar="N", help="seed of the first video; each further one adds 1")
 
@@ -117,11 +123,21 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--num_inference_steps {args.num_inference_steps}: v2v runs only 80 % of them; give 2 or more")
     if output.suffix != ".mp4" or output.is_dir():
         parser.error(f"--output_path {output}: must name an .mp4 file, such as {output / 'video.mp4'}")
-    if args.lora_scale != 1 and not args.lora_path:
-        parser.error(f"--lora_scale {args.lora_scale:g}: there is no LoRA to scale; add --lora_path")
+    check_lora_options(parser, args)
     if args.cpu_offload != "none" and not torch.cuda.is_available():
         reason = "there is no GPU, everything is on the CPU already"
         parser.error(f"--cpu_offload {args.cpu_offload}: {reason}; leave it out")
+
+
+def check_lora_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    scales, count = args.lora_scale, len(args.lora_path)
+    given = " ".join(f"{scale:g}" for scale in scales)
+    if scales != [1] and not count:
+        parser.error(f"--lora_scale {given}: there is no LoRA to scale; add --lora_path")
+    if len(scales) > 1 and len(scales) != count:
+        parser.error(f"--lora_scale {given}: {len(scales)} scales for {count} LoRAs; give one for all, or one for each")
+    if args.compare and not count:
+        parser.error("--compare: shows a video without and with a LoRA, and there is none; add --lora_path")
 
 
 # ---- fine-tuned transformers and LoRAs -------------------------------------------------------------------------------
@@ -366,17 +382,17 @@ def read_source(path: str | None, kind: str, *, num_frames: int, fps: int, width
         raise ValueError(f"--image_or_video_path {path}: not readable; give {wanted} ({reason})") from error
 
 
-def choose_model_path(args: argparse.Namespace, tuned: TunedTransformer | None, lora: LoraHeader | None) -> str:
-    """Returns the base model; unless given, what the transformer, or else the LoRA, was trained on."""
+def choose_model_path(args: argparse.Namespace, tuned: TunedTransformer | None, loras: list[LoraHeader]) -> str:
+    """Returns the base model; unless given, what the transformer, or else the first LoRA that says, was trained on."""
     if args.model_path:
         return args.model_path
     if tuned and tuned.base_model:
         print(f"--model_path: not given; {tuned.base_model}, which the transformer was fine-tuned from")
         return os.path.expanduser(tuned.base_model)
-    if lora and lora.base_model:
-        print(f"--model_path: not given; {lora.base_model}, which the LoRA was trained on")
-        return os.path.expanduser(lora.base_model)
-    silent = " and ".join(option for option in (args.transformer_path, args.lora_path) if option)
+    if recorded := [lora.base_model for lora in loras if lora.base_model]:
+        print(f"--model_path: not given; {recorded[0]}, which the LoRA was trained on")
+        return os.path.expanduser(recorded[0])
+    silent = " and ".join(option for option in (args.transformer_path, *args.lora_path) if option)
     reason = f"{silent} does not say what it was trained on" if silent else "there is no LoRA or transformer to tell it"
     raise ValueError(f"--model_path: not given, and {reason}; give a base model, such as THUDM/CogVideoX-2b")
 
@@ -384,16 +400,16 @@ def choose_model_path(args: argparse.Namespace, tuned: TunedTransformer | None, 
 def make_request(args: argparse.Namespace) -> VideoRequest:
     """Reads and checks everything but weights."""
     tuned = read_transformer(args.transformer_path) if args.transformer_path else None
-    lora = read_lora(find_lora(Path(args.lora_path))) if args.lora_path else None
+    loras = [read_lora(find_lora(Path(path))) for path in args.lora_path]
     parts = ("vae", "text_encoder") if tuned else ("transformer", "vae", "text_encoder")
-    base = read_base(choose_model_path(args, tuned, lora), parts)
+    base = read_base(choose_model_path(args, tuned, loras), parts)
     named_by = f"--model_path {base.name}"
     if tuned:
         check_transformer(tuned, base)
         base, named_by = base._replace(transformer=tuned.config), f"--transformer_path {tuned.path}"
-    if lora:
+    for lora in loras:
         check_lora_fits(lora, base, named_by)
-    if lora and lora.is_dora and args.cpu_offload == "sequential":
+    if any(lora.is_dora for lora in loras) and args.cpu_offload == "sequential":
         # peft 0.21.2 reads a layer's own weight from outside of it, where accelerate has none on the GPU.
         raise ValueError("--cpu_offload sequential: takes layers apart that a DoRA needs whole; give it as model")
     kind = choose_generate_type(args, base, named_by)
@@ -408,7 +424,13 @@ def make_request(args: argparse.Namespace) -> VideoRequest:
     print(f"{names}: {num_frames} frames of {width}x{height} at {fps} fps in {dtype}")
     inputs = {"height": height, "width": width, **source}
     return VideoRequest(
-        base=base, transformer=tuned, lora=lora, generate_type=kind, dtype=getattr(torch, dtype), fps=fps, inputs=inputs
+        base=base,
+        transformer=tuned,
+        loras=loras,
+        generate_type=kind,
+        dtype=getattr(torch, dtype),
+        fps=fps,
+        inputs=inputs,
     )
 
 
@@ -432,8 +454,9 @@ def load_pipeline(request: VideoRequest, args: argparse.Namespace):
     pipe = PIPELINES[request.generate_type].from_pretrained(request.base.name, dtype=dtype, **options)
     # With zero terminal SNR only trailing steps start from pure noise. The published configs say the same.
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="trailing")
-    if request.lora:
-        apply_lora(pipe, request.lora, args.lora_scale)
+    if request.loras:
+        scales = args.lora_scale * (1 if len(args.lora_scale) > 1 else len(request.loras))
+        apply_loras(pipe, request.loras, scales)
     set_tiling(pipe.vae, tiling=args.enable_tiling, slicing=args.enable_slicing)
     if args.cpu_offload == "model":
         pipe.enable_model_cpu_offload()
@@ -448,15 +471,22 @@ def values_of(numbers) -> str:
     return "/".join(f"{number:g}" for number in sorted(set(numbers)))
 
 
-def apply_lora(pipe, lora: LoraHeader, lora_scale: float) -> None:
-    """Loads the LoRA at `lora_scale` times its trained strength, and prints the strength that its layers apply."""
-    weights = load_lora(lora.file)
-    pipe.transformer.load_lora_adapter(weights, prefix=None, adapter_name="lora", metadata=dict(lora.settings))
-    pipe.set_adapters("lora", lora_scale)  # on top of alpha/rank, which is in the settings
+def apply_loras(pipe, loras: list[LoraHeader], scales: list[float]) -> None:
+    """Loads the LoRAs at `scales` times their trained strength, and prints the strengths that their layers apply."""
+    adapters = ["lora", *(f"lora_{i}" for i in range(1, len(loras)))]
+    for lora, adapter in zip(loras, adapters):
+        weights, settings = load_lora(lora.file), dict(lora.settings)
+        pipe.transformer.load_lora_adapter(weights, prefix=None, adapter_name=adapter, metadata=settings)
+    pipe.set_adapters(adapters, scales)  # on top of alpha/rank, which is in the settings
     pipe.transformer.eval()  # diffusers 0.42.1 leaves the LoRA's layers in training mode, in which lora_dropout drops
     layers = [module for module in pipe.transformer.modules() if isinstance(module, BaseTunerLayer)]
-    ranks = values_of(layer.r["lora"] for layer in layers)
-    applied = values_of(layer.scaling["lora"] for layer in layers)
+    for lora, adapter, scale in zip(loras, adapters, scales):
+        print_strength(lora, scale, adapter, [layer for layer in layers if adapter in layer.scaling])
+
+
+def print_strength(lora: LoraHeader, lora_scale: float, adapter: str, layers: list[BaseTunerLayer]) -> None:
+    ranks = values_of(layer.r[adapter] for layer in layers)
+    applied = values_of(layer.scaling[adapter] for layer in layers)
     trained = "no strength recorded: taken as 1"
     if lora.strength_from:
         name = "sqrt(rank)" if lora.settings.get("use_rslora") else "rank"
@@ -468,6 +498,22 @@ def apply_lora(pipe, lora: LoraHeader, lora_scale: float) -> None:
     print(f"LoRA {lora.file}: rank {ranks}, {trained}, --lora_scale {lora_scale:g} -> applied at {applied}{kept}")
 
 
+def make_frames(pipe, request: VideoRequest, args: argparse.Namespace, seed: int) -> list[Image.Image]:
+    options = request.inputs | ({"use_dynamic_cfg": True} if args.use_dynamic_cfg else {})
+    return pipe(
+        prompt=args.prompt,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        generator=noise_generator(seed),
+        max_sequence_length=pipe.transformer.config.max_text_seq_length,
+        **options,
+    ).frames[0]
+
+
+def side_by_side(left: list[Image.Image], right: list[Image.Image]) -> list[Image.Image]:
+    return [Image.fromarray(np.hstack([np.array(one), np.array(other)])) for one, other in zip(left, right)]
+
+
 def main(args: argparse.Namespace) -> None:
     try:
         request = make_request(args)
@@ -476,19 +522,15 @@ def main(args: argparse.Namespace) -> None:
         sys.exit(2)
     pipe = load_pipeline(request, args)
     output = Path(args.output_path)
-    options = request.inputs | ({"use_dynamic_cfg": True} if args.use_dynamic_cfg else {})
     for i in range(args.num_videos_per_prompt):  # diffusers 0.42.1 sets its own num_videos_per_prompt back to 1
         path = output.with_stem(f"{output.stem}-{i}") if i else output
-        frames = pipe(
-            prompt=args.prompt,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            generator=noise_generator(args.seed + i),
-            max_sequence_length=pipe.transformer.config.max_text_seq_length,
-            **options,
-        ).frames[0]
+        frames = make_frames(pipe, request, args, seed=args.seed + i)
+        if args.compare:
+            pipe.transformer.disable_adapters()
+            frames = side_by_side(make_frames(pipe, request, args, seed=args.seed + i), frames)
+            pipe.transformer.enable_adapters()
         publish(path, encode_mp4(frames, request.fps))
-        print(f"{path}: {len(frames)} frames, seed {args.seed + i}")
+        print(f"{path}: {len(frames)} frames, seed {args.seed + i}{', the LoRA on the right' * args.compare}")
 
 
 if __name__ == "__main__":

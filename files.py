@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -223,6 +224,13 @@ def at_least(lowest: int) -> Callable[[str], int]:
         return int(text)
 
     return whole_number
+
+
+def finite(text: str) -> float:
+    """Returns a number that is neither infinite nor NaN; a type for argparse."""
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text}: must be a finite number")
+    return float(text)
 
 
 def share(text: str) -> float:

@@ -13,7 +13,7 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from make_example import draw_clip
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, safe_open, save_file
 
 import cli_demo
 from cogvideox.sampling import encode_mp4
@@ -248,6 +248,56 @@ def test_lora_scale_is_seen_in_the_video(tiny_checkpoint, lora, tmp_path):
     assert np.array_equal(at_4, doubled)  # alpha/rank 0.5 times 4 is what weights of twice the size do at 1
 
 
+def scaled(folder, other, factor, name="lora_B"):
+    """A copy of a LoRA whose `lora_B` are multiplied."""
+    weights = load_file(folder / "pytorch_lora_weights.safetensors")
+    shutil.copytree(folder, other)
+    with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
+        metadata = file.metadata()
+    weights = {key: weight * factor if name in key else weight for key, weight in weights.items()}
+    save_file(weights, other / "pytorch_lora_weights.safetensors", metadata)
+    return other
+
+
+def test_several_loras_apply_together_each_at_its_scale(tiny_checkpoint, lora, tmp_path, transformer_inputs, capsys):
+    """One LoRA twice at 0.25 and 0.75 is the LoRA at 1; on other layers, or of another rank, they add up, too."""
+    base = ["--model_path", tiny_checkpoint, "--output_path", tmp_path / "out.mp4"]
+    other = make_lora(tiny_checkpoint, tmp_path / "other", rank=3, target_modules=["ff.net.2"])
+    straight, twice, both, halves = (
+        run(load(*base, *options).transformer, transformer_inputs)
+        for options in (
+            ["--lora_path", lora],
+            ["--lora_path", lora, lora, "--lora_scale", 0.25, 0.75],
+            ["--lora_path", lora, other, "--lora_scale", 0.5],
+            ["--lora_path", scaled(lora, tmp_path / "a", 0.5), scaled(other, tmp_path / "b", 0.5)],
+        )
+    )
+    assert torch.allclose(twice, straight, atol=1e-5)
+    assert torch.allclose(both, halves, atol=1e-5) and not torch.allclose(both, straight, atol=1e-2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" -> ")[1] for line in lines if line.startswith("LoRA")][1:4] == [
+        "applied at 0.125", "applied at 0.375", "applied at 0.25"
+    ]  # fmt: skip
+
+
+def test_compare_shows_the_base_on_the_left_and_the_lora_on_the_right(tiny_checkpoint, lora, tmp_path, monkeypatch):
+    """Also in the second of two videos: the LoRA is switched on again."""
+    made = []
+    encode = cli_demo.encode_mp4
+    monkeypatch.setattr(
+        cli_demo, "encode_mp4", lambda frames, fps: made.append(np.stack(frames)) or encode(frames, fps)
+    )
+    base, of_lora = ["--model_path", tiny_checkpoint], ["--lora_path", lora, "--lora_scale", 2]
+    two = ["--num_videos_per_prompt", 2]
+    for options in (two, [*of_lora, *two], [*of_lora, *two, "--compare"]):
+        shown, _ = make_video(tmp_path / "out.mp4", *base, *options)
+    assert shown.shape == (9, 64, 192, 3)
+    for number in (0, 1):
+        without, with_lora, compared = made[number::2]
+        assert np.array_equal(compared, np.concatenate([without, with_lora], axis=2))
+        assert not np.array_equal(without, with_lora)
+
+
 KINDS_OF_LORA = {
     "DoRA": {"use_dora": True},
     "DoRA at rsLoRA's strength": {"use_dora": True, "use_rslora": True},
@@ -448,6 +498,17 @@ def test_lora_on_any_layer_fits_its_own_checkpoint(target, tiny_checkpoint, tmp_
 
 OPTIONS = {
     "lora scale without a lora": (["--lora_scale", "0.5"], "--lora_scale 0.5: there is no LoRA"),
+    "scales of other loras": (
+        ["--lora_path", "a", "b", "--lora_scale", "1", "2", "3"],
+        "--lora_scale 1 2 3: 3 scales for 2 LoRAs; give one",
+    ),
+    "comparison without a lora": (["--compare"], "--compare: shows a video without and with a LoRA, and there is none"),
+    "scale is no number": (["--lora_path", "a", "--lora_scale", "nan"], "--lora_scale: nan: must be a finite number"),
+    "guidance without end": (["--guidance_scale", "inf"], "--guidance_scale: inf: must be a finite number"),
+    "v2v with dynamic guidance": (
+        ["--generate_type", "v2v", "--image_or_video_path", "a", "--use_dynamic_cfg"],
+        "--use_dynamic_cfg: diffusers'",
+    ),
     "offload without a gpu": (["--cpu_offload", "model"], "--cpu_offload model: there is no GPU"),
     "t2v with an image": (["--generate_type", "t2v", "--image_or_video_path", "a.png"], "a.png: t2v uses no file"),
     "i2v without an image": (["--generate_type", "i2v"], "--generate_type i2v: needs a file"),
@@ -662,4 +723,6 @@ def test_a_tilde_expands_in_every_path(monkeypatch):
     paths = ["--model_path", "--transformer_path", "--lora_path", "--output_path", "--image_or_video_path"]
     options = [text for path in paths for text in (path, f"~{path}.mp4".replace("~--", "~/"))]
     args = parse("--generate_type", "i2v", *options)
-    assert all(getattr(args, path[2:]) == f"/home/someone/{path[2:]}.mp4" for path in paths)
+    expected = {path[2:]: f"/home/someone/{path[2:]}.mp4" for path in paths}
+    expected["lora_path"] = [expected["lora_path"]]
+    assert {name: getattr(args, name) for name in expected} == expected
