@@ -9,7 +9,6 @@ transformer, LoRA or input are reported before any weights are loaded.
 
 import argparse
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -31,7 +30,8 @@ from PIL import Image, ImageOps
 
 from cogvideox.base_model import IDENTITY, BaseModel, empty_transformer, reaches_hub, read_base_model, why_not_loaded
 from cogvideox.encoders import set_tiling
-from cogvideox.lora_files import LORA_FILE, LoraHeader, load_lora, lora_file_in, read_header, read_lora
+from cogvideox.lora import add_loras
+from cogvideox.lora_files import LORA_FILE, LoraHeader, check_fits, lora_file_in, read_header, read_lora
 from cogvideox.sampling import NUM_INFERENCE_STEPS, encode_mp4, noise_generator
 from files import at_least, finite, parse_options, publish
 
@@ -246,40 +246,6 @@ def find_lora(path: Path) -> Path:
         raise FileNotFoundError(f"--lora_path {path}: {message}") from error
 
 
-def fits(part: str, shape: tuple[int, ...], layer_shape: tuple[int, ...]) -> bool:
-    """Whether `part` of a LoRA, such as _A.weight, can have this shape for a layer's weight [out, in, ...]."""
-    if part.startswith("_magnitude_vector"):  # of DoRA: [out], and [1, out, 1, 1] for a convolution
-        return math.prod(shape) == layer_shape[0]
-    takes_input = part.startswith(("_A", ".down", "_down"))
-    return shape[1:] == layer_shape[1:] if takes_input else shape[:1] == layer_shape[:1]
-
-
-def check_lora_fits(lora: LoraHeader, base: BaseModel, named_by: str) -> None:
-    """Refuses a LoRA that was not trained on a base model such as `base`, which messages call `named_by`."""
-    here = base.transformer
-    trained_on = (lora.trained_on or {}).items()
-    wrong = [f"{name} {value}, here {here.get(name)}" for name, value in trained_on if value != here.get(name)]
-    weights = empty_transformer(here).named_parameters()
-    layers = {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in weights}
-    for name, shape in lora.shapes.items():
-        layer, _, part = name.partition(".lora")
-        if layer not in layers:
-            wrong.append(f"{lora.names[name]} {list(shape)}, here no such layer")
-        elif not fits(part, shape, layers[layer]):
-            wrong.append(f"{lora.names[name]} {list(shape)}, here {list(layers[layer])}")
-    if wrong:
-        made_for = f" ({lora.base_model})" if lora.base_model else ""
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"--lora_path {lora.file}: trained on another base model{made_for} than {named_by}: "
-            f"{'; '.join(wrong[:3])}{more}. Give the one that it was trained on"
-        )
-    blocks = {int(name.split(".")[1]) for name in lora.shapes if name.startswith("transformer_blocks.")}
-    if missing := sorted(set(range(here["num_layers"])) - blocks if blocks else []):
-        listed = ", ".join(map(str, missing))
-        print(f"--lora_path {lora.file}: has no LoRA in {len(missing)} of {here['num_layers']} blocks: {listed}")
-
-
 # ---- the base model, and what it is asked for ------------------------------------------------------------------------
 
 
@@ -408,7 +374,7 @@ def make_request(args: argparse.Namespace) -> VideoRequest:
         check_transformer(tuned, base)
         base, named_by = base._replace(transformer=tuned.config), f"--transformer_path {tuned.path}"
     for lora in loras:
-        check_lora_fits(lora, base, named_by)
+        check_fits(lora, base, named_by=named_by, found=f"--lora_path {lora.file}")
     if any(lora.is_dora for lora in loras) and args.cpu_offload == "sequential":
         # peft 0.21.2 reads a layer's own weight from outside of it, where accelerate has none on the GPU.
         raise ValueError("--cpu_offload sequential: takes layers apart that a DoRA needs whole; give it as model")
@@ -473,12 +439,7 @@ def values_of(numbers) -> str:
 
 def apply_loras(pipe, loras: list[LoraHeader], scales: list[float]) -> None:
     """Loads the LoRAs at `scales` times their trained strength, and prints the strengths that their layers apply."""
-    adapters = ["lora", *(f"lora_{i}" for i in range(1, len(loras)))]
-    for lora, adapter in zip(loras, adapters):
-        weights, settings = load_lora(lora.file), dict(lora.settings)
-        pipe.transformer.load_lora_adapter(weights, prefix=None, adapter_name=adapter, metadata=settings)
-    pipe.set_adapters(adapters, scales)  # on top of alpha/rank, which is in the settings
-    pipe.transformer.eval()  # diffusers 0.42.1 leaves the LoRA's layers in training mode, in which lora_dropout drops
+    adapters = add_loras(pipe.transformer, loras, scales)
     layers = [module for module in pipe.transformer.modules() if isinstance(module, BaseTunerLayer)]
     for lora, adapter, scale in zip(loras, adapters, scales):
         print_strength(lora, scale, adapter, [layer for layer in layers if adapter in layer.scaling])

@@ -19,6 +19,7 @@ from diffusers import (
 from huggingface_hub import constants, get_session, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
+from safetensors import safe_open
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 SCHEDULERS = {"CogVideoXDDIMScheduler": CogVideoXDDIMScheduler, "CogVideoXDPMScheduler": CogVideoXDPMScheduler}
@@ -93,6 +94,15 @@ class BaseModel(NamedTuple):
     @property
     def identity(self) -> dict:
         return {field: self.transformer[field] for field in IDENTITY}
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the transformer's weights on disk."""
+        file = next((self.folder / "transformer").glob("*.safetensors"), None)
+        if not file:
+            raise ValueError(f"{self.folder}: no .safetensors file in transformer/; download the base model again")
+        with safe_open(file, framework="pt") as weights:
+            return weights.get_tensor(next(iter(weights.keys()))).dtype
 
     @property
     def kind(self) -> Kind:

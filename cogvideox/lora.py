@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 
 from cogvideox import quantized
 from cogvideox.base_model import BaseModel, empty_transformer, load_transformer
-from cogvideox.lora_files import CHANGES_BASE, TRANSFORMER_FOLDER, check_start, load_lora, save_lora
+from cogvideox.lora_files import CHANGES_BASE, TRANSFORMER_FOLDER, LoraHeader, check_start, load_lora, save_lora
 from files import at_least, expanded_path, publish_folder
 
 OPTIONS = ("rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora", "init_lora_weights", "base_precision")
@@ -215,6 +215,17 @@ def add_lora(
         set_peft_model_state_dict(transformer, load_lora(start))
     elif lora.use_dora:
         _measure_magnitudes(transformer)
+
+
+def add_loras(transformer, loras: list[LoraHeader], scales: list[float]) -> list[str]:
+    """Adds LoRAs to a transformer at `scales` times their trained strengths; returns their adapters' names."""
+    adapters = ["lora", *(f"lora_{i}" for i in range(1, len(loras)))]
+    for lora, adapter in zip(loras, adapters):
+        weights, settings = load_lora(lora.file), dict(lora.settings)
+        transformer.load_lora_adapter(weights, prefix=None, adapter_name=adapter, metadata=settings)
+    transformer.set_adapters(adapters, scales)  # on top of alpha/rank, which is in the settings
+    transformer.eval()  # diffusers 0.42.1 leaves the LoRA's layers in training mode, in which lora_dropout drops
+    return adapters
 
 
 class CastLinear(torch.nn.Linear):

@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from cogvideox.base_model import BaseModel
+from cogvideox.base_model import BaseModel, empty_transformer
 from files import publish, with_metadata, write_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' default name, with which load_lora_weights(folder) finds it
@@ -26,6 +26,7 @@ PEFT_SETTINGS = (
     "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "lora_bias",
     "init_lora_weights",
 )  # fmt: skip
+SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 TRANSFORMER_FOLDER = "transformer"  # beside it in a run directory where all weights are trained
 PREFIX = "transformer."  # of every name in the file and in its metadata
@@ -216,7 +217,7 @@ def read_lora(file: Path, option: str = "--lora_path") -> LoraHeader:
     ranks = _check_pairs(tensors, names, found)
     if not recorded:
         of_sat = any(".matrix_A." in name for name in names.values())
-        recorded = _settings(ranks, alphas, default_alpha=1 if of_sat else None)
+        recorded = settings_of(ranks, alphas, default_alpha=1 if of_sat else None)
         source = ".alpha in the file" if alphas else "alpha 1, SAT's default" if of_sat else ""
     settings = {"target_modules": sorted(ranks)} | recorded
     if any(name.endswith(".lora_magnitude_vector") for name in tensors):
@@ -326,9 +327,11 @@ def _check_pairs(tensors: dict[str, torch.Tensor], names: dict[str, str], found:
     return ranks
 
 
-def _settings(ranks: dict[str, int], alphas: dict[str, float], default_alpha: float | None) -> dict:
+def settings_of(
+    ranks: dict[str, int], alphas: dict[str, float] | None = None, default_alpha: float | None = None
+) -> dict:
     """Returns LoraConfig's fields for these ranks and alphas; a layer without alpha has the default, or its rank."""
-    alphas = {layer: alphas.get(layer, default_alpha or rank) for layer, rank in ranks.items()}
+    alphas = {layer: (alphas or {}).get(layer, default_alpha or rank) for layer, rank in ranks.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "r": rank,
@@ -363,6 +366,44 @@ def load_lora(path: Path) -> dict[str, torch.Tensor]:
     file = find_lora_file(path)
     names, tensors, _ = _read_tensors(file, "--lora_path", f"--lora_path {file}")
     return {name: tensors[name] for name in sorted(names) if not name.endswith(".alpha")}
+
+
+def _fits(part: str, shape: tuple[int, ...], layer_shape: tuple[int, ...]) -> bool:
+    """Whether `part` of a LoRA, such as _A.weight, can have this shape for a layer's weight [out, in, ...]."""
+    if part.startswith("_magnitude_vector"):  # of DoRA: [out], and [1, out, 1, 1] for a convolution
+        return math.prod(shape) == layer_shape[0]
+    return shape[1:] == layer_shape[1:] if part.startswith("_A") else shape[:1] == layer_shape[:1]
+
+
+def check_fits(lora: LoraHeader, base: BaseModel, *, named_by: str, found: str) -> None:
+    """Refuses a LoRA that was not trained on a base model such as `base`, and names blocks that have none.
+
+    Args:
+        named_by: what messages call the base model.
+        found: what messages call the LoRA.
+    """
+    here = base.transformer
+    trained_on = (lora.trained_on or {}).items()
+    wrong = [f"{name} {value}, here {here.get(name)}" for name, value in trained_on if value != here.get(name)]
+    weights = empty_transformer(here).named_parameters()
+    layers = {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in weights}
+    for name, shape in lora.shapes.items():
+        layer, _, part = name.partition(".lora")
+        if layer not in layers:
+            wrong.append(f"{lora.names[name]} {list(shape)}, here no such layer")
+        elif not _fits(part, shape, layers[layer]):
+            wrong.append(f"{lora.names[name]} {list(shape)}, here {list(layers[layer])}")
+    if wrong:
+        made_for = f" ({lora.base_model})" if lora.base_model else ""
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"{found}: trained on another base model{made_for} than {named_by}: "
+            f"{'; '.join(wrong[:3])}{more}. Give the one that it was trained on"
+        )
+    blocks = {int(name.split(".")[1]) for name in lora.shapes if name.startswith("transformer_blocks.")}
+    if missing := sorted(set(range(here["num_layers"])) - blocks if blocks else []):
+        listed = ", ".join(map(str, missing))
+        print(f"{found}: has no LoRA in {len(missing)} of {here['num_layers']} blocks: {listed}")
 
 
 # ---- ours ------------------------------------------------------------------------------------------------------------
@@ -459,7 +500,8 @@ NAMINGS = {
 
 def save_as(naming: str, header: LoraHeader, weights: dict[str, torch.Tensor], output: Path) -> Path:
     """Writes a LoRA as another tool reads it, at the same strength: a file, or with peft a folder."""
-    _check_naming(naming, header, output)
+    check_output(naming, header.file, output)
+    _check_naming(naming, header)
     parts = [name.partition(".lora_") for name in weights]
     tensors = {NAMINGS[naming](layer, f"lora_{part}"): weights[f"{layer}.lora_{part}"] for layer, _, part in parts}
     settings = {"rank_pattern": {}, "alpha_pattern": {}} | header.settings
@@ -481,14 +523,18 @@ def save_as(naming: str, header: LoraHeader, weights: dict[str, torch.Tensor], o
     return output
 
 
-def _check_naming(naming: str, header: LoraHeader, output: Path) -> None:
-    """Refuses what the other tool's files cannot hold."""
+def check_output(naming: str, source: Path, output: Path) -> None:
+    """Refuses a path that a LoRA from `source` cannot be written to."""
     if naming != "peft" and output.suffix != ".safetensors":
         raise ValueError(f"{output}: must be a .safetensors file; name it {output}.safetensors")
-    if output.resolve() == header.file.resolve():
+    if output.resolve() == source.resolve():
         raise ValueError(f"{output}: is the file that is read; name another one")
     if naming == "peft" and output.is_file():
         raise ValueError(f"{output}: is a file; with --to peft name a folder")
+
+
+def _check_naming(naming: str, header: LoraHeader) -> None:
+    """Refuses what the other tool's files cannot hold."""
     others = [name for name in header.shapes if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
     if naming == "comfyui":
         others += [name for name in header.shapes if not name.startswith("transformer_blocks.")]
