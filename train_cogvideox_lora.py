@@ -506,14 +506,19 @@ def prepare_data(
             before_encoding=partial(check_room, args, accelerator, ranks, base, memory_plan, listed),
             allow_damaged=args.allow_damaged,
         )
+    say_after_encoding(accelerator, ranks, base, cut)
+    training_data, held_out = data.split(args.validation_split, args.seed)
+    return base, training_data, held_out
+
+
+def say_after_encoding(accelerator: Accelerator, ranks: Ranks, base: BaseModel, cut: dict[str, int]) -> None:
+    """Says which captions were cut off, by how many tokens, and how much memory encoding took on a GPU."""
     if cut := dict(ranks.gather(list(cut.items()))):  # each rank has encoded others
         accelerator.print(encoders.describe_cut_captions(cut, base.transformer["max_text_seq_length"]))
     if accelerator.device.type == "cuda":  # later peaks are those of training
         peak_gib = run_directory.peak_memory_gib(accelerator.device)
         accelerator.print(f"peak memory of encoding: {peak_gib:.1f} GiB")
         torch.cuda.reset_peak_memory_stats(accelerator.device)
-    training_data, held_out = data.split(args.validation_split, args.seed)
-    return base, training_data, held_out
 
 
 def check_room(args, accelerator, ranks: Ranks, base, memory_plan: MemoryPlan, listed: Listing, facts) -> None:
