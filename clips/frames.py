@@ -25,6 +25,7 @@ from files import at_least
 MEND = "copy it again, cut the part out, or train on it as it is with --allow_damaged"
 TIE_SECONDS = 1e-6  # a time halfway between two frames is the earlier's, whatever the last bits of both say
 BYTES_DECODED_AHEAD = 2**30  # of all clips that are decoded before they are asked for
+CENTRE = 0.5, 0.5  # where a picture is cropped
 PICTURES_AT_ONCE = 8  # bounds the memory: pictures of the file may be much larger than the model's
 
 
@@ -282,12 +283,12 @@ def decode(clip: Clip, view: View, *, mirrored: bool, file: File, damage: list[D
 
 def _crop_position(file: File, view: View) -> tuple[float, float]:
     if view.crop == "center":
-        return 0.5, 0.5
+        return CENTRE
     draw = random.Random(f"{view.seed} {file.content}")
     return draw.random(), draw.random()
 
 
-def read_image(path: Path, height: int, width: int, crop_position: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
+def read_image(path: Path, height: int, width: int, crop_position: tuple[float, float] = CENTRE) -> torch.Tensor:
     """Returns an image, scaled and cropped as frames are, uint8 [H, W, C]; raises a ValueError if there is none."""
     if not path.is_file():
         raise ValueError("no such image; correct the path")

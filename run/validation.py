@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from clips.frames import read_image
+from clips.frames import CENTRE, read_image, resize_and_crop
 from clips.order import Item, Ranks
 from cogvideox.base_model import BaseModel
 from cogvideox.budget import is_out_of_memory
@@ -171,15 +171,15 @@ def _equal_share(ranks: Ranks, jobs: list) -> list:
 def cases(data: Data, prompts: list[str], images: list[Path | None], height: int, width: int) -> list[tuple]:
     """Returns pairs of a prompt and its first image, uint8 [H, W, C]; None unless the data has images.
 
-    A prompt without an image of its own gets the first image of a clip.
+    A prompt without an image of its own gets the first image of a clip, cropped to this size where its own is another.
     """
     if not data.has_images:
         return [(prompt, None) for prompt in prompts]
-    images = images + [None] * (len(prompts) - len(images))
-    return [
-        (prompt, read_image(image, height, width) if image else data.first_image(i % len(data.shapes)))
-        for i, (prompt, image) in enumerate(zip(prompts, images))
-    ]
+    images, found = images + [None] * (len(prompts) - len(images)), []
+    for number, image in enumerate(images):
+        picture = read_image(image, height, width) if image else data.first_image(number % len(data.shapes))
+        found.append(resize_and_crop(picture[None], height, width, CENTRE)[0])
+    return list(zip(prompts, found))
 
 
 def sample_videos(

@@ -232,3 +232,21 @@ def test_check_and_export_see_the_same_windows_as_training(mixed, tmp_path, caps
     with pytest.raises(SystemExit):
         check.main([str(mixed), "--buckets", "17x64x96"])
     assert "and the shortest bucket has 17" in capsys.readouterr().err
+
+
+def test_a_validation_video_begins_with_an_image_of_its_own_size(checkpoint_of, mixed, tmp_path, train, monkeypatch):
+    """Also where the clip that gives the image is in another bucket."""
+    sampled = []
+
+    def watch(*_, image, height, width, **options):
+        sampled.append((tuple(image.shape), image.float().mean((0, 1)).tolist()))
+        assert (height, width) == (64, 96)
+        return [Image.new("RGB", (96, 64))] * 9
+
+    monkeypatch.setattr("run.validation.sample_video", watch)
+    prompts = ":::".join(f"prompt {number}" for number in range(12))
+    train(
+        checkpoint_of("1.5-5B-I2V"), tmp_path / "run", instance_data_root=mixed, buckets=["9x64x96", "5x64x48"],
+        max_train_steps=1, validation_prompt=prompts, drop_unfit=True, enable_slicing=True, validate_first=False,
+    )  # fmt: skip
+    assert [shape for shape, _ in sampled] == [(64, 96, 3)] * 12
