@@ -250,3 +250,20 @@ def test_a_validation_video_begins_with_an_image_of_its_own_size(checkpoint_of, 
         max_train_steps=1, validation_prompt=prompts, drop_unfit=True, enable_slicing=True, validate_first=False,
     )  # fmt: skip
     assert [shape for shape, _ in sampled] == [(64, 96, 3)] * 12
+
+
+def test_memory_is_predicted_for_the_largest_bucket_and_the_fullest_batch(checkpoint_of):
+    folder = str(checkpoint_of("5b"))
+    base = train_cogvideox_lora.read_base_model(folder)
+
+    def settings(*options):
+        line = ["--pretrained_model_name_or_path", folder, "--instance_data_root", "d", *options]
+        args = train_cogvideox_lora.parse_args(line)
+        return train_cogvideox_lora.memory_settings(args, base, torch.bfloat16, torch.device("cuda"), 1)
+
+    plain = settings("--max_num_frames", "9", "--height", "64", "--width", "96")
+    mixed = settings("--buckets", "1x96x96", "9x64x96", "5x64x96")
+    assert mixed == plain and mixed.in_training == mixed
+    filled = settings("--buckets", "1x96x96", "9x64x96", "--max_tokens_per_batch", "600")
+    assert filled == plain._replace(largest_batch=(2, 9, 64, 96))  # 2 x 298 tokens; of images 2 x 262
+    assert (filled.in_training.train_batch_size, filled.in_training.max_num_frames) == (2, 9)

@@ -1,0 +1,76 @@
+"""The benchmarks of buckets, sizes and preservation: what they compute from what was measured."""
+
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import buckets
+import preservation
+import sizes
+
+from clips.selection import bucket_option
+from cogvideox.base_model import read_base_model
+
+
+@pytest.fixture(scope="module")
+def base():
+    return read_base_model(str(sizes.SMALL))
+
+
+class MadeUp(buckets.Course):
+    """A course whose clips are not drawn, and whose updates take as long as their longest batch has tokens."""
+
+    def __init__(self, base, sizes, args):
+        self.base, self.sizes, self.args = base, sizes, args
+        self.max_tokens = args.clips * base.num_tokens(*base.latent_shape(*buckets.LANDSCAPE))
+
+    def seconds(self, *, ranks, group, compiled=False):
+        return [max(update) / 1000 for update in self.tokens(ranks, group)]
+
+
+def test_an_update_has_the_tokens_of_its_batches(base):
+    course = MadeUp(base, (buckets.LANDSCAPE, buckets.STILL), buckets.parse_args(["--updates", "9"]))
+    clip, still = (base.num_tokens(*base.latent_shape(*size)) for size in course.sizes)
+    assert course.max_tokens == 4 * clip
+    of_images = {course.max_tokens // still * still, buckets.CLIPS % (course.max_tokens // still) * still} - {0}
+    counts = [count for update in course.tokens(ranks=1, group=8) for count in update]
+    assert set(counts) <= {4 * clip} | of_images and len(counts) == 9
+
+
+def test_ranks_with_batches_of_one_bucket_wait_for_none(base):
+    args = buckets.parse_args(["--updates", "40"])
+    one = MadeUp(base, (buckets.LANDSCAPE,), args)
+    several = MadeUp(base, tuple(buckets.DATASETS["four buckets, one of images"]), args)
+    assert buckets.idle_share(one, 2, 8) == 0
+    assert buckets.idle_share(several, 2, 8) <= buckets.idle_share(several, 2, 1)
+    assert buckets.throughput(one, 2, 8) == pytest.approx(2000)
+
+
+def test_the_sizes_of_the_benchmarks_are_buckets():
+    for size in {*sizes.SAMPLED, sizes.STILL, *(size for of in buckets.DATASETS.values() for size in of)}:
+        assert tuple(bucket_option(sizes.name_of(size))) == size
+
+
+def test_shares_are_relative_to_the_base_model():
+    names = ["colour with the word", "colour without the word", "motion with the word", "motion without the word"]
+    base, tuned = ({"9x64x96": dict(zip(names, values))} for values in ((0.1, 0.2, 10, 20), (0.02, 0.19, 9, 21)))
+    assert sizes.shares(base, tuned)["9x64x96"] == {
+        "colour lost with the word": 0.8, "colour kept without it": 0.95, "motion with the word": 0.9,
+        "motion without it": 1.05,
+    }  # fmt: skip
+
+
+def test_clips_of_mixed_sizes_are_as_many_as_asked(tmp_path):
+    folder = sizes.make_clips(tmp_path, {(5, 16, 32): 3, (1, 32, 16): 5}, seed=0)
+    captions = (folder / "prompts.txt").read_text().splitlines()
+    assert len(captions) == len(list((folder / "videos").iterdir())) == 8
+    assert sum(caption.startswith("FILM ") for caption in captions) == 3 + 3
+
+
+def test_the_word_is_left_to_the_option_where_it_is_to_be_preserved_without(tmp_path):
+    data = preservation.make_data(tmp_path, 1, without_word=True)
+    captions = (data / "prompts.txt").read_text().splitlines()
+    assert len(captions) == preservation.FILMS + 1 and not any("FILM" in caption for caption in captions)
