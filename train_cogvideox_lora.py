@@ -436,7 +436,19 @@ def read_listing(args: argparse.Namespace) -> Listing:
     count_held_out(args.validation_split, len(listed.clips))  # before hours of encoding
     images = [image for image in validation.images(args) if image]
     listed.problems.extend(image_problems(images, "--validation_images"))
+    refuse_output_among_clips(args, listed)
     return listed
+
+
+def refuse_output_among_clips(args: argparse.Namespace, listed: Listing) -> None:
+    """Refuses an output folder whose validation videos the next start would take for clips without captions."""
+    output = args.output_dir.resolve()
+    for folder, layout in zip(listed.folders, listed.layouts):
+        if args.validation_prompt and layout == listing.BESIDE and output.is_relative_to(folder.path.resolve()):
+            raise ValueError(
+                f"--output_dir {args.output_dir}: is in {folder.path}, where every video is taken for a clip, those of "
+                "--validation_prompt as well; pass a folder elsewhere, or move one that is there already"
+            )
 
 
 def words_of(args: argparse.Namespace) -> listing.Words:

@@ -107,6 +107,17 @@ def test_clips_are_checked_before_weights_are_downloaded(tiny_checkpoint, clips,
     assert_refused(capsys, lambda: train_cogvideox_lora.main(args), parts)
 
 
+def test_an_output_whose_videos_would_be_taken_for_clips_is_refused(tiny_checkpoint, tmp_path, train, capsys):
+    (tmp_path / "clips").mkdir()
+    for name in ("a.mp4", "a.txt"):
+        (tmp_path / "clips" / name).write_text("x")
+    output = tmp_path / "clips" / "run"
+    options = {"instance_data_root": tmp_path / "clips", "validation_prompt": "a cat"}
+    parts = [f"--output_dir {output}: is in {tmp_path / 'clips'}, where every video is taken for a clip", "elsewhere"]
+    assert_refused(capsys, lambda: train(tiny_checkpoint, output, **options), parts)
+    assert not output.exists()
+
+
 def test_a_folder_that_is_no_cogvideox_model_is_refused(tiny_checkpoint, tmp_path, train, capsys):
     message = "no/such-model: found no model_index.json there (no such folder; the hub cannot be reached"
     assert_refused(capsys, lambda: train("no/such-model", tmp_path / "run"), [message])
