@@ -34,7 +34,7 @@ from clips.known import CACHE, Notes
 from clips.listing import Listing
 from clips.order import Order, Ranks, Timeline, count_held_out, make_timeline
 from clips.selection import Selection
-from cogvideox import budget, compute, encoders, lora
+from cogvideox import budget, compute, encoders, lora, self_check
 from cogvideox.base_model import BaseModel, check_training, download_weights, read_base_model, read_text_encoder_config
 from cogvideox.budget import MemoryPlan
 from cogvideox.lora_files import CHANGES_BASE
@@ -654,6 +654,7 @@ class Run(NamedTuple):
     stop: signals.StopRequest
     failures: guard.Failures
     record: dict  # what a checkpoint records, beside the position
+    self_checked: dict | None = None  # the figures of the self-check; None: it was not made
 
     def image_encoder(self) -> AbstractContextManager[Callable | None]:
         tiling, slicing = self.memory_plan.tile_encoding, self.args.enable_slicing
@@ -720,7 +721,7 @@ def prepare_run(
     state = checkpoints.State(transformer, optimizer, lr_scheduler, average)
     if starting.checkpoint:
         checkpoints.load_checkpoint(accelerator, state, starting, args.change)
-    return Run(
+    run = Run(
         args=args,
         accelerator=accelerator,
         ranks=ranks,
@@ -737,6 +738,38 @@ def prepare_run(
         failures=guard.Failures(),
         record=record,
     )
+    is_due = args.self_check == "always" or (args.self_check == "auto" and accelerator.device.type == "cuda")
+    return run._replace(self_checked=check_computation(run)) if is_due and not accelerator.is_fsdp2 else run
+
+
+def check_computation(run: Run) -> dict:
+    """Compares the transformer with diffusers' and PEFT's own code, on a clip of the run; returns the figures.
+
+    Raises:
+        ValueError: it computes something else on one of the ranks.
+    """
+    args, model, number = run.args, run.accelerator.unwrap_model(run.state.transformer), run.timeline.first_batch
+    _, batch = run.data.micro_batch(number, run.order)
+    clip = {name: tensor[:1] for name, tensor in batch.items()}
+    with run.image_encoder() as encode_images:
+        report = self_check.check(
+            run.base,
+            model,
+            lora.lora_of(args) if args.training_type == "lora" else None,
+            partial(loss_of, run, model, number, clip, encode_images),
+            dtype=run.dtype,
+            autocast=args.training_type == "sft" or args.use_dora,
+            attention=partial(compute.attention_kernel, args.attention_backend),
+        )
+    figures = report.as_json()
+    if any(run.ranks.gather([bool(figures["wrong"])])):
+        in_use = compute.ways_of_its_own(compute.options_of(args), run.memory_plan.gradient_checkpointing)
+        raise ValueError(report.refusal(in_use) if figures["wrong"] else "--self_check: failed on another process")
+    run.accelerator.print(
+        f"self-check: {figures['compared']} outputs, gradients and weights of two blocks are those of diffusers and "
+        f"PEFT, within rounding ({figures['seconds']:.1f} s)"
+    )
+    return figures
 
 
 class Update(NamedTuple):
@@ -1111,6 +1144,7 @@ def announce(run: Run, start: Start, changed: dict) -> float | None:
         "processes": run.ranks.count,
         "data": on_data,
         "memory_plan": run.memory_plan.as_json(),
+        "self_check": run.self_checked,
         "options": vars(args),
     }
     run_directory.start_records(

@@ -61,6 +61,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     backends = {"default": "auto", "choices": ["auto", *BACKENDS, "flash3"]}
     backend = "attention kernel in training; auto: PyTorch's choice; flash3 needs the package flash_attn_3"
     option("--attention_backend", **backends, help=backend)
+    checks = "compare two blocks with diffusers' and PEFT's own code before the run; auto: on a GPU"
+    option("--self_check", default="auto", choices=["auto", "always", "never"], help=checks)
     swapped = "blocks whose frozen weights are in CPU memory, except the two in use; 0: none"
     option("--blocks_to_swap", type=at_least(0), default=0, metavar="N", help=swapped)
 
@@ -112,6 +114,18 @@ def describe(level: str, options: Options, dtype: torch.dtype, device: torch.dev
     if options.attention_backend != "auto":
         parts.append(f"{options.attention_backend} attention")
     return ", ".join(parts)
+
+
+def ways_of_its_own(options: Options, level: str) -> list[str]:
+    """Returns the options in use that make a run compute in another way than it would without them."""
+    in_use = {
+        "--compile": options.compile,
+        f"--attention_backend {options.attention_backend}": options.attention_backend != "auto",
+        f"--base_precision {options.base_precision}": options.base_precision != "bf16",
+        f"--blocks_to_swap {options.blocks_to_swap}": bool(options.blocks_to_swap),
+        f"--gradient_checkpointing {level}": level == "attention",
+    }
+    return [option for option, is_used in in_use.items() if is_used]
 
 
 def check_possible(config: dict, options: Options, dtype: torch.dtype, device: torch.device | None) -> None:
