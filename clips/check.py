@@ -20,6 +20,8 @@ from clips.facts import (
     count_clips,
     examine,
     headline,
+    list_cuts,
+    list_motion,
     list_problems,
     look_at_files,
     remark_unfit,
@@ -28,6 +30,7 @@ from clips.facts import (
 from clips.frames import MEND, decode, decoding_threads, describe_damage
 from clips.known import Notes
 from clips.listing import Clip, Listing
+from clips.motion import watch
 from clips.selection import Selection
 from files import at_least, expanded_path, map_ahead, parse_options, printable, publish, run_command
 
@@ -112,6 +115,7 @@ def _look(window: Seen, make: Callable, *, damaged: bool) -> Seen:
     if damage:
         facts = facts._replace(damage=describe_damage(damage))
         problem = None if damaged else clip.problem(f"{facts.damage}; {MEND}")
+    facts = facts._replace(**watch(clip.video, facts.file, facts.view, seen_frames)._asdict())
     return Seen(clip, facts, None if problem else make(clip, facts, seen_frames), problem)
 
 
@@ -131,6 +135,13 @@ def describe(listed: Listing, all_seen: list[Seen], chosen: Selection) -> list[s
     clips, facts = [seen.clip for seen in usable], [seen.facts for seen in usable]
     dropped = [seen.clip for seen in all_seen if seen.is_dropped]
     return [listed.describe(), headline(facts, chosen), *remark_unfit(dropped), *remarks(clips, facts, chosen)]
+
+
+def describe_movement(all_seen: list[Seen]) -> list[str]:
+    """Returns lines on how much each usable window moves, and on the cuts in it."""
+    usable = [seen for seen in all_seen if seen.facts and not seen.problem]
+    clips, facts = [seen.clip for seen in usable], [seen.facts for seen in usable]
+    return list_motion(clips, facts) + list_cuts(clips, facts)
 
 
 def all_problems(listed: Listing, all_seen: list[Seen]) -> list[str]:
@@ -162,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     def check() -> None:
         listed, chosen = listing_of(args), selection.selection_of(args, with_image=False, whole=False)
         all_seen, chosen = see_all(listed.clips, chosen, make=lambda *_: None, damaged=args.allow_damaged)
-        print(*describe(listed, all_seen, chosen), sep="\n")
+        print(*describe(listed, all_seen, chosen), *describe_movement(all_seen), sep="\n")
         if args.problems_file:
             lines = [f"{printable(problem)}\n" for problem in all_problems(listed, all_seen)]
             publish(args.problems_file, "".join(lines).encode())

@@ -3,7 +3,6 @@
 The problem of a clip is returned as a sentence, so that a person sees all problems of a dataset at once.
 """
 
-import itertools
 import math
 import os
 import re
@@ -17,6 +16,7 @@ import torch
 from clips.frames import View, choose_source, covering_scale, read_image
 from clips.known import File, Notes, file_key, look_at
 from clips.listing import LFS, Clip, is_lfs_pointer, other_spelling
+from clips.motion import split_command
 from clips.selection import Bucket, Selection, Unfit, lost_share, views_of
 from files import file_hash, printable
 
@@ -41,6 +41,10 @@ class Facts(NamedTuple):
     window: int = 0  # number of the window, in its clip
     image: str | None = None  # hash of the image that the video starts from
     damage: str | None = None  # "is damaged at ..."; None: it is not, or has not been decoded yet
+    # What `clips.motion.watch` says of it, where it has been decoded:
+    motion: float | None = None
+    is_still: bool = False
+    cuts: tuple[float, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -185,21 +189,6 @@ def facts_of(path: Path, file: File, view: View) -> Facts:
     )
 
 
-def motion(frames: torch.Tensor, fps: int) -> float | None:
-    """Returns how much a second of video changes: the mean difference of successive frames times their rate.
-
-    Args:
-        frames: uint8 [F, H, W, C].
-
-    Returns:
-        Levels of 255 per second; None for a single frame.
-    """
-    if len(frames) < 2:
-        return None
-    differences = [(later.short() - frame.short()).abs().float().mean() for frame, later in itertools.pairwise(frames)]
-    return fps * float(torch.stack(differences).mean())
-
-
 def brightness(frames: torch.Tensor) -> float:
     """Returns the mean luma (ITU-R BT.601) of frames, uint8 [F, H, W, C], from 0 to 255."""
     columns = torch.stack([frame.float().mean(0) for frame in frames])  # [F, W, C]; ten times as fast as one mean
@@ -277,8 +266,36 @@ def remarks(clips: list[Clip], facts: list[Facts], selection: Selection) -> list
         lines.append(f"slower than {fps} fps, at least in places, so frames are seen twice: {count_clips(slower)}")
     if stills := [clip for clip, fact in zip(clips, facts) if fact.num_seen == 1 < fact.num_frames]:
         lines.append(f"too short for 5 frames at {fps} fps, so seen as a still: {_enumeration(stills)}")
+    if unmoved := list({clip.line: clip for clip, fact in zip(clips, facts) if fact.is_still}.values()):
+        lines.append(f"stills, whose frames do not change and teach a model not to move: {_enumeration(unmoved)}")
+    if cut := [clip for clip, _, _ in cuts_by_clip(clips, facts)]:
+        lines.append(f"more than one shot, with a cut between them: {_enumeration(cut)}")
     clips, facts = zip(*[(clip, fact) for clip, fact in zip(clips, facts) if not fact.window])
     return lines + _pictures(clips, facts) + _repetitions(clips, facts)
+
+
+def cuts_by_clip(clips: list[Clip], facts: list[Facts]) -> list[tuple[Clip, Facts, list[float]]]:
+    """Returns each clip with cuts in what the model sees of it, the facts of one of its windows, and all its cuts."""
+    found = {}
+    for clip, fact in zip(clips, facts):
+        found.setdefault(clip.line, (clip, fact, set()))[-1].update(fact.cuts)
+    return [(clip, fact, sorted(cuts)) for clip, fact, cuts in found.values() if cuts]
+
+
+def list_cuts(clips: list[Clip], facts: list[Facts]) -> list[str]:
+    """Returns a line on each clip that is more than one shot, with the command that splits it."""
+    return grouped(
+        [
+            f"{clip.named}: {describe_cuts(cuts)}: {split_command(clip.video, fact.file.video, cuts)}"
+            for clip, fact, cuts in cuts_by_clip(clips, facts)
+        ]
+    )
+
+
+def describe_cuts(cuts: Sequence[float]) -> str:
+    *first, last = [f"{cut:.2f}" for cut in cuts]
+    times = f"{', '.join(first)} and {last}" if first else last
+    return f"cuts to another shot at {times} s; split it there, and put the parts in its place, each with a caption"
 
 
 def remark_unfit(unfit: list[Clip]) -> list[str]:
@@ -303,6 +320,18 @@ def _repetitions(clips: Sequence[Clip], facts: Sequence[Facts]) -> list[str]:
             more = f"; and {len(groups) - 5} more" if len(groups) > 5 else ""
             lines.append(f"the same {kind} more than once: {'; '.join(map(_enumeration, groups[:5]))}{more}")
     return lines
+
+
+def list_motion(clips: list[Clip], facts: list[Facts]) -> list[str]:
+    """Returns a line on the motion of each window, the least first; of many windows only the least and the most."""
+    moving = sorted(
+        (fact.motion, clip.line, fact.window, clip.named) for clip, fact in zip(clips, facts) if fact.motion is not None
+    )
+    lines = [f"  {value:.1f} {named}{f', window {window + 1}' if window else ''}" for value, _, window, named in moving]
+    if len(lines) > MOST_LINES:
+        most = lines[-MOST_LINES // 2 :]
+        lines = [*lines[: MOST_LINES // 2], f"  ... {len(lines) - MOST_LINES} more between ...", *most]
+    return ["motion, in levels of 255 per second:", *lines] if lines else []
 
 
 def count_clips(count: int) -> str:

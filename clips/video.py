@@ -109,14 +109,18 @@ def examine_video(path: Path) -> tuple[Video, np.ndarray]:
 
 def _refuse_hdr(path: Path, frame: av.VideoFrame) -> None:
     if transfer := HDR_TRANSFERS.get(frame.color_trc):
-        ffmpeg = "ffmpeg" if shutil.which("ffmpeg") else FFMPEG_OF_IMAGEIO
         source, result = (shlex.quote(str(file)) for file in (path, path.with_name(f"{path.stem}-sdr.mp4")))
         raise ValueError(
             f"is HDR video ({transfer}), whose colours would be taken for washed-out SDR, and how bright it is meant "
             "to look is a matter of taste; make SDR of it with a tone curve that you like, let the new file take the "
             "name, row or line of this one, and move this one to another folder, for example: "
-            f"{ffmpeg} -i {source} {TO_SDR} {result}"
+            f"{ffmpeg_program()} -i {source} {TO_SDR} {result}"
         )
+
+
+def ffmpeg_program() -> str:
+    """Returns how a shell calls ffmpeg, the one of imageio-ffmpeg where there is no other."""
+    return "ffmpeg" if shutil.which("ffmpeg") else FFMPEG_OF_IMAGEIO
 
 
 def _remarks(first: list[av.VideoFrame]) -> Iterator[str]:

@@ -25,14 +25,15 @@ from clips.facts import (
     Facts,
     brightness,
     count_clips,
+    describe_cuts,
     grouped,
-    motion,
     repetitions,
     unseen_seconds,
     windows_by_clip,
 )
 from clips.frames import View, choose_source, first_image, seen_rectangle
 from clips.listing import Clip
+from clips.motion import split_command
 from clips.selection import Selection
 from clips.video import read_pictures
 from cogvideox.base_model import BaseModel, check_training, load_tokenizer, read_base_model
@@ -46,6 +47,7 @@ MOST_CLIPS = 1000  # on a page that a browser opens at once
 # A page of 1,000 clips takes about 35 MB, and 50 where all are full of fine detail.
 FILMS = ((30, 17, 288), (120, 17, 224), (400, 12, 160), (MOST_CLIPS, 10, 112))
 QUALITY = 82  # of JPEG
+STILL = "is a still: none of the frames that the model sees changes"
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -108,7 +110,6 @@ class Pictures(NamedTuple):
     film_frames: int
     uncropped: bytes  # JPEG of the first of them, before it is cropped
     image: bytes | None  # JPEG of the image that the video starts from
-    motion: float | None
     brightness: float
 
 
@@ -138,7 +139,6 @@ def draw(clip: Clip, facts: Facts, seen_frames: torch.Tensor, *, num_frames: int
         film_frames=len(shown),
         uncropped=jpeg(uncropped_picture(clip, facts, view, side)),
         image=image,
-        motion=motion(seen_frames, view.fps),
         brightness=brightness(seen_frames),
     )
 
@@ -204,7 +204,7 @@ def cards(all_seen: list[Seen], captions: dict[int, dict], most_problems: int) -
     first = [seen for seen in usable if not seen.facts.window]
     remarks = remarks_by_clip([seen.clip for seen in first], [seen.facts for seen in first])
     measured = [seen.made for seen in usable if seen.made]
-    motions = range_of([made.motion for made in measured if made.motion is not None])
+    motions = range_of([seen.facts.motion for seen in usable if seen.made and seen.facts.motion is not None])
     levels = range_of([made.brightness for made in measured])
     windows = windows_by_clip([seen.facts for seen in usable])
     unseen = {id(facts): unseen_seconds(of_clip) for of_clip in windows for facts in of_clip}
@@ -226,11 +226,12 @@ def cards(all_seen: list[Seen], captions: dict[int, dict], most_problems: int) -
         }
         card |= captions[seen.clip.line]
         if seen.made:
-            card["remarks"] = remarks[seen.clip.line]
+            card["remarks"] = remarks[seen.clip.line] + [STILL] * seen.facts.is_still
+            card["cuts"] = cuts_of(seen.clip, seen.facts)
             card |= picture_of(seen.facts, seen.made) | time_of(seen.facts, seen.clip, unseen[id(seen.facts)])
             card["window"], card["windows"] = seen.facts.window + 1, num_windows[id(seen.facts)]
             card["measures"] = [
-                measure("motion", seen.made.motion, motions, "levels of 255 per second"),
+                measure("motion", seen.facts.motion, motions, "levels of 255 per second"),
                 measure("brightness", seen.made.brightness, levels, "of 255"),
             ]
         shown.append(card)
@@ -256,6 +257,13 @@ def remarks_by_clip(clips: list[Clip], facts: list[Facts]) -> dict[int, list[str
         if of_clip.num_distinct < of_clip.num_seen:
             found[clip.line].append("has fewer frames per second than the model sees, so some are seen twice")
     return found
+
+
+def cuts_of(clip: Clip, facts: Facts) -> dict | None:
+    """Returns a sentence on the cuts in a window, and the command that splits the file there; None without cuts."""
+    if not facts.cuts:
+        return None
+    return {"text": describe_cuts(facts.cuts), "command": split_command(clip.video, facts.file.video, facts.cuts)}
 
 
 def captions_of(clips: list[Clip], base: BaseModel | None) -> dict[int, dict]:
@@ -311,6 +319,7 @@ def time_of(facts: Facts, clip: Clip, unseen: float) -> dict:
         "skipped": begin if begin >= LEAST_UNSEEN_SECONDS and not view.start else 0,
         "seen_from": 100 * begin / seconds,
         "seen_share": 100 * (facts.seen_until - begin) / seconds,
+        "cut_at": [100 * cut / seconds for cut in facts.cuts],
         "unseen": unseen if unseen >= LEAST_UNSEEN_SECONDS else 0,
     }
 

@@ -1,16 +1,21 @@
 """`python dataset.py check` and `export`: what is wrong with a dataset, and the frames that a model sees of it."""
 
 import json
+import re
+from types import SimpleNamespace
 
+import imageio
 import numpy as np
 import pytest
 import torch
 from conftest import damage_second_clip
-from make_example import make_clips
+from make_example import draw_clip, make_clips
 from PIL import Image
 
 from clips import check, export
+from clips.facts import list_motion
 from clips.frames import View, read_frames
+from clips.listing import Clip
 
 SIZE = ["--height", "64", "--width", "96", "--max_num_frames", "9"]
 VIEW = View(64, 96, 8, 9, 0, 0, "center", 42)
@@ -33,6 +38,29 @@ def test_a_good_dataset_passes_with_its_headline(folder, capsys):
     check.main([str(folder), *SIZE])
     assert "3 clips of 128x96 at 24 fps -> 96x64 at 8 fps; 3 of 9 frames" in capsys.readouterr().out
     assert sorted(folder.rglob("*")) == before
+
+
+def test_motion_is_listed_with_stills_and_the_commands_that_split_at_cuts(tmp_path, capsys):
+    red, blue = (np.array(draw_clip("circle", "red", way, 9, 64, 96)) for way in ("left", "up"))
+    for name, shots in {"a b": [*red[:4], *(255 - blue[:5])], "still": [red[0]] * 9}.items():
+        imageio.mimsave(tmp_path / f"{name}.mp4", shots, fps=8, macro_block_size=1)
+        (tmp_path / f"{name}.txt").write_text(name)
+    check.main([str(tmp_path), *SIZE])
+    said = capsys.readouterr().out
+    assert "stills, whose frames do not change and teach a model not to move: still.mp4" in said
+    assert re.search(r"motion, in levels of 255 per second:\n  0\.\d still.mp4\n  \d+\.\d a b.mp4\n", said)
+    (line,) = [line for line in said.splitlines() if line.startswith("a b.mp4: cuts to another shot at 0.44 s")]
+    command = line.partition(": ffmpeg ")[2] or line.partition("): ")[2]
+    assert f"'{tmp_path}/a b.mp4'" in command and f"-ss 0.438 '{tmp_path}/a b-2.mkv'" in command
+
+
+def test_of_many_clips_the_least_and_the_most_motion_is_listed():
+    clips = [Clip(None, "a", line) for line in range(1, 51)]
+    facts = [SimpleNamespace(motion=float(line), window=line % 2) for line in range(1, 51)]
+    title, *lines = list_motion(clips, facts)
+    assert lines[:2] == ["  1.0 line 1, window 2", "  2.0 line 2"] and lines[-1] == "  50.0 line 50"
+    assert len(lines) == 21 and lines[10] == "  ... 30 more between ..."
+    assert list_motion(clips[:1], [SimpleNamespace(motion=None, window=0)]) == []
 
 
 def test_all_problems_are_listed_damage_that_only_decoding_finds_among_them(folder, capsys):

@@ -15,9 +15,10 @@ from make_example import draw_clip, make_clips
 from PIL import Image
 
 from clips import check, frames
-from clips.facts import brightness, examine, facts_of, headline, motion, remarks
+from clips.facts import brightness, examine, facts_of, headline, remarks
 from clips.frames import View, choose_frames, choose_source
 from clips.listing import Clip, Columns, Folder, read_listing
+from clips.motion import motion, watch
 from clips.selection import Selection
 from cogvideox.base_model import load_tokenizer, read_base_model
 from cogvideox.encoders import cut_caption
@@ -358,6 +359,25 @@ def test_what_a_base_model_refuses_is_refused_here_too(checkpoint_of, clips, tmp
     assert "gives 5 frames at --fps 8, and this base model needs 9" in refused(capsys, [folder, *SMALL, *model]).err
 
 
+def test_stills_and_cuts_are_told_on_the_cards_and_above_them(tmp_path, capsys):
+    """A clip with a cut, one that is still, and one that is neither."""
+    red, blue = (
+        draw_clip(shape, colour, "left", 9, 64, 96) for shape, colour in (("circle", "red"), ("square", "blue"))
+    )
+    red, blue = np.array(red), 255 - np.array(blue)
+    for name, shots in {"a": [*red[:4], *(255 - blue[:5])], "b": [red[0]] * 9, "c": red}.items():
+        imageio.mimsave(tmp_path / f"{name} 1.mp4", shots, fps=8, macro_block_size=1)
+        (tmp_path / f"{name} 1.txt").write_text(name)
+    preview.main([str(tmp_path), *SMALL])
+    said = capsys.readouterr().out
+    assert "stills, whose frames do not change and teach a model not to move: b 1.mp4" in said
+    assert "more than one shot, with a cut between them: a 1.mp4" in said
+    _, *articles = (tmp_path / "preview.html").read_text().split("<article ")
+    assert "cuts to another shot at 0.44 s; split it there" in articles[0] and "a 1-2.mkv" in articles[0]
+    assert "is a still" in articles[1] and 'class="remark"' not in articles[2]
+    assert [article.count('title="a cut"') for article in articles] == [1, 0, 0]
+
+
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
 
@@ -446,7 +466,7 @@ def test_clips_are_sorted_and_filtered(page, shown):
         assert found == sorted(found, reverse=name == "brightness")
     page.evaluate("s.value = 'number'; s.onchange()")
     page.evaluate("n = document.querySelector('.noted'); n.click()")
-    assert order(page) == "2 5" and "2 of 5 clips" in page.evaluate("document.querySelector('.tools').innerText")
+    assert order(page) == "2 4 5" and "3 of 5 clips" in page.evaluate("document.querySelector('.tools').innerText")
     page.evaluate("n.click(); f = document.querySelector('[type=search]'); f.value = '猫'; f.oninput()")
     assert order(page) == "1"
     page.evaluate("f.value = 'STILL'; f.oninput()")
@@ -529,7 +549,8 @@ def test_it_fits_a_phone_in_light_and_dark(page, shown, dark):
 def test_a_thousand_clips_open(page, clips, tmp_path, monkeypatch, capsys):
     video = read_listing([Folder(clips)]).clips[0].video
     num_frames, side = preview.film_size(1000)
-    made, facts, _ = drawn(Clip(video, "a", 1), side=side, num_frames=num_frames)
+    made, facts, seen = drawn(Clip(video, "a", 1), side=side, num_frames=num_frames)
+    facts = facts._replace(**watch(video, facts.file, VIEW, seen)._asdict())
     monkeypatch.setattr(check, "_look", lambda window, *_, **__: window._replace(made=made))
     folder = tmp_path / "many"
     folder.mkdir()
