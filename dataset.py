@@ -18,12 +18,13 @@ from contextlib import closing, contextmanager, suppress
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from clips.clean import remove_leftovers
-from clips.entries import Damaged, Header, Shapes, discard, find_stamp, read_entry, read_header, write_entry
+from clips.entries import MOTION, Damaged, Header, Shapes, discard, find_stamp, read_entry, read_header, write_entry
 from clips.facts import (
     Examined,
     Facts,
@@ -40,6 +41,7 @@ from clips.facts import (
 from clips.frames import MEND, View, decode, decoding_threads, describe_damage, first_image
 from clips.known import File, Notes, record_use
 from clips.listing import Clip, Listing
+from clips.motion import motion
 from clips.order import WITHOUT_CAPTION, Item, Order, Ranks, Timeline, count_held_out
 from clips.selection import Selection
 from files import CannotContinue, hash_of, map_ahead
@@ -123,6 +125,16 @@ class Data(NamedTuple):
             facts=[self.facts[clip] for clip in clips] if self.facts else (),
         )
 
+    def motion(self, fps: float) -> float | None:
+        """Returns how much the videos move on average at a frame rate, in levels of 255 per second.
+
+        None if there are only images, or if it is not known of all videos: caches of earlier versions do not tell it.
+        """
+        videos = [of_clip for of_clip in self.facts if of_clip.num_seen > 1]
+        if not videos or any(of_clip.motion is None for of_clip in videos):
+            return None
+        return fmean(fps * of_clip.motion / of_clip.view.fps for of_clip in videos)
+
     def order(self, **settings) -> Order:
         """Returns the order in which training sees the clips; `settings` are further fields of `Order`."""
         return Order(
@@ -202,11 +214,11 @@ def encode_dataset(
         record_use(cache, used_by, files)  # before hours of encoding, in which `clean` may be called
     _refuse(listing, everyone, encode_missing(sources, probed, cache, ranks=ranks, progress=progress))
     _wait_for_files(listing, files, everyone)
-    shapes, damage = zip(*sound_headers(sources, notes, listing, ranks=ranks, everyone=everyone, progress=progress))
+    headers = sound_headers(sources, notes, listing, ranks=ranks, everyone=everyone, progress=progress)
     if not allow_damaged:
-        _refuse(listing, everyone, [clip.problem(f"{of}; {MEND}") for clip, of in zip(clips, damage) if of])
-    facts = [of_clip.without_times()._replace(damage=found) for of_clip, found in zip(facts, damage)]
-    data = _described(checked._replace(facts=facts), sources.cached_clips(shapes), list(shapes))
+        _refuse(listing, everyone, [c.problem(f"{h.damage}; {MEND}") for c, h in zip(clips, headers) if h.damage])
+    facts, shapes = _decoded_facts(facts, headers), [header.shape for header in headers]
+    data = _described(checked._replace(facts=facts), sources.cached_clips(shapes), shapes)
     return data._replace(
         prompts={prompt: captions[prompt] for prompt in prompts},
         labels=[of_clip.label(clip) for clip, of_clip in zip(clips, facts)],
@@ -214,6 +226,14 @@ def encode_dataset(
         remarks=(*data.remarks, *_on_older_cache(sum(clip.is_outdated for clip in probed))),
         mend=partial(encode_again, sources._replace(facts=facts)),
     )
+
+
+def _decoded_facts(facts: list[Facts], headers: list[Header]) -> list[Facts]:
+    """Returns the facts with what was found out when the clips were decoded, and without what that needs."""
+    return [
+        of_clip.without_times()._replace(damage=header.damage, motion=header.motion)
+        for of_clip, header in zip(facts, headers)
+    ]
 
 
 def _described(checked: "Checked", clips: "CachedClips", shapes: list[tuple[int, ...]]) -> Data:
@@ -535,6 +555,7 @@ class Decoded(NamedTuple):
     frames: torch.Tensor  # uint8 [F, H, W, C]
     image: torch.Tensor | None  # uint8 [H, W, C], to be stored beside the latents
     damage: str  # what the decoder reported, to be stored as well; empty: nothing
+    motion: float | None  # likewise; None for a single frame
 
 
 def cache_latents(new: list[NewLatents], encoder: "Encoder", progress: Callable) -> list[str]:
@@ -582,7 +603,7 @@ def _decode(problems: list[tuple[int, str]], new: NewLatents) -> Decoded | None:
     image = None
     if view.with_image:
         image = first_image(new.clip, frames, view, mirrored=new.mirrored, file=new.file)
-    return Decoded(new, frames, image, describe_damage(damage) if damage else "")
+    return Decoded(new, frames, image, describe_damage(damage) if damage else "", motion(frames, view.fps))
 
 
 def _write_latents(problems: list[tuple[int, str]], clip: Decoded, parameters: torch.Tensor) -> None:
@@ -592,7 +613,7 @@ def _write_latents(problems: list[tuple[int, str]], clip: Decoded, parameters: t
         problems.append((new.clip.line, new.clip.problem(problem)))
         return
     image = {} if clip.image is None else {"image": clip.image}
-    write_entry(new.path, {"parameters": parameters} | image, clip.damage)
+    write_entry(new.path, {"parameters": parameters} | image, clip.damage, motion=clip.motion)
 
 
 def _filled_up(batch: list, size: int) -> list:
@@ -677,11 +698,15 @@ def latents_headers(paths: list[Path], notes: Notes, ranks: Ranks) -> list[Heade
     headers = []
     for path in ranks.share(paths):
         key = ["latents", path.name, there[path.parent].get(path.name)]
-        header = notes.get(key) or read_header(path)
+        if note := notes.get(key):
+            shape, damage = note
+            header = Header(tuple(shape), damage, notes.get([*key, MOTION]))
+        else:
+            header = read_header(path)
         if not isinstance(header, Damaged):
-            notes.add(key, header)
-            shape, damage = header
-            header = Header(tuple(shape), damage)
+            notes.add(key, header[:2])  # all that earlier versions know
+            if header.motion is not None:
+                notes.add([*key, MOTION], header.motion)
         headers.append(header)
     notes.publish()
     return ranks.gather_shares(headers)

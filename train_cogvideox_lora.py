@@ -1015,11 +1015,11 @@ def validate(run: Run, step: int) -> int:
     Raises:
         CannotContinue: it has failed as often in a row as is allowed; less often, training continues.
     """
-    losses, failures = None, run.failures
+    motion, losses, failures = {}, {}, run.failures
     try:
         with run.state.average.applied(), validation.failing_together(partial(agree, run)):
             if run.args.validation_prompt:
-                sample_videos(run, step)
+                motion = sample_videos(run, step)
             if run.held_out.shapes:
                 losses = held_out_losses(run)
     except signals.Stopped as stopped:
@@ -1033,20 +1033,25 @@ def validate(run: Run, step: int) -> int:
         run.accelerator.print(f"\n{message}; training continues")
         return 0
     failures.validations_in_a_row = 0
-    if losses:
-        keep_losses(run, step, losses)
+    if motion or losses:
+        keep_measures(run, step, motion, losses)
     write_report(run)
     return 0
 
 
-def keep_losses(run: Run, step: int, losses: dict[str, float]) -> None:
-    """Keeps the result if it is the best so far, and logs the losses on held-out clips."""
-    if step:  # never the base model
+def keep_measures(run: Run, step: int, motion: dict[str, float], losses: dict[str, float]) -> None:
+    """Keeps the result if it is the best so far, and logs the motion of the videos and the losses on held-out clips."""
+    if step and losses:  # never the base model
         checkpoints.save_best(run.accelerator, run.state, run.export, run.args.output_dir, step=step, losses=losses)
     # Last: the row tells a resumed run that this validation is complete.
-    row = {"step": step, "epoch": round(run.timeline.epoch(step), 4)} | losses
+    row = {"step": step, "epoch": round(run.timeline.epoch(step), 4)} | motion | losses
     run_directory.log_row(run.accelerator, run.args.output_dir, row, group="validation")
-    run.accelerator.print(f"\nupdate {step}: loss on held-out clips {losses['validation_loss']:.4f}")
+    if losses:
+        run.accelerator.print(f"\nupdate {step}: loss on held-out clips {losses['validation_loss']:.4f}")
+    if step and motion and run.accelerator.is_main_process:
+        base = run_directory.base_motion(run.args.output_dir)
+        if remark := validation.remark_on_motion(motion["validation_motion"], base, motion.get("data_motion")):
+            print(f"\nupdate {step}: {remark}")
 
 
 def agree(run: Run, error: Exception | None = None) -> None:
@@ -1082,13 +1087,14 @@ def held_out_losses(run: Run) -> dict[str, float]:
         )
 
 
-def sample_videos(run: Run, step: int) -> None:
+def sample_videos(run: Run, step: int) -> dict[str, float]:
+    """Samples the validation videos; returns how much they and the training clips move, as far as that is known."""
     args, device, tiling = run.args, run.accelerator.device, run.memory_plan.tile_decoding
     view = run.data.selection.view
     size = {"height": view.height, "width": view.width}
     options = size | {"num_frames": view.max_num_frames, "guidance_scale": args.guidance_scale}
     options |= {"use_dynamic_cfg": True} if args.use_dynamic_cfg else {}
-    validation.sample_videos(
+    motion = validation.sample_videos(
         run.accelerator,
         run.ranks,
         run.base,
@@ -1104,6 +1110,8 @@ def sample_videos(run: Run, step: int) -> None:
         command=demo_command(run, step, options),
         agree=partial(agree, run),
     )
+    of_data = run.data.motion(args.fps)
+    return motion | {"data_motion": of_data} if motion and of_data is not None else motion
 
 
 def demo_command(run: Run, step: int, video_options: dict) -> list[str]:

@@ -1,8 +1,8 @@
 """Writes and reads the entries of the cache: files of tensors with a checksum, in which any changed bit is found.
 
 The checksum is the SHA-256 of the whole file with zeros in its place. It is in the metadata of the safetensors format,
-beside what the decoder reported of a damaged clip. Entries of earlier versions have none: their form, shapes and values
-are checked all the same.
+beside what the decoder reported of a damaged clip, and how much the clip moves. Entries of earlier versions lack it, or
+the motion: their form, shapes and values are checked all the same.
 """
 
 import errno
@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from clips.known import publish_in_cache
 from files import with_metadata
 
-CHECKSUM, DAMAGE = "checksum", "damage"  # all that the metadata of an entry hold
+CHECKSUM, DAMAGE, MOTION = "checksum", "damage", "motion"  # all that the metadata of an entry hold
 NO_CHECKSUM = "0" * 64
 Shapes = dict[str, tuple[int, ...] | None]  # of the tensors of an entry, by name; None: not known
 
@@ -39,6 +39,7 @@ class Header(NamedTuple):
 
     shape: tuple[int, ...]  # (2c, f, h, w)
     damage: str | None  # what the decoder reported of the clip
+    motion: float | None = None  # levels of 255 per second; None: a single frame, or an entry of an earlier version
 
 
 class Damaged(NamedTuple):
@@ -61,15 +62,18 @@ def find_stamp(path: Path) -> Stamp | None:
 # ---- write -----------------------------------------------------------------------------------------------------------
 
 
-def write_entry(path: Path, tensors: dict[str, torch.Tensor], damage: str = "") -> None:
+def write_entry(path: Path, tensors: dict[str, torch.Tensor], damage: str = "", *, motion: float | None = None) -> None:
     """Publishes an entry.
 
     safetensors' own save_file is not used: it reports a full disk as an exception of its own.
 
     Args:
         damage: what the decoder reported of the clip; empty: nothing.
+        motion: how much it moves, in levels of 255 per second; None for a single frame.
     """
-    content = to_bytes(tensors, {DAMAGE: damage} if damage else {})
+    metadata = {DAMAGE: damage} if damage else {}
+    metadata |= {MOTION: str(motion)} if motion is not None else {}
+    content = to_bytes(tensors, metadata)
     if path.is_dir():
         _set_aside(path)
     publish_in_cache(path, content)
@@ -130,7 +134,8 @@ def read_header(path: Path) -> Header | Damaged:
             _check_metadata(metadata)
             if "parameters" not in (names := file.keys()):
                 raise ValueError(f"holds {', '.join(names) or 'nothing'} instead of parameters")
-            return Header(tuple(file.get_slice("parameters").get_shape()), metadata.get(DAMAGE))
+            shape, motion = tuple(file.get_slice("parameters").get_shape()), metadata.get(MOTION)
+            return Header(shape, metadata.get(DAMAGE), None if motion is None else float(motion))
     except (OSError, SafetensorError, ValueError) as error:
         return Damaged(path, _reason(error), stamp)
 
@@ -155,7 +160,7 @@ def _check_content(content: bytes, tensors: dict[str, torch.Tensor]) -> None:
 
 def _check_metadata(metadata: dict[str, str]) -> None:
     """Refuses other keys than those of an entry; a checksum with a changed name would not be missed otherwise."""
-    if foreign := sorted(metadata.keys() - {CHECKSUM, DAMAGE}):
+    if foreign := sorted(metadata.keys() - {CHECKSUM, DAMAGE, MOTION}):
         raise ValueError(f"metadata of another program: {', '.join(foreign)}")
 
 

@@ -327,7 +327,10 @@ def list_motion(clips: list[Clip], facts: list[Facts]) -> list[str]:
     moving = sorted(
         (fact.motion, clip.line, fact.window, clip.named) for clip, fact in zip(clips, facts) if fact.motion is not None
     )
-    lines = [f"  {value:.1f} {named}{f', window {window + 1}' if window else ''}" for value, _, window, named in moving]
+    lines = [
+        f"  {value:.1f} {printable(named)}{f', window {window + 1}' if window else ''}"
+        for value, _, window, named in moving
+    ]
     if len(lines) > MOST_LINES:
         most = lines[-MOST_LINES // 2 :]
         lines = [*lines[: MOST_LINES // 2], f"  ... {len(lines) - MOST_LINES} more between ...", *most]

@@ -106,6 +106,7 @@ def panels(rows: list[dict], best: dict) -> list[dict]:
         _loss_panel(training),
         _validation_panel(validation, best),
         _timestep_panel(validation),
+        _motion_panel(having(rows, "validation_motion")),
         _plain_panel("Learning rate", "The size of the optimizer's steps.", training, "lr"),
         _plain_panel("Gradient norm", gradient_note, training, "grad_norm", noisy=True),
         _plain_panel("Seconds per step", "Without checkpoints and validation.", training, "seconds", noisy=True),
@@ -171,6 +172,22 @@ def _timestep_panel(validation: list[dict]) -> dict:
         options |= {"unit": " %", "dashed": {"y": 0, "label": "base model"}}
         note += " As a change from the base model."
     return _panel("Validation loss by timestep", note, curves, **options)
+
+
+def _motion_panel(sampled: list[dict]) -> dict:
+    """The motion of the validation videos, with the base model's and the training clips' where they are known."""
+    note = (
+        "How much the validation videos change in a second, in levels of 255: the mean difference of successive frames "
+        "times the frame rate. Where it falls far below the base model's and the training clips', motion dies."
+    )
+    options, of_data = {"zero": True}, sampled[-1].get("data_motion") if sampled else None
+    if of_data is not None:
+        options["dashed"] = {"y": of_data, "label": "mean of the training clips"}
+    else:
+        note += " That of the training clips is not known: an earlier version has encoded some, or all are images."
+    if sampled and sampled[0]["step"] == 0:
+        options["mark"] = {"x": 0, "y": sampled[0]["validation_motion"], "label": "base model"}
+    return _panel("Motion of the videos", note, [curve(sampled, "validation_motion", "validation videos")], **options)
 
 
 def curve(rows: list[dict], name: str, label: str, *, noisy: bool = False, base: float | None = None) -> dict:

@@ -195,6 +195,11 @@ def read_metrics(output_dir: Path) -> list[dict]:
     return rows
 
 
+def base_motion(output_dir: Path) -> float | None:
+    """Returns how much the base model's validation videos move; None if that was not measured."""
+    return next((row.get("validation_motion") for row in read_metrics(output_dir) if row["step"] == 0), None)
+
+
 def smoothed_loss(output_dir: Path) -> float | None:
     """Returns the last smoothed loss that is recorded, None in a fresh run.
 

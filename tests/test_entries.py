@@ -57,7 +57,9 @@ def entry(tmp_path):
     return read
 
 
-@pytest.mark.parametrize("metadata", [{}, {"damage": "is damaged at 1.00 s (x)"}], ids=["plain", "of a damaged clip"])
+@pytest.mark.parametrize(
+    "metadata", [{}, {"damage": "is damaged at 1.00 s (x)", "motion": "12.5"}], ids=["plain", "of a damaged clip"]
+)
 def test_every_flipped_bit_of_an_entry_is_found(monkeypatch, metadata):
     content = to_bytes(TENSORS, metadata)
 
@@ -103,7 +105,7 @@ def test_an_entry_of_an_earlier_version_is_read_and_checked_for_what_can_be_chec
     for metadata in (None, {"damage": "is damaged at 1.00 s (x)"}):
         read = entry(save(TENSORS, metadata))
         assert all(torch.equal(read[name], tensor) for name, tensor in TENSORS.items())
-        assert read_header(tmp_path / "entry.safetensors") == ((2, 1, 2, 2), metadata and metadata["damage"])
+        assert read_header(tmp_path / "entry.safetensors") == ((2, 1, 2, 2), metadata and metadata["damage"], None)
     infinite = {"parameters": torch.full((2, 1, 2, 2), math.inf), "image": TENSORS["image"]}
     assert entry(save(infinite)).reason == "parameters holds NaN or infinity"
 

@@ -37,6 +37,7 @@ def make_run(folder, steps=400, videos=(0, 100, 250, 400), smoothed=True, valida
             }
             measured.append((sum(by_timestep.values()) / 4, step))
             row = {"step": step, "epoch": step / 40, "validation_loss": measured[-1][0]}
+            row |= {"validation_motion": 30 * math.exp(-2 * step / steps), "data_motion": 24.0}
             append_metrics(folder, row | by_timestep)
     for step in videos:
         make_videos(folder / "validation" / f"step-{step:06d}", step / steps, frames)
@@ -218,6 +219,23 @@ def test_losses_by_timestep_stand_for_themselves_without_a_base_model():
     ]
 
 
+def motion_panel(rows):
+    return next(panel for panel in report.panels(rows, {}) if panel["title"] == "Motion of the videos")
+
+
+def test_motion_is_drawn_from_zero_beside_the_base_model_s_and_the_clips():
+    rows = [{"step": step, "validation_motion": 20.0 - step, "data_motion": 12.5} for step in (0, 5, 10)]
+    panel = motion_panel(rows)
+    assert panel["curves"][0]["points"] == [[0, 20], [5, 15], [10, 10]] and panel["zero"]
+    assert panel["dashed"] == {"y": 12.5, "label": "mean of the training clips"}
+    assert panel["mark"] == {"x": 0, "y": 20, "label": "base model"} and "not known" not in panel["note"]
+
+
+def test_motion_of_clips_that_is_not_known_is_said_to_be():
+    panel = motion_panel([{"step": 5, "validation_motion": 20.0}])
+    assert "dashed" not in panel and "mark" not in panel and "clips is not known" in panel["note"]
+
+
 @pytest.mark.parametrize("count", [1, 1000, 1001, 2499, 100_000])
 def test_thinning_keeps_the_ends_and_the_peaks(count):
     draw = random.Random(count)
@@ -312,25 +330,26 @@ PLAYED = """[...document.querySelectorAll("video")].map(video =>
 
 def test_a_browser_draws_every_curve(page, run_dir):
     page.open(run_dir / "report.html")
-    page.wait("document.querySelectorAll('.plot svg').length === 6")
+    page.wait("document.querySelectorAll('.plot svg').length === 7")
     drawn = """[...document.querySelectorAll("figure")].map(figure => [figure.querySelector("h3").textContent,
         [...figure.querySelectorAll("polyline")].map(line => line.points.numberOfItems)])"""
     assert page.evaluate(drawn) == [
         ["Training loss", [400, 400]],
         ["Validation loss", [9]],
         ["Validation loss by timestep", [9, 9, 9, 9]],
+        ["Motion of the videos", [9]],
         ["Learning rate", [400]],
         ["Gradient norm", [399]],  # one was infinite
         ["Seconds per step", [400]],
     ]
-    assert page.evaluate("document.querySelectorAll('.plot line.dashed').length") == 2
+    assert page.evaluate("document.querySelectorAll('.plot line.dashed').length") == 3
     assert page.errors == []
 
 
 @pytest.mark.parametrize("width", [400, 800, 1280])
 def test_nothing_overlaps_or_leaves_its_frame(page, run_dir, width):
     page.open(run_dir / "report.html", width=width)
-    page.wait("document.querySelectorAll('.plot svg').length === 6")
+    page.wait("document.querySelectorAll('.plot svg').length === 7")
     overlapping = """[...document.querySelectorAll("svg")].flatMap(svg => {
         const labels = [...svg.querySelectorAll("text")].map(text => [text.textContent, text.getBoundingClientRect()]);
         const frame = svg.getBoundingClientRect();
@@ -345,7 +364,7 @@ def test_nothing_overlaps_or_leaves_its_frame(page, run_dir, width):
 
 def test_the_pointer_reads_values(page, run_dir):
     page.open(run_dir / "report.html")
-    page.wait("document.querySelectorAll('.plot svg').length === 6")
+    page.wait("document.querySelectorAll('.plot svg').length === 7")
     box = page.evaluate("""(() => { const dot = document.querySelectorAll("figure")[2].querySelectorAll(".dot")[4];
         const box = dot.getBoundingClientRect(); return [box.x + box.width / 2, box.y]; })()""")
     page.move_pointer(*box)
@@ -358,7 +377,7 @@ def test_the_pointer_reads_values(page, run_dir):
 
 def test_the_loss_can_be_seen_on_a_logarithmic_axis(page, run_dir):
     page.open(run_dir / "report.html")
-    page.wait("document.querySelectorAll('.plot svg').length === 6")
+    page.wait("document.querySelectorAll('.plot svg').length === 7")
     heights = """[...document.querySelectorAll("figure")[0].querySelectorAll(".y-tick")].map(label =>
         [Number(label.textContent), Number(label.getAttribute("y"))])"""
     distances = []

@@ -3,6 +3,7 @@
 import json
 import shlex
 from statistics import fmean
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -14,6 +15,9 @@ from safetensors.torch import load_file
 import cli_demo
 import dataset
 import train_cogvideox_lora
+from clips.entries import write_entry
+from clips.frames import View, read_frames
+from clips.motion import motion
 from clips.order import Item, Ranks
 from cogvideox.base_model import load_transformer, read_base_model
 from cogvideox.budget import MemoryPlan
@@ -171,6 +175,87 @@ def test_a_validation_that_was_missed_is_made_up_for(tiny_checkpoint, tmp_path, 
     path.write_text("".join(line for line in path.read_text().splitlines(True) if '"step": 4, ' not in line))
     resumed = train(tiny_checkpoint, tmp_path / "run", resume_from_checkpoint="latest", **options)
     assert resumed[-1]["validation_loss"] == straight[-1]["validation_loss"]
+
+
+# ---- motion ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_motion_of_the_videos_is_logged_beside_that_of_the_clips(tiny_checkpoint, clips, tmp_path, train):
+    """Computed here once more, from the clips and from the videos, of whose noise an mp4 loses some."""
+    options = {"validation_prompt": "a cat:::a dog", "validation_split": 2, "validation_steps": 2, "max_train_steps": 2}
+    rows = train(tiny_checkpoint, tmp_path / "run", **options)
+    rows = [row for row in rows if "validation_loss" in row]
+    assert [row["step"] for row in rows] == [0, 2]
+    for row in rows:
+        videos = sorted((tmp_path / "run").glob(f"validation/step-{row['step']:06d}/*.mp4"))
+        sampled = [motion(torch.from_numpy(iio.imread(video)), 8) for video in videos]
+        assert len(videos) == 2 and row["validation_motion"] == pytest.approx(fmean(sampled), rel=0.2)
+    seen = View(64, 96, 8, 9, 0, 0, "center", 0)
+    files = [clips / name for name in (clips / "videos.txt").read_text().split()]
+    _, held_out = dataset.Data(dataset.CachedClips([[file] for file in files], [[]] * 6), [()] * 6, {}).split(2, 3407)
+    trained_on = [file for file in files if [file] not in held_out.clips.latents]
+    expected = [motion(read_frames(file, seen, mirrored=False), 8) for file in trained_on]
+    assert len(expected) == 4
+    assert [row["data_motion"] for row in rows] == pytest.approx([fmean(expected)] * 2)
+
+
+def test_the_motion_of_clips_is_left_out_where_an_earlier_version_has_encoded_one(tiny_checkpoint, tmp_path, train):
+    """And nothing is encoded again, nor does anything else change."""
+    options = {"validation_prompt": "a cat", "max_train_steps": 2, "latents_cache_dir": tmp_path / "cache"}
+    first = train(tiny_checkpoint, tmp_path / "a", **options)
+    assert [row["step"] for row in first if "data_motion" in row] == [0, 2]
+    entry = sorted((tmp_path / "cache" / "latents").iterdir())[0]
+    write_entry(entry, load_file(entry))
+    before = entry.stat().st_mtime_ns
+    second = train(tiny_checkpoint, tmp_path / "b", **options)
+    assert entry.stat().st_mtime_ns == before and not any("data_motion" in row for row in second)
+    for name in ("step", "loss", "grad_norm", "validation_motion"):
+        assert [row.get(name) for row in first] == [row.get(name) for row in second]
+
+
+def test_motion_of_clips_is_told_at_the_rate_of_the_videos():
+    """Where a clip is stretched, the model sees it faster."""
+    view = View(64, 96, 8, 9, 0, 0, "center", 0)
+    clip = SimpleNamespace(num_seen=9, motion=20.0, view=view)
+    slow, still = (SimpleNamespace(num_seen=9, motion=2.0, view=view._replace(fps=2)), SimpleNamespace(num_seen=1))
+    data = data_of(["a", "b", "c"])
+    assert data._replace(facts=[clip, slow, still]).motion(8) == 14
+    assert data._replace(facts=[clip, SimpleNamespace(num_seen=9, motion=None)]).motion(8) is None
+    assert data._replace(facts=[still]).motion(8) is None and data.motion(8) is None
+
+
+@pytest.mark.parametrize(
+    ("sampled", "base", "data", "remarked"),
+    [
+        (9.9, 20, 20, True),
+        (10.1, 20, 20, False),
+        (9, 20, None, True),
+        (9, None, 20, True),
+        (9, None, None, False),
+        (0.5, 20, 0.1, True),  # stills: it dies as it does in the data
+        (6, 5, 20, False),  # on the way up from a base model that moves less
+        (4, 5, 20, True),
+        (6, 20, 5, True),
+        (0, 0, 0, False),
+    ],
+)
+def test_motion_that_falls_to_less_than_half_is_remarked_on(sampled, base, data, remarked):
+    remark = validation.remark_on_motion(sampled, base, data)
+    assert bool(remark) == remarked
+    if remarked:
+        assert f"by {sampled:.1f} levels" in remark and "docs/data.md" in remark
+
+
+def test_motion_that_dies_is_said_in_the_run(tiny_checkpoint, tmp_path, train, monkeypatch, capsys):
+    measured = iter([20.0, 9.0, 18.0])
+    monkeypatch.setattr(validation, "motion", lambda frames, fps: next(measured))
+    options = {"validation_prompt": "a cat", "validation_steps": 2, "max_train_steps": 4}
+    rows = train(tiny_checkpoint, tmp_path / "run", **options)
+    assert [row["validation_motion"] for row in rows if "validation_motion" in row] == [20, 9, 18]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "move little" in line]
+    data = next(row["data_motion"] for row in rows if "data_motion" in row)
+    found = f"by 9.0 levels of 255 per second, the base model's by 20.0 and the training clips by {data:.1f}; "
+    assert len(lines) == 1 and lines[0].startswith(f"update 2: the validation videos move little, {found}")
 
 
 def test_the_smoothed_loss_is_a_mean_at_first(tiny_checkpoint, tmp_path, train):
