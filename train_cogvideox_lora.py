@@ -473,12 +473,14 @@ def prepare_data(
     base: BaseModel,
     dtype: torch.dtype,
     memory_plan: MemoryPlan,
-    progress: Callable[..., Iterable],
+    stop: signals.StopRequest,
 ) -> tuple[BaseModel, Data, Data]:
     """Returns the base model with its weights on disk, the training data and the held-out data.
 
     T5 and the VAE are no longer in memory when it returns.
     """
+    ranks = processes.stopping_together(ranks, stop)
+    progress = partial(stop_checked, accelerator, ranks, stop)
     listed, chosen = read_listing(args), selection_of(args, base)
     cache = cache_of(args, listed)
     accelerator.print(listed.describe())
@@ -500,8 +502,7 @@ def prepare_data(
         text_device="cpu" if args.text_encoder_device == "cpu" else accelerator.device,
         cut=cut,
     )
-    advice = partial(encoding_advice, args, accelerator, ranks, base, memory_plan)
-    with memory_explained(advice):
+    with memory_explained(partial(encoding_advice, args, accelerator, ranks, base, memory_plan)):
         data = dataset.encode_dataset(
             listed,
             chosen,
@@ -588,9 +589,11 @@ def plan_updates(args, order: Order, ranks: Ranks, position: dict) -> Timeline:
     )
 
 
-def stop_checked(stop: signals.StopRequest, accelerator: Accelerator, items: Iterable, *about, **options) -> Iterator:
-    """Yields the items with a progress bar; ends between two of them once a signal has arrived."""
-    return stop.checked(progress_bar(accelerator, items, *about, **options))
+def stop_checked(
+    accelerator: Accelerator, ranks: Ranks, stop: signals.StopRequest, items: Iterable, description: str, unit: str
+) -> Iterator:
+    """Yields the items with a progress bar; ends between two of them once a signal has arrived at one of the ranks."""
+    return processes.until_stopped(progress_bar(accelerator, items, description, unit), ranks, stop)
 
 
 def progress_bar(accelerator: Accelerator, items: Iterable | None, description: str, unit: str, **options) -> tqdm:
@@ -1261,13 +1264,7 @@ def main(args: argparse.Namespace) -> None:
 
             # Data: read, checked and encoded, before the transformer comes in.
             base, data, held_out = prepare_data(
-                args,
-                accelerator,
-                ranks,
-                base=base,
-                dtype=dtype,
-                memory_plan=memory_plan,
-                progress=partial(stop_checked, stop, accelerator),
+                args, accelerator, ranks, base=base, dtype=dtype, memory_plan=memory_plan, stop=stop
             )
             if args.encode_only:
                 accelerator.print(*describe_data(data, held_out), dataset.describe_cache([data, held_out]), sep="\n")
@@ -1289,7 +1286,7 @@ def main(args: argparse.Namespace) -> None:
                 stop=stop,
                 record=record,
             )
-            stop.check()
+            processes.stopping_together(ranks, stop).wait()
             smoothed_loss = announce(run, starting, changed | other_content)
 
         with memory_explained(partial(training_advice, run)):

@@ -5,8 +5,9 @@ import errno
 import os
 import secrets
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -23,12 +24,16 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from clips.order import Ranks
 from cogvideox.budget import is_out_of_memory
 from files import CannotContinue, publish
-from run.signals import Stopped
+from run.signals import Stopped, StopRequest
+
+SECONDS_PER_LOOK = 1  # from one look for the signals of other ranks to the next
+STOP_KEY = "stopped by a signal"
 
 
 def start(
@@ -187,6 +192,54 @@ def check_shared(ranks: Ranks, folder: Path, option: str) -> None:
             f"{option} {folder}: the machines of this run do not see the same folder, and all of them write to it; "
             "put it on a shared disk"
         )
+
+
+def stopping_together(ranks: Ranks, stop: StopRequest) -> Ranks:
+    """Returns the same ranks, of which each exchange ends the run on all of them once one has received a signal.
+
+    Its functions raise Stopped.
+    """
+
+    def gather(items: list) -> list:
+        told = ranks.gather([(stop.number, items)])
+        if number := max(number for number, _ in told):
+            message = "stopped before the first update: what is encoded stays, and the same command starts again"
+            raise Stopped(number, message)
+        return [item for _, items_of_rank in told for item in items_of_rank]
+
+    return ranks._replace(gather=gather, wait=lambda: gather([]))
+
+
+def until_stopped(items: Iterable, ranks: Ranks, stop: StopRequest) -> Iterator:
+    """Yields the items, and ends between two of them on all ranks once a signal has arrived at one.
+
+    The ranks have different items, which take long: a store tells one of the other's signal between two exchanges.
+
+    Args:
+        ranks: what `stopping_together` returns.
+
+    Raises:
+        Stopped: a signal has arrived.
+    """
+    looked = time.monotonic()
+    for item in items:
+        if stop.number or time.monotonic() > looked + SECONDS_PER_LOOK:
+            looked = time.monotonic()
+            _tell_of_stop(stop)
+        if stop.number:
+            ranks.wait()  # for the exchange that all come to; it ends the run
+        yield item
+
+
+def _tell_of_stop(stop: StopRequest) -> None:
+    """Tells the other ranks of this one's signal, or learns of theirs."""
+    if not torch.distributed.is_initialized():
+        return
+    store = _get_default_store()  # torch 2.13 has no public way to the store that connects the ranks
+    if stop.number:
+        store.set(STOP_KEY, str(stop.number))
+    elif store.check([STOP_KEY]):
+        stop.number = int(store.get(STOP_KEY))
 
 
 @contextlib.contextmanager

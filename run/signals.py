@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -34,17 +34,6 @@ class StopRequest:
 
     def __init__(self):
         self.number = 0
-
-    def check(self) -> None:
-        """Ends a phase that has nothing to save."""
-        if self.number:
-            raise Stopped(self.number, "stopped before the first update; the same command starts again")
-
-    def checked(self, items: Iterable) -> Iterator:
-        """Yields the items, and ends between two of them once a signal has arrived."""
-        for item in items:
-            self.check()
-            yield item
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import ROOT, reset_accelerate, training_options
+from faults.harness import free_port
 from safetensors.torch import load_file
 from test_distributed import torchrun
 
@@ -397,6 +398,36 @@ def test_a_second_signal_ends_at_once(tmp_path):
             assert process.poll() is None
         process.terminate()
         assert process.wait(timeout=10) == 143
+
+
+BUSY_RANK = """
+import os, signal, time
+import torch.distributed as dist
+from clips.order import Ranks
+from run import processes, signals
+
+def gather(items):
+    told = [None, None]
+    dist.all_gather_object(told, items)
+    return sum(told, [])
+
+dist.init_process_group("gloo")
+with processes.endings_explained(), signals.noted() as stop:
+    ranks = processes.stopping_together(Ranks(dist.get_rank(), 2, gather=gather), stop)
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    for _ in processes.until_stopped(range(600), ranks, stop):
+        time.sleep(0.1)
+"""
+
+
+def test_a_rank_with_an_hour_of_clips_left_learns_of_the_signal_of_another():
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", BUSY_RANK], cwd=ROOT, env=environment | {"RANK": rank})
+        for rank in ("0", "1")
+    ]
+    assert [rank.wait(timeout=50) for rank in ranks] == [143, 143]  # its items take a minute
 
 
 def test_a_run_whose_launcher_is_gone_ends_as_by_sigterm(tmp_path):

@@ -9,7 +9,7 @@ from faults import stops
 SAMPLE = (
     ("in encoding", signal.SIGINT), ("in the first validation", signal.SIGTERM), ("in an update", signal.SIGUSR1),
     ("in a later validation", signal.SIGTERM), ("in save", signal.SIGINT),
-    ("two ranks: the second, in an update", signal.SIGTERM),
+    ("two ranks: the second, in an update", signal.SIGTERM), ("two ranks: the second, in encoding", signal.SIGTERM),
 )  # fmt: skip
 
 
