@@ -106,7 +106,7 @@ def starting_point(output_dir: Path, resume_from: str | None, *, only_look: bool
         only_look: change nothing.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
+        FileNotFoundError: there is no checkpoint.
         ValueError: it is damaged, or the records beside it are, or the directory holds the results of a run that got
             further.
     """
@@ -150,18 +150,13 @@ def _best_aside(output_dir: Path) -> list[str]:
 
 
 def _start_at(output_dir: Path, resume_from: str) -> Start:
-    existing = list_checkpoints(output_dir)
     candidates = [Path(resume_from).expanduser(), output_dir / resume_from]
-    checkpoint = next((path for path in candidates if path.is_dir()), None)
-    if checkpoint is None:
-        names = ", ".join(path.name for path in existing) or "no checkpoint"
-        raise FileNotFoundError(
-            f"--resume_from_checkpoint {resume_from}: no such folder; {output_dir} holds {names}; name one of those, "
-            "or pass auto, which resumes from the newest or starts from the beginning"
-        )
-    if problem := damage(checkpoint):
-        raise ValueError(f"--resume_from_checkpoint {resume_from}: {problem}; resume from latest, which passes it over")
-    saved = _read_state(checkpoint)
+    checkpoint = next((path for path in candidates if path.exists()), None)
+    problem = damage(checkpoint) if checkpoint and checkpoint.is_dir() else "no such folder"
+    if problem:
+        way_out = _instead_of(checkpoint or candidates[-1], output_dir)
+        raise ValueError(f"--resume_from_checkpoint {resume_from}: {problem}; {way_out}")
+    saved, existing = _read_state(checkpoint), list_checkpoints(output_dir)
     later = [path.name for path in existing if int(path.name.removeprefix("checkpoint-")) > saved["step"]]
     if later:
         raise ValueError(
@@ -170,6 +165,22 @@ def _start_at(output_dir: Path, resume_from: str) -> Start:
         )
     check_records(checkpoint.parent)
     return Start(checkpoint, saved)
+
+
+def _instead_of(path: Path, output_dir: Path) -> str:
+    """Returns what to pass instead of a path at which no whole checkpoint is."""
+    if inside := list_checkpoints(path):
+        return f"it is the folder of a run: name a checkpoint in it, such as {inside[-1]}"
+    if path.suffix == ".safetensors" or ((path / LORA_FILE).is_file() and not (path / STATE_FILE).exists()):
+        return "it is a LoRA without the state of a run: a new run can start from it with --lora_path"
+    folder = path.parent if path.exists() else output_dir
+    others = ", ".join(other.name for other in list_checkpoints(folder) if other != path)
+    if folder.absolute() != output_dir.absolute():
+        return f"beside it, {folder} holds {others or 'no other'}"
+    if not others:
+        other = "other checkpoint" if path.exists() else "checkpoint"
+        return f"{folder} holds no {other}; pass auto, which then starts from the beginning"
+    return f"{folder} holds {others}; name one of those, or pass auto, which resumes from the newest that is whole"
 
 
 def _check_may_begin(output_dir: Path, resume_from: str, remarks: list[str]) -> None:

@@ -117,7 +117,8 @@ def _as_typed(value) -> str:
 
 def describe(name: str, differing: dict[str, list]) -> list[str]:
     """Returns a line on the options that differ from the checkpoint's; none if none do."""
-    found = [f"--{option} {_as_typed(now)} (was {_as_typed(before)})" for option, (before, now) in differing.items()]
+    named = {what: what if ": " in what else f"--{what}" for what in differing}  # content, or an option
+    found = [f"{named[what]} {_as_typed(now)} (was {_as_typed(before)})" for what, (before, now) in differing.items()]
     return [f"continues from {name} with other values: {', '.join(found)}"] if found else []
 
 

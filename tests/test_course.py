@@ -95,6 +95,23 @@ def test_a_changed_run_equals_one_whose_checkpoint_had_the_new_value(tiny_checkp
     assert distances[1] / distances[0] == pytest.approx(0.5, rel=0.1)
 
 
+def test_what_is_no_checkpoint_is_named_with_what_to_pass_instead(tiny_checkpoint, tmp_path, train, capsys):
+    run, branch = tmp_path / "run", tmp_path / "branch"
+    train(tiny_checkpoint, run, max_train_steps=2, checkpointing_steps=1, validation_split=1)
+    (run / "checkpoint-1" / "training_state.json").write_text("{")
+    for folder, named, says in (
+        (branch, run, f"it is the folder of a run: name a checkpoint in it, such as {run}/checkpoint-2"),
+        (branch, run / LORA_FILE, "a new run can start from it with --lora_path"),
+        (branch, run / "checkpoint-best", "a new run can start from it with --lora_path"),
+        (branch, run / "checkpoint-1", "damaged (Expecting property name enclosed in double quotes: line 1 column 2"),
+        (branch, run / "checkpoint-1", f"beside it, {run} holds checkpoint-2"),
+        (branch, "checkpoint-7", f"no such folder; {branch} holds no checkpoint; pass auto, which then starts"),
+        (run, "checkpoint-7", f"no such folder; {run} holds checkpoint-1, checkpoint-2; name one of those, or pass"),
+        (run, "checkpoint-1", f"{run} holds checkpoint-2; name one of those, or pass auto, which resumes from"),
+    ):
+        refused(capsys, lambda: train(tiny_checkpoint, folder, resume_from_checkpoint=named), says)  # noqa: B023
+
+
 def test_another_number_of_clips_keeps_the_share_of_the_epoch(tiny_checkpoint, tmp_path, train, capsys):
     clips = make_clips(tmp_path / "clips", count=4)
     options = {"instance_data_root": clips, "checkpointing_steps": 2, "max_train_steps": 2, "learning_rate": 1e-30}
@@ -105,6 +122,7 @@ def test_another_number_of_clips_keeps_the_share_of_the_epoch(tiny_checkpoint, t
     resumed = options | {"max_train_steps": 5, "resume_from_checkpoint": "latest"}
     refused(capsys, lambda: train(tiny_checkpoint, tmp_path / "run", **resumed), "clips 4, now 6", "--change data")
     rows = train(tiny_checkpoint, tmp_path / "run", **resumed, change="data")
+    assert "with other values: data: clips 6 (was 4), data: videos" in capsys.readouterr().out
     assert column(rows, "epoch") == pytest.approx([0.25, 0.5, 4 / 6, 5 / 6, 1], abs=1e-4)
 
 
