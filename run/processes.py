@@ -195,7 +195,7 @@ def check_shared(ranks: Ranks, folder: Path, option: str) -> None:
 
 
 def stopping_together(ranks: Ranks, stop: StopRequest) -> Ranks:
-    """Returns the same ranks, of which each exchange ends the run on all of them once one has received a signal.
+    """Returns the same ranks; each of their exchanges ends the run on all of them once one has received a signal.
 
     Its functions raise Stopped.
     """
