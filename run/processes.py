@@ -163,21 +163,23 @@ def sharing(ranks: Ranks, folder: Path, option: str) -> Ranks:
     own_mark = folder / f".machine-{secrets.token_hex(8)}"
     is_first_of_machine = os.environ["LOCAL_RANK"] == "0"
     marks, problems = [], []
-    if is_first_of_machine:
-        try:
-            publish(own_mark, b"")
-            marks = [own_mark.name]
-        except OSError as error:
-            problems = [f"{folder}: cannot be written to ({error.strerror}); pass another folder with {option}"]
-    if problems := ranks.gather(problems):
-        raise ValueError("; ".join(problems))
-    seen = tuple(mark for mark in ranks.gather(marks) if (folder / mark).exists())
-    same_folder = [rank for rank, seen_there in ranks.gather([(ranks.index, seen)]) if seen_there == seen]
-    ranks.wait()
-    if is_first_of_machine:
-        own_mark.unlink()
-        with contextlib.suppress(OSError):  # not empty
-            folder.rmdir()
+    try:
+        if is_first_of_machine:
+            try:
+                publish(own_mark, b"")
+                marks = [own_mark.name]
+            except OSError as error:
+                problems = [f"{folder}: cannot be written to ({error.strerror}); pass another folder with {option}"]
+        if problems := ranks.gather(problems):
+            raise ValueError("; ".join(problems))
+        seen = tuple(mark for mark in ranks.gather(marks) if (folder / mark).exists())
+        same_folder = [rank for rank, seen_there in ranks.gather([(ranks.index, seen)]) if seen_there == seen]
+        ranks.wait()
+    finally:  # also where a signal, or the folder of another machine, ends the run
+        if is_first_of_machine:
+            with contextlib.suppress(OSError):  # it could not be written, or the folder is not empty
+                own_mark.unlink()
+                folder.rmdir()
 
     def gather(items: list) -> list:
         return [item for seen_there, item in ranks.gather([(seen, item) for item in items]) if seen_there == seen]

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from test_distributed import torchrun
 
 import train_cogvideox_lora
+from clips.order import Ranks
 from cogvideox import budget, encoders
 from cogvideox.lora_files import LORA_FILE
-from run import checkpoints, dry_run, guard, processes, validation
+from run import checkpoints, dry_run, guard, processes, signals, validation
 from run.run_directory import list_checkpoints, read_metrics
 
 
@@ -428,6 +429,22 @@ def test_a_rank_with_an_hour_of_clips_left_learns_of_the_signal_of_another():
         for rank in ("0", "1")
     ]
     assert [rank.wait(timeout=50) for rank in ranks] == [143, 143]  # its items take a minute
+
+
+@pytest.mark.parametrize("exchange", [1, 2, 3, 4])
+def test_a_signal_while_machines_look_for_a_shared_disk_leaves_no_file(tmp_path, monkeypatch, exchange):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    stop, exchanges = signals.StopRequest(), []
+
+    def gather(items):
+        exchanges.append(items)
+        return [(signal.SIGTERM if len(exchanges) == exchange else 0, of_rank) for _, of_rank in items]
+
+    ranks = processes.stopping_together(Ranks(index=0, count=2, gather=gather), stop)
+    with pytest.raises(signals.Stopped):
+        processes.sharing(ranks, tmp_path / "cache", "--latents_cache_dir")
+    assert len(exchanges) == exchange and not (tmp_path / "cache").exists()
 
 
 def test_a_run_whose_launcher_is_gone_ends_as_by_sigterm(tmp_path):
