@@ -24,14 +24,13 @@ from diffusers import (
     CogVideoXVideoToVideoPipeline,
 )
 from diffusers.utils import load_image
-from huggingface_hub import hf_hub_download
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
 
 from cogvideox.base_model import IDENTITY, BaseModel, empty_transformer, reaches_hub, read_base_model, why_not_loaded
 from cogvideox.encoders import set_tiling
 from cogvideox.lora import add_loras
-from cogvideox.lora_files import LORA_FILE, LoraHeader, check_fits, lora_file_in, read_header, read_lora
+from cogvideox.lora_files import LORA_FILE, LoraHeader, check_fits, find_lora_file, lora_file_in, read_header, read_lora
 from cogvideox.sampling import NUM_INFERENCE_STEPS, encode_mp4, noise_generator
 from files import at_least, finite, parse_options, publish
 
@@ -71,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     tuned = "fine-tuned transformer (sft): run directory, checkpoint-N or hub name"
     models("--model_path", type=path, metavar="PATH", help=base)
     models("--transformer_path", type=path, metavar="PATH", help=tuned)
-    lora = "LoRA, or several: run directory, checkpoint-N, .safetensors file or hub name"
+    lora = "LoRA, or several: file, folder such as a run directory, or hub name, with or without /file"
     scale = "factor on the strength that was trained; one for all LoRAs, or one for each"
     models("--lora_path", type=path, nargs="+", default=[], metavar="PATH", help=lora)
     models("--lora_scale", type=finite, nargs="+", default=[1.0], metavar="X", help=scale)
@@ -232,18 +231,12 @@ def check_transformer(tuned: TunedTransformer, base: BaseModel) -> None:
 
 
 def find_lora(path: Path) -> Path:
-    """Returns the LoRA's file: `path` itself, the file in it, or a download from the hub."""
-    file = path if path.is_file() else lora_file_in(path)
-    if file:
-        return file
-    if path.is_dir():
+    """Returns the LoRA's file, with advice where the folder holds something else."""
+    found = f"--lora_path {path}"
+    if path.is_dir() and not lora_file_in(path, found):
         way_out = newest_below(path, LORA_FILE) or other_option(path) or "give the folder or file that has it"
-        raise FileNotFoundError(f"--lora_path {path}: no {LORA_FILE} in this folder; {way_out}")
-    try:
-        return Path(hf_hub_download(str(path), LORA_FILE, local_files_only=not reaches_hub()))
-    except (OSError, ValueError) as error:
-        message = f"no such file or folder, nor a LoRA on the hub; check it ({why_not_loaded(error)})"
-        raise FileNotFoundError(f"--lora_path {path}: {message}") from error
+        raise FileNotFoundError(f"{found}: no {LORA_FILE} in this folder; {way_out}")
+    return find_lora_file(path)
 
 
 # ---- the base model, and what it is asked for ------------------------------------------------------------------------

@@ -7,7 +7,8 @@
     python lora.py extract my-2b THUDM/CogVideoX-2b lora.safetensors --rank 64
     python lora.py compare disney-lora other-lora
 
-Files are named directly or by the folder that holds them. Only merge and extract need a base model.
+Files are named directly, by the folder that holds them, or by their name on the hub. Only merge and
+extract need a base model.
 """
 
 import argparse
@@ -28,8 +29,8 @@ from cogvideox.lora_files import (
     LoraHeader,
     check_fits,
     check_output,
+    find_lora_file,
     load_lora,
-    lora_file_in,
     read_lora,
     save_as,
 )
@@ -40,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    path, lora, result = expanded_path, "LoRA: its file, or the folder that holds it", ".safetensors file to write"
+    path, lora, result = expanded_path, "LoRA: file, folder that holds it, or hub name", ".safetensors file to write"
     base, rank = "base model: a folder, or a name on the hub", "rank of the result, at most"
 
     def command(name: str, run, text: str):
@@ -76,10 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read(path: Path) -> LoraHeader:
-    file = path if path.is_file() else lora_file_in(path)
-    if not file:
-        raise FileNotFoundError(f"{path}: no LoRA file of that name, nor in it; correct the path")
-    return read_lora(file, option="")
+    return read_lora(find_lora_file(path, option=""), option="")
 
 
 # ---- what a LoRA holds -----------------------------------------------------------------------------------------------

@@ -82,7 +82,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     lora("--rank", type=at_least(1), help=f"rank of the LoRA matrices (default: {DEFAULT_RANK})")
     lora("--lora_alpha", type=float, help="the LoRA's strength is lora_alpha / rank (default: rank, so strength 1)")
     lora("--lora_target_modules", nargs="+", metavar="NAME", help=targets)
-    lora("--lora_path", type=file, metavar="PATH", help="LoRA to start from: its file, or the folder that holds it")
+    start = "LoRA to start from: its file, the folder that holds it, or a hub name, with or without /file"
+    lora("--lora_path", type=file, metavar="PATH", help=start)
     lora("--lora_dropout", type=float, default=0.0, metavar="P", help="share of the LoRA's inputs to drop in training")
     lora("--use_dora", action="store_true", help="DoRA: train each layer's row norms separately from the directions")
     lora("--use_rslora", action="store_true", help="rsLoRA: the LoRA's strength is lora_alpha / sqrt(rank)")

@@ -5,18 +5,20 @@ import math
 import re
 import zipfile
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
 from diffusers.utils.state_dict_utils import convert_state_dict, convert_unet_state_dict_to_peft
+from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from cogvideox.base_model import BaseModel, empty_transformer
+from cogvideox.base_model import BaseModel, empty_transformer, reaches_hub, why_not_loaded
 from files import publish, with_metadata, write_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' default name, with which load_lora_weights(folder) finds it
@@ -123,21 +125,68 @@ def _rename(names: list[str], found: str) -> dict[str, str]:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def lora_file_in(folder: Path) -> Path | None:
-    return next((folder / name for name in (LORA_FILE, *PEFT_FILES) if (folder / name).is_file()), None)
+def _only_lora(names: Iterable[str], found: str) -> str | None:
+    """Returns the LoRA's file among those of a folder: of a usual name, or the only one; None if there is none."""
+    names = sorted(names)
+    if usual := [name for name in (LORA_FILE, *PEFT_FILES) if name in names]:
+        return usual[0]
+    weights = [name for name in names if name.endswith(".safetensors")]
+    weights = weights or [name for name in names if name.endswith(PICKLED)]
+    if len(weights) > 1:
+        more = f" and {len(weights) - 10} more" if len(weights) > 10 else ""
+        raise ValueError(f"{found}: holds several files: {', '.join(weights[:10])}{more}; give one of them")
+    return weights[0] if weights else None
 
 
-def find_lora_file(path: Path) -> Path:
-    """Returns the file, or the file in a run directory or checkpoint; raises FileNotFoundError if there is none."""
-    file = path if path.is_file() else lora_file_in(path)
-    if not path.exists():
-        raise FileNotFoundError(f"--lora_path {path}: no such file or folder; correct the path")
-    if not file:
+def lora_file_in(folder: Path, found: str = "") -> Path | None:
+    """Returns the LoRA's file in a folder, None if there is none; raises ValueError if it is one of several."""
+    names = [path.name for path in folder.glob("*") if path.is_file()]
+    file = _only_lora(names, found or str(folder))
+    return folder / file if file else None
+
+
+def find_lora_file(path: Path, option: str = "--lora_path") -> Path:
+    """Returns a LoRA's file: `path` itself, the one in this folder, or a download from the hub.
+
+    Args:
+        path: a file, a folder, or a hub name: owner/name, owner/name/folder or owner/name/file.safetensors.
+        option: that named it, for messages.
+    """
+    found = f"{option} {path}".strip()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if file := lora_file_in(path, found):
+            return file
         other = "holds a fine-tuned transformer, " if (path / TRANSFORMER_FOLDER).is_dir() else ""
         raise FileNotFoundError(
-            f"--lora_path {path}: {other}no {LORA_FILE}; give a run directory or checkpoint of a LoRA, or its file"
+            f"{found}: {other}no {LORA_FILE}; give a run directory or checkpoint of a LoRA, or its file"
         )
+    try:
+        file = _lora_on_hub(path, found)
+    except (OSError, ValueError) as error:
+        if str(error).startswith(found):
+            raise
+        message = f"no such file or folder, nor a LoRA on the hub; check it ({why_not_loaded(error)})"
+        raise FileNotFoundError(f"{found}: {message}") from error
+    if not file:
+        raise FileNotFoundError(f"{found}: no LoRA in this repository of the hub; check the name")
     return file
+
+
+def _lora_on_hub(path: Path, found: str) -> Path | None:
+    """Downloads a LoRA's file; takes it from the cache where the hub cannot be reached."""
+    repo, inside = "/".join(path.parts[:2]), PurePosixPath(*path.parts[2:])
+    cached = {"local_files_only": not reaches_hub()}
+    if inside.suffix in (".safetensors", *PICKLED):
+        return Path(hf_hub_download(repo, str(inside), **cached))
+    if cached["local_files_only"]:
+        return lora_file_in(Path(snapshot_download(repo, **cached)) / inside, found)
+    files = [PurePosixPath(name) for name in list_repo_files(repo)]
+    name = _only_lora([file.name for file in files if file.parent == inside], found)
+    if name in PEFT_FILES and inside / PEFT_CONFIG in files:
+        hf_hub_download(repo, str(inside / PEFT_CONFIG))
+    return Path(hf_hub_download(repo, str(inside / name))) if name else None
 
 
 class Header(NamedTuple):

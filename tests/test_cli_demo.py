@@ -543,7 +543,10 @@ MISTAKES = {  # name: (options, parts of the message); {2b} is that tiny checkpo
     "another family": ("--model_path {tmp}/flux", "holds a FluxPipeline", "such as THUDM/CogVideoX-2b"),
     "half a download": ("--model_path {tmp}/half", "no weights in text_encoder/", "download it again"),
     "lora is nowhere": ("--lora_path {tmp}/no/lora/here", "--lora_path {tmp}/no/lora/here: no such file"),
-    "lora a floor below": ("--lora_path {tmp}", "no pytorch_lora_weights.safetensors", "the newest below it is {tmp}/"),
+    "lora a floor below": ("--lora_path {tmp}/lora-runs", "no pytorch_lora_weights.saf", "it is {tmp}/lora-runs/1"),
+    "one of several loras": (
+        "--lora_path {tmp}/several", "{tmp}/several: holds several files: a.safetensors, b.safetensors; give one"
+    ),
     "lora is broken": ("--lora_path {tmp}/text.mp4", "cannot be read as .safetensors"),
     "lora is a transformer": ("--lora_path {tmp}/sft", "no pytorch_lora_weights", "give it as --transformer_path"),
     "lora is a checkpoint": ("--lora_path {2b}", "no pytorch_lora_weights", "give it as --model_path"),
@@ -670,6 +673,10 @@ def wrong_things(checkpoint_of, tmp_path_factory):
     (tmp_path / "text.mp4").write_text("not a video, not a LoRA")
     save_file({"lora_unet_to_q.alpha": torch.ones(1)}, tmp_path / "kohya.safetensors")
     make_lora(checkpoint_of("2b"), tmp_path / "foreign", recorded=False)
+    make_lora(checkpoint_of("2b"), tmp_path / "lora-runs" / "1")
+    (tmp_path / "several").mkdir()
+    for name in "ab":
+        save_file({}, tmp_path / "several" / f"{name}.safetensors")
     weight = {"transformer.proj_out.lora_A.weight": torch.ones(1, 64)}
     for name, setting in {"future": {"of_tomorrow": 1}, "pissa": {"init_lora_weights": "pissa_niter_4"}}.items():
         (tmp_path / name).mkdir()

@@ -1,6 +1,8 @@
 """LoRA files in the namings of other tools: what is read from them, and what is refused before a model loads."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,16 @@ import cli_demo
 import train_cogvideox_lora
 from cogvideox.base_model import empty_transformer, read_base_model
 from cogvideox.lora import Lora, with_lora
-from cogvideox.lora_files import COMFYUI, KOHYA, LORA_FILE, SAT, load_lora, name_in_transformer, read_lora
+from cogvideox.lora_files import (
+    COMFYUI,
+    KOHYA,
+    LORA_FILE,
+    SAT,
+    find_lora_file,
+    load_lora,
+    name_in_transformer,
+    read_lora,
+)
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 SETTINGS = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": list(TARGETS)}
@@ -205,13 +216,14 @@ def damage(original, file, changed, metadata):
     return file
 
 
-def refusals(file, checkpoint, clips, capsys, monkeypatch):
+def refusals(file, checkpoint, clips, capsys, monkeypatch, folder=None):
     """What both scripts say; neither may get to loading weights."""
     monkeypatch.setattr(cli_demo, "load_pipeline", lambda *_: pytest.fail("weights were loaded"))
     monkeypatch.setattr("cogvideox.lora.load_transformer", lambda *_: pytest.fail("weights were loaded"))
-    options = ["--prompt", "x", "--output_path", file.with_name("out.mp4"), "--model_path", checkpoint]
+    folder = folder or file.parent
+    options = ["--prompt", "x", "--output_path", folder / "out.mp4", "--model_path", checkpoint]
     demo = cli_demo.parse_args([*map(str, options), "--lora_path", str(file)])
-    options = training_options(checkpoint, clips, file.with_name("run"), lora_path=file, lora_alpha=8)
+    options = training_options(checkpoint, clips, folder / "run", lora_path=file, lora_alpha=8)
     training = train_cogvideox_lora.parse_args(list(map(str, options)))
     for main, args in ((cli_demo.main, demo), (train_cogvideox_lora.main, training)):
         with pytest.raises(SystemExit) as stop:
@@ -247,4 +259,75 @@ def test_training_starts_from_a_foreign_file(original, tiny_checkpoint, tmp_path
     file = write(tmp_path / "other.safetensors", original, kohya, with_alpha=True)
     still = {"max_train_steps": 1, "learning_rate": 1e-30, "lora_alpha": 8}
     train(tiny_checkpoint, tmp_path / "run", lora_path=file, **still)
+    check_same(tmp_path / "run" / LORA_FILE, original)
+
+
+# ---- where a LoRA is found
+
+
+def put_in_the_hubs_cache(files, name, tmp_path, monkeypatch):
+    """As a download leaves it; {path in the repository: file}."""
+    snapshot = tmp_path / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / ("0" * 40)
+    for path, file in files.items():
+        (snapshot / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, snapshot / path)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return snapshot
+
+
+def test_the_one_lora_in_a_folder_is_found_whatever_its_name(original, tmp_path):
+    file = tmp_path / "my look.safetensors"
+    shutil.copy(original, file)
+    (tmp_path / "notes.txt").write_text("x")
+    assert find_lora_file(tmp_path) == find_lora_file(file) == file
+    shutil.copy(original, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"holds several files: my look.safetensors, other.safetensors; give one"):
+        find_lora_file(tmp_path)
+    shutil.copy(original, tmp_path / LORA_FILE)
+    assert find_lora_file(tmp_path) == tmp_path / LORA_FILE
+
+
+HUB = {"someone/one": "look.safetensors", "someone/two/b.safetensors": "b.safetensors", "someone/two/sub": "sub/c.bin"}
+
+
+@pytest.mark.parametrize("is_online", [False, True])
+def test_a_lora_is_named_by_its_repository_or_its_file_there(is_online, original, tmp_path, monkeypatch):
+    """Online, with the functions of huggingface_hub that ask the hub replaced."""
+    contents = {
+        "someone/one": {"look.safetensors": original},
+        "someone/two": {"a.safetensors": original, "b.safetensors": original, "sub/c.bin": original},
+        "someone/none": {"README.md": original},
+    }
+    snapshots = {name: put_in_the_hubs_cache(files, name, tmp_path, monkeypatch) for name, files in contents.items()}
+    if is_online:
+        monkeypatch.setattr("cogvideox.lora_files.reaches_hub", lambda: True)
+        monkeypatch.setattr("cogvideox.lora_files.list_repo_files", lambda name: list(contents[name]))
+        monkeypatch.setattr("cogvideox.lora_files.hf_hub_download", lambda name, file, **_: snapshots[name] / file)
+    for name, file in HUB.items():
+        assert find_lora_file(Path(name)) == snapshots["/".join(name.split("/")[:2])] / file
+    for name, message in {
+        "someone/two": "holds several files: a.safetensors, b.safetensors; give one of them",
+        "someone/none": "no LoRA in this repository",
+    }.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=f"--lora_path {name}: {message}"):
+            find_lora_file(Path(name))
+
+
+@pytest.mark.parametrize(
+    "name, reason", [("someone/away", "hub cannot be reached"), ("/no/file", "has the form owner")]
+)
+def test_what_is_nowhere_is_refused_by_both_scripts(
+    name, reason, tiny_checkpoint, clips, tmp_path, capsys, monkeypatch
+):
+    for message in refusals(Path(name), tiny_checkpoint, clips, capsys, monkeypatch, folder=tmp_path):
+        assert f"--lora_path {name}: no such file or folder, nor a LoRA on the hub; check it (" in message
+        assert reason in message
+
+
+def test_training_starts_from_a_lora_on_the_hub(original, tiny_checkpoint, tmp_path, train, monkeypatch):
+    put_in_the_hubs_cache({"look.safetensors": original}, "someone/look", tmp_path, monkeypatch)
+    still = {"max_train_steps": 1, "learning_rate": 1e-30, "lora_alpha": 8}
+    train(tiny_checkpoint, tmp_path / "run", lora_path="someone/look", **still)
     check_same(tmp_path / "run" / LORA_FILE, original)

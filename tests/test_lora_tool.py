@@ -81,7 +81,7 @@ def test_what_another_tool_cannot_hold_is_refused(original, tiny_checkpoint, tmp
         ((outside, tmp_path / "a.safetensors", "--to", "comfyui"), "has no place for proj_out.lora_A.weight"),
         ((original, tmp_path / "a.bin", "--to", "kohya"), "a.bin: must be a .safetensors file"),
         ((original, original, "--to", "kohya"), "is the file that is read"),
-        ((tmp_path, tmp_path / "a.safetensors", "--to", "kohya"), "no LoRA file of that name, nor in it"),
+        ((tmp_path, tmp_path / "a.safetensors", "--to", "kohya"), "no pytorch_lora_weights.safetensors; give"),
     ):
         with pytest.raises(SystemExit) as stop:
             run("convert", *words)
