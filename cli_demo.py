@@ -27,6 +27,7 @@ from diffusers.utils import load_image
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps
 
+from cogvideox.base_files import check_files
 from cogvideox.base_model import IDENTITY, BaseModel, empty_transformer, reaches_hub, read_base_model, why_not_loaded
 from cogvideox.encoders import set_tiling
 from cogvideox.lora import add_loras
@@ -243,18 +244,17 @@ def find_lora(path: Path) -> Path:
 
 
 def read_base(path: str, parts: tuple[str, ...]) -> BaseModel:
-    """Reads the base model's configs; in a folder, the weights of `parts` must be there."""
+    """Reads the base model's configs; in a folder, its files must be whole, the weights of `parts` among them."""
     folder = Path(path)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         reason, way_out = "no model_index.json, so not a base model of diffusers", other_option(folder)
         raise FileNotFoundError(f"--model_path {path}: {reason}; {way_out or 'give its top folder'}")
     try:
         base = read_base_model(path, option="--model_path")
+        if base.folder:
+            check_files(base, parts)
     except ValueError as error:
         raise ValueError(f"--model_path {error}") from error
-    for part in parts:
-        if folder.is_dir() and not any(file.suffix in (".safetensors", ".bin") for file in (folder / part).glob("*")):
-            raise FileNotFoundError(f"--model_path {path}: no weights in {part}/; download it again")
     return base._replace(name=path)  # for messages, as it was given
 
 

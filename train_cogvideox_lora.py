@@ -35,6 +35,7 @@ from clips.listing import Listing
 from clips.order import Order, Ranks, Timeline, count_held_out, make_timeline
 from clips.selection import Selection
 from cogvideox import budget, compute, encoders, lora, self_check
+from cogvideox.base_files import check_files
 from cogvideox.base_model import BaseModel, check_training, download_weights, read_base_model, read_text_encoder_config
 from cogvideox.budget import MemoryPlan
 from cogvideox.lora_files import CHANGES_BASE
@@ -491,6 +492,7 @@ def prepare_data(
             listed, chosen, Notes(cache), ranks=sharing, everyone=ranks, progress=progress, check_all=args.check_all
         )
     base = download_weights(base)
+    check_files(base)
     cut = {}
     video_encoder, text_encoder = encoders.encoders(
         base,

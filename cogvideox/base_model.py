@@ -20,7 +20,7 @@ from huggingface_hub import constants, get_session, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 from safetensors import safe_open
-from transformers import AutoTokenizer, T5Config, T5EncoderModel
+from transformers import AutoTokenizer, PretrainedConfig, T5Config, T5EncoderModel
 
 SCHEDULERS = {"CogVideoXDDIMScheduler": CogVideoXDDIMScheduler, "CogVideoXDPMScheduler": CogVideoXDPMScheduler}
 HUB_ERRORS = {
@@ -211,19 +211,23 @@ def read_base_model(
     hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local.is_dir() or not reaches_hub()}
     try:
         index = DiffusionPipeline.load_config(name, **hub)
+        if not isinstance(index, dict):
+            raise ValueError("model_index.json holds no JSON object")
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: found no model_index.json there ({_why_no_index(error, local)}); {rule}") from error
     kind = _kind_of(name, index.get("_class_name"))
     try:
         transformer = CogVideoXTransformer3DModel.load_config(name, subfolder="transformer", **hub)
         vae = AutoencoderKLCogVideoX.load_config(name, subfolder="vae", **hub)
-        _check_transformer_class(name, transformer)
+        _check_class(name, "transformer", transformer, CogVideoXTransformer3DModel.__name__)
+        _check_class(name, "vae", vae, AutoencoderKLCogVideoX.__name__)
         _check_counts(name, "transformer", transformer)
         _check_counts(name, "vae", vae)
         transformer = dict(empty_transformer(transformer).config)
         _check_channels(name, kind, transformer, vae)
         scheduler = _scheduler_class(name, index)
         noise_schedule = scheduler.load_config(name, subfolder="scheduler", **hub)
+        _check_class(name, "scheduler", noise_schedule, *SCHEDULERS)
         _check_counts(name, "scheduler", noise_schedule)
         return BaseModel(
             name=name,
@@ -247,10 +251,11 @@ def _kind_of(name: str, pipeline: str | None) -> Kind:
     return kind
 
 
-def _check_transformer_class(name: str, config: dict) -> None:
-    found, wanted = config.get("_class_name"), CogVideoXTransformer3DModel.__name__
-    if found != wanted:
-        raise ValueError(f"{name}: transformer/config.json is of a {found}, not of a {wanted}; {INSTEAD}")
+def _check_class(name: str, part: str, config: dict, *wanted: str) -> None:
+    found = config.get("_class_name")
+    if found not in wanted:
+        file = "scheduler_config.json" if part == "scheduler" else "config.json"
+        raise ValueError(f"{name}: {part}/{file} is of a {found}, not of a {' or '.join(wanted)}; {INSTEAD}")
 
 
 def _check_channels(name: str, kind: Kind, transformer: dict, vae: dict) -> None:
@@ -316,12 +321,18 @@ def _why_no_index(error: Exception, local: Path) -> str:
 
 
 def read_text_encoder_config(base: BaseModel) -> dict:
-    """Reads T5's config, for which no weights need be there; raises ValueError if it is missing."""
+    """Reads T5's config, for which no weights need be there; raises ValueError if it is missing or another model's."""
+    where = {"subfolder": "text_encoder", **_where(base)}
     try:
-        config = T5Config.from_pretrained(base.folder or base.name, subfolder="text_encoder", **_where(base))
+        found = PretrainedConfig.get_config_dict(base.folder or base.name, **where)[0].get("model_type")
+        config = T5Config.from_pretrained(base.folder or base.name, **where)
     except OSError as error:
         reason = why_not_loaded(error)
         raise ValueError(f"{base.name}: the base model is not complete ({reason}); download it again") from error
+    if not found:
+        raise ValueError(f"{base.name}: the base model is not complete (no config in text_encoder/); download it again")
+    if found != (wanted := T5Config.model_type):
+        raise ValueError(f"{base.name}: text_encoder/config.json is of a {found}, not of a {wanted}; {INSTEAD}")
     config = config.to_dict()
     _check_counts(base.name, "text_encoder", config)
     return config
@@ -412,10 +423,7 @@ def check_training(
 
 
 def download_weights(base: BaseModel) -> BaseModel:
-    """Returns the base model with the folder of its weights, downloaded where it is a hub name.
-
-    Raises ValueError if that fails, or if files are missing, which the libraries would notice late or never.
-    """
+    """Returns the base model with the folder of its weights, downloaded where it is a hub name."""
     if not base.folder:
         try:
             folder = DiffusionPipeline.download(base.name, **base.hub)
@@ -423,12 +431,6 @@ def download_weights(base: BaseModel) -> BaseModel:
             reason = why_not_loaded(error)
             raise ValueError(f"{base.name}: cannot be downloaded ({reason}); try again, what came stays") from error
         base = base._replace(folder=Path(folder))
-    for part in ("transformer", "vae", "text_encoder"):
-        weights = [file for file in (base.folder / part).glob("*") if file.suffix in (".safetensors", ".bin")]
-        if not any((base.variant or "") in file.name and file.stat().st_size > 1024 for file in weights):
-            kind = f"weights of --variant {base.variant}" if base.variant else "weights"
-            raise ValueError(f"{base.folder}: no {kind} in {part}/; download the base model again")
-    _check_tokenizer(base.folder)
     return base
 
 

@@ -483,7 +483,9 @@ def test_lora_of_another_checkpoint_is_refused_before_weights_load(checkpoint_of
     assert "in_channels 4, here 8" in message
 
     smaller = shutil.copytree(checkpoint_of("2b"), tmp_path / "smaller")
-    edit_json(smaller / "transformer" / "config.json", num_attention_heads=1, num_layers=1)
+    config = CogVideoXTransformer3DModel.load_config(smaller, subfolder="transformer")
+    config |= {"num_attention_heads": 1, "num_layers": 1}
+    CogVideoXTransformer3DModel.from_config(config).save_pretrained(smaller / "transformer")
     of_2b = make_lora(checkpoint_of("2b"), tmp_path / "2b", recorded=False)
     message = refusal(parse("--lora_path", of_2b, "--model_path", smaller), capsys)
     assert "transformer_blocks.0.attn1.to_k.lora_A.weight [4, 64], here [32, 32]; " in message
@@ -541,7 +543,7 @@ MISTAKES = {  # name: (options, parts of the message); {2b} is that tiny checkpo
     "model is a transformer": ("--model_path {tmp}/sft", "no model_index.json", "give it as --transformer_path"),
     "model is a part": ("--model_path {2b}/transformer", "no model_index.json", "give its top folder"),
     "another family": ("--model_path {tmp}/flux", "holds a FluxPipeline", "such as THUDM/CogVideoX-2b"),
-    "half a download": ("--model_path {tmp}/half", "no weights in text_encoder/", "download it again"),
+    "half a download": ("--model_path {tmp}/half", "no weights in text_encoder/", "download the base model again"),
     "lora is nowhere": ("--lora_path {tmp}/no/lora/here", "--lora_path {tmp}/no/lora/here: no such file"),
     "lora a floor below": ("--lora_path {tmp}/lora-runs", "no pytorch_lora_weights.saf", "it is {tmp}/lora-runs/1"),
     "one of several loras": (

@@ -133,7 +133,7 @@ def test_a_folder_that_is_no_cogvideox_model_is_refused(tiny_checkpoint, tmp_pat
     for missing, message in {
         "vae": "the base model is not complete",
         "transformer/diffusion_pytorch_model.safetensors": "no weights in transformer/; download the base model again",
-        "text_encoder": "no weights in text_encoder/; download",
+        "text_encoder": "no config in text_encoder/",
         "text_encoder/model.safetensors": "no weights in text_encoder/; download",
         "tokenizer/spiece.model": "no spiece.model in tokenizer/; download",
     }.items():
