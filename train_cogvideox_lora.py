@@ -38,7 +38,7 @@ from cogvideox import budget, compute, encoders, lora, self_check
 from cogvideox.base_files import check_files
 from cogvideox.base_model import BaseModel, check_training, download_weights, read_base_model, read_text_encoder_config
 from cogvideox.budget import MemoryPlan
-from cogvideox.lora_files import CHANGES_BASE
+from cogvideox.lora_files import CHANGES_BASE, SAVE_DTYPES
 from cogvideox.objective import generator_for, preservation_loss, training_loss
 from cogvideox.rehearsal import Models, Settings, models_of
 from dataset import Data
@@ -204,6 +204,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     out = group.add_argument
     resume = "checkpoint to resume from: its folder, 'latest' in --output_dir, or 'auto': the latest if there is one"
     minutes = "minutes from checkpoint to checkpoint, besides --checkpointing_steps (default: none)"
+    precision = "precision of the result's weights (default: fp32 for a LoRA, the compute precision for sft)"
     tracker = "tracker: tensorboard, wandb, trackio, comet_ml or all; none: metrics.jsonl only"
     token = "access token of the hub; HF_TOKEN or `hf auth login` is safer: others can see a machine's command lines"
     out("--output_dir", type=path, default=Path("cogvideox-lora"), help="run directory: checkpoints, metrics, result")
@@ -212,6 +213,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     out("--checkpoints_total_limit", type=positive, metavar="N", help="newest checkpoints to keep (default: all)")
     out("--resume_from_checkpoint", metavar="PATH", help=resume)
     course.add_options(group)
+    out("--save_precision", choices=SAVE_DTYPES, help=precision)
     out("--logging_steps", type=positive, default=1, metavar="N", help="updates from one row of metrics to the next")
     out("--report_to", default="none", help=tracker)
     out("--tracker_name", type=plain_name, default="cogvideox-lora", help="name of the project in the tracker")
@@ -555,6 +557,7 @@ def outlook_of(
         captions={*itertools.chain(*(clip.captions for clip in listed.clips)), *validation.prompts(args), ""},
         views=2 if args.random_flip else 1,
         num_checkpoints=num_checkpoints,
+        save_dtype=save_dtype(args, settings.dtype),
     )
 
 
@@ -606,16 +609,24 @@ def progress_bar(accelerator: Accelerator, items: Iterable | None, description: 
 # ---- what is trained -------------------------------------------------------------------------------------------------
 
 
+def save_dtype(args: argparse.Namespace, dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of the result; `dtype` is the one that the model computes in."""
+    by_default = torch.float32 if args.training_type == "lora" else dtype
+    return SAVE_DTYPES[args.save_precision] if args.save_precision else by_default
+
+
 def prepare_transformer(
     args, base: BaseModel, memory_plan: MemoryPlan, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.nn.Module, lora.Export]:
     """Returns the transformer, in which only the trained weights require gradients, and the export of the result."""
     set_seed(args.seed)
+    saved = save_dtype(args, dtype)
     if args.training_type == "lora":
-        start_from = lora_to_start_from(args)
-        transformer, export = lora.with_lora(base, dtype, lora.lora_of(args), start=start_from, device=device)
+        transformer, export = lora.with_lora(
+            base, dtype, lora.lora_of(args), start=lora_to_start_from(args), device=device, save_dtype=saved
+        )
     else:
-        transformer, export = lora.whole(base, dtype)
+        transformer, export = lora.whole(base, saved)
     compute.prepare(transformer, memory_plan.gradient_checkpointing, compute.options_of(args), device)
     return transformer.train(), export
 

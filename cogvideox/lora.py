@@ -171,9 +171,14 @@ def _check_target(transformer: torch.nn.Module, lora: Lora, target: str) -> None
 
 
 def with_lora(
-    base: BaseModel, dtype: torch.dtype, lora: Lora, start: Path | None = None, device: torch.device | None = None
+    base: BaseModel,
+    dtype: torch.dtype,
+    lora: Lora,
+    start: Path | None = None,
+    device: torch.device | None = None,
+    save_dtype: torch.dtype = torch.float32,
 ) -> tuple[CogVideoXTransformer3DModel, Export]:
-    """Returns the transformer with a LoRA, from `add_lora`, and the function that writes the LoRA's file."""
+    """Returns the transformer with a LoRA, from `add_lora`, and the function that writes its file in `save_dtype`."""
     # What is taken out of the weights must be exactly what the LoRA starts with, so that happens in float32.
     transformer = load_transformer(base, torch.float32 if lora.changes_base else dtype)
     add_lora(transformer, lora, dtype, start=start, device=device)
@@ -184,7 +189,7 @@ def with_lora(
         weights = get_peft_model_state_dict(transformer, state_dict=state)
         if lora.changes_base:
             weights = _against_the_base(weights, first)
-        return save_lora(weights, lora.saved(), folder, base)
+        return save_lora(weights, lora.saved(), folder, base, save_dtype)
 
     return transformer, export
 

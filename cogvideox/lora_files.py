@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from cogvideox.base_model import BaseModel, empty_transformer, reaches_hub, why_not_loaded
-from files import publish, with_metadata, write_json
+from files import CannotContinue, publish, with_metadata, write_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' default name, with which load_lora_weights(folder) finds it
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's, beside PEFT_CONFIG
@@ -508,13 +508,18 @@ def _differences(found: dict, expected: dict) -> list[str]:
     ]
 
 
-def save_lora(weights: dict[str, torch.Tensor], settings: dict, folder: Path, base: BaseModel) -> Path:
+def save_lora(
+    weights: dict[str, torch.Tensor], settings: dict, folder: Path, base: BaseModel, dtype: torch.dtype
+) -> Path:
     """Writes a LoRA as diffusers' `load_lora_weights(folder)` reads it, at its trained strength.
 
     diffusers applies any file without `lora_adapter_metadata` at 1.0, whatever alpha was.
 
     Args:
         settings: from `Lora.saved`.
+
+    Raises:
+        CannotContinue: a weight is too large for `dtype`.
     """
     metadata = {
         "format": "pt",
@@ -522,7 +527,9 @@ def save_lora(weights: dict[str, torch.Tensor], settings: dict, folder: Path, ba
         "base_model": base.name,
         "cogvideox_transformer": json.dumps(base.identity),
     }
-    weights = {f"{PREFIX}{name}": weight.cpu() for name, weight in weights.items()}
+    weights = {f"{PREFIX}{name}": weight.to("cpu", dtype) for name, weight in weights.items()}
+    if dtype == torch.float16 and not all(weight.isfinite().all() for weight in weights.values()):
+        raise CannotContinue("--save_precision fp16: a weight is above 65,504; pass bf16 or fp32")
     publish(folder / LORA_FILE, with_metadata(save(weights), metadata))
     return folder / LORA_FILE
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from clips.facts import Facts
 from cogvideox.budget import GIB
 from cogvideox.rehearsal import Models, Phase, Settings, count_trained_elements
@@ -44,13 +46,21 @@ class Outlook(NamedTuple):
 
 
 def look_ahead(
-    models: Models, settings: Settings, facts: list[Facts], *, captions: set[str], views: int, num_checkpoints: int
+    models: Models,
+    settings: Settings,
+    facts: list[Facts],
+    *,
+    captions: set[str],
+    views: int,
+    num_checkpoints: int,
+    save_dtype: torch.dtype,
 ) -> Outlook:
     """Returns the sizes for clips that are not in the cache yet.
 
     Args:
         captions: those of the clips and of validation.
         views: entries for each clip in the cache: 2 if it is mirrored as well.
+        save_dtype: of the result.
     """
     base, itemsize = models.base, settings.dtype.itemsize
     config, cache = base.transformer, 0
@@ -61,7 +71,7 @@ def look_ahead(
             cache += views * bucket.height * bucket.width * 3
     cache += len(captions) * config["max_text_seq_length"] * config["text_embed_dim"] * itemsize
     num_trained = count_trained_elements(models, settings)
-    result = num_trained * (4 if settings.lora else itemsize)
+    result = num_trained * save_dtype.itemsize
     # A checkpoint has the weights in float32, the optimizer's state, the average, and a result.
     state = num_trained * (4 + models.optimizer.state + (4 if settings.ema else 0))
     return Outlook(num_trained, cache, result, round(state) + result, num_checkpoints)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, safe_open, save
 from cogvideox.base_model import empty_transformer, load_transformer, read_base_model
 from cogvideox.lora import Lora, add_lora, check_lora, is_target, with_lora
 from cogvideox.lora_files import LORA_FILE
-from files import publish
+from files import CannotContinue, publish
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 ALL_LINEAR = [*TARGETS, "ff.net.0.proj", "ff.net.2"]
@@ -263,3 +263,40 @@ def test_a_rank_stabilised_pissa_goes_on_with_its_rounded_alpha(tiny_checkpoint,
     train(tiny_checkpoint, tmp_path / "a", max_train_steps=1, lora_alpha=2, use_rslora=True, init_lora_weights="pissa")
     options = {"rank": 8, "lora_alpha": 2.8284, "use_rslora": True}  # 2 sqrt(2)
     assert train(tiny_checkpoint, tmp_path / "b", max_train_steps=1, lora_path=tmp_path / "a", **options)
+
+
+# ---- --save_precision
+
+
+@pytest.mark.parametrize("name, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+def test_the_lora_is_saved_in_the_precision_asked_for_and_trained_in_float32(
+    name, dtype, tiny_checkpoint, tmp_path, train
+):
+    """The values are the rounded ones; a checkpoint's state is as without it, and a resumed run may ask for another."""
+    options = {"max_train_steps": 2, "checkpointing_steps": 1}
+    plain = train(tiny_checkpoint, tmp_path / "a", **options)
+    rows = train(tiny_checkpoint, tmp_path / "b", save_precision=name, **options)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in plain]
+    expected, saved = (load_file(tmp_path / run / LORA_FILE) for run in "ab")
+    assert {weight.dtype for weight in saved.values()} == {dtype}
+    assert all(torch.equal(saved[key], weight.to(dtype)) for key, weight in expected.items())
+    shutil.rmtree(tmp_path / "b" / "checkpoint-2")
+    train(tiny_checkpoint, tmp_path / "b", resume_from_checkpoint="latest", **options)
+    resumed = load_file(tmp_path / "b" / LORA_FILE)
+    assert all(torch.equal(resumed[key], weight) for key, weight in expected.items())
+
+
+def test_a_whole_transformer_is_saved_in_the_precision_asked_for(tiny_checkpoint, tmp_path, train):
+    train(tiny_checkpoint, tmp_path / "run", training_type="sft", max_train_steps=1, save_precision="fp16")
+    (file,) = (tmp_path / "run" / "transformer").glob("*.safetensors")
+    assert {weight.dtype for weight in load_file(file).values()} == {torch.float16}
+
+
+def test_a_weight_that_float16_cannot_hold_is_refused(tiny_checkpoint, tmp_path):
+    base = read_base_model(str(tiny_checkpoint))
+    transformer, export = with_lora(base, torch.float32, Lora(4, 4, TARGETS), save_dtype=torch.float16)
+    weights = {name: weight.data for name, weight in transformer.named_parameters() if weight.requires_grad}
+    next(iter(weights.values()))[0] = 1e5
+    with pytest.raises(CannotContinue, match="--save_precision fp16: a weight is above 65,504; pass bf16"):
+        export(weights, tmp_path)
+    assert not list(tmp_path.iterdir())
