@@ -72,8 +72,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     models("--model_path", type=path, metavar="PATH", help=base)
     models("--transformer_path", type=path, metavar="PATH", help=tuned)
     lora = "LoRA, or several: file, folder such as a run directory, or hub name, with or without /file"
+    other = "apply a LoRA that was trained on another base model; its shapes have to fit"
     scale = "factor on the strength that was trained; one for all LoRAs, or one for each"
     models("--lora_path", type=path, nargs="+", default=[], metavar="PATH", help=lora)
+    models("--lora_for_other_base", action=switch, default=False, help=other)
     models("--lora_scale", type=finite, nargs="+", default=[1.0], metavar="X", help=scale)
 
     video = parser.add_argument_group("the video").add_argument
@@ -367,7 +369,8 @@ def make_request(args: argparse.Namespace) -> VideoRequest:
         check_transformer(tuned, base)
         base, named_by = base._replace(transformer=tuned.config), f"--transformer_path {tuned.path}"
     for lora in loras:
-        check_fits(lora, base, named_by=named_by, found=f"--lora_path {lora.file}")
+        found, other = f"--lora_path {lora.file}", args.lora_for_other_base
+        check_fits(lora, base, named_by=named_by, found=found, for_other_base=other)
     if any(lora.is_dora for lora in loras) and args.cpu_offload == "sequential":
         # peft 0.21.2 reads a layer's own weight from outside of it, where accelerate has none on the GPU.
         raise ValueError("--cpu_offload sequential: takes layers apart that a DoRA needs whole; give it as model")

@@ -297,7 +297,7 @@ def read_base(args: argparse.Namespace, dtype: torch.dtype, device: torch.device
     kernels_on = None if args.dry_run_gib else device
     compute.check_possible(base.transformer, compute.options_of(args), dtype, kernels_on)
     if args.training_type == "lora":
-        lora.check_lora(base, lora.lora_of(args), lora_to_start_from(args))
+        lora.check_lora(base, lora.lora_of(args), lora_to_start_from(args), for_other_base=args.lora_for_other_base)
     return base
 
 

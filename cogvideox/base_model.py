@@ -58,15 +58,17 @@ class Published(NamedTuple):
     fps: int
     height: int
     width: int
+    num_layers: int
+    channels: int  # of a token in the transformer
 
 
 PUBLISHERS = ("THUDM", "zai-org")  # the organisation was renamed; the hub knows both names
 PUBLISHED = (
-    Published("CogVideoX-2b",         "apache-2.0",        "text-to-video",  "1.0", 49,  8, 480,  720),
-    Published("CogVideoX-5b",         "cogvideox-license", "text-to-video",  "1.0", 49,  8, 480,  720),
-    Published("CogVideoX-5b-I2V",     "cogvideox-license", "image-to-video", "1.0", 49,  8, 480,  720),
-    Published("CogVideoX1.5-5B",      "cogvideox-license", "text-to-video",  "1.5", 81, 16, 768, 1360),
-    Published("CogVideoX1.5-5B-I2V",  "cogvideox-license", "image-to-video", "1.5", 81, 16, 768, 1360),
+    Published("CogVideoX-2b",         "apache-2.0",        "text-to-video",  "1.0", 49,  8, 480,  720, 30, 1920),
+    Published("CogVideoX-5b",         "cogvideox-license", "text-to-video",  "1.0", 49,  8, 480,  720, 42, 3072),
+    Published("CogVideoX-5b-I2V",     "cogvideox-license", "image-to-video", "1.0", 49,  8, 480,  720, 42, 3072),
+    Published("CogVideoX1.5-5B",      "cogvideox-license", "text-to-video",  "1.5", 81, 16, 768, 1360, 42, 3072),
+    Published("CogVideoX1.5-5B-I2V",  "cogvideox-license", "image-to-video", "1.5", 81, 16, 768, 1360, 42, 3072),
 )  # fmt: skip
 
 # The transformer's config fields that tell the weights of one base model from those of another. Checkpoints and LoRA
@@ -191,6 +193,11 @@ def published_as(name: str) -> Published | None:
     """Returns the published base model with this hub name, such as THUDM/CogVideoX-2b."""
     publisher, _, model = name.partition("/")
     return next((row for row in PUBLISHED if publisher in PUBLISHERS and row.name == model), None)
+
+
+def published_like(num_layers: int, channels: int) -> list[str]:
+    """Returns names of the published base models whose blocks have these sizes, and at least so many of them."""
+    return [row.name for row in PUBLISHED if row.channels == channels and row.num_layers >= num_layers]
 
 
 def read_base_model(

@@ -82,8 +82,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     lora("--rank", type=at_least(1), help=f"rank of the LoRA matrices (default: {DEFAULT_RANK})")
     lora("--lora_alpha", type=float, help="the LoRA's strength is lora_alpha / rank (default: rank, so strength 1)")
     lora("--lora_target_modules", nargs="+", metavar="NAME", help=targets)
+    other = "start from --lora_path although it was trained on another base model; its shapes have to fit"
     start = "LoRA to start from: its file, the folder that holds it, or a hub name, with or without /file"
     lora("--lora_path", type=file, metavar="PATH", help=start)
+    lora("--lora_for_other_base", action="store_true", help=other)
     lora("--lora_dropout", type=float, default=0.0, metavar="P", help="share of the LoRA's inputs to drop in training")
     lora("--use_dora", action="store_true", help="DoRA: train each layer's row norms separately from the directions")
     lora("--use_rslora", action="store_true", help="rsLoRA: the LoRA's strength is lora_alpha / sqrt(rank)")
@@ -93,10 +95,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
     """Refuses values and combinations that cannot work; `refuse` ends the program with a message."""
-    names = (*OPTIONS, "lora_path", "lora_dropout")
+    names = (*OPTIONS, "lora_path", "lora_for_other_base", "lora_dropout")
     given = [name for name in names if getattr(args, name) not in (None, 0, "default", "bf16")]
     if args.training_type == "sft" and given:
         refuse(f"--{given[0]}: does nothing with --training_type sft, which trains no LoRA; leave it out")
+    if args.lora_for_other_base and not args.lora_path:
+        refuse("--lora_for_other_base: there is no LoRA to start from; add --lora_path, or leave it out")
     if args.lora_path and args.init_lora_weights != "default":
         refuse(f"--init_lora_weights {args.init_lora_weights}: --lora_path gives the first values; pass one of the two")
     if args.init_lora_weights == "orthogonal" and (args.rank or DEFAULT_RANK) % 2:
@@ -123,7 +127,7 @@ def count_trained(transformer: torch.nn.Module) -> int:
     return sum(weight.numel() for weight in trained_parameters(transformer))
 
 
-def check_lora(base: BaseModel, lora: Lora, start: Path | None) -> None:
+def check_lora(base: BaseModel, lora: Lora, start: Path | None, *, for_other_base: bool = False) -> None:
     """Refuses targets that cannot have a LoRA, and a file that training cannot start from; reads no weights."""
     quantized.check_packages(lora.base_precision, "--base_precision")
     transformer = empty_transformer(base.transformer)
@@ -133,7 +137,8 @@ def check_lora(base: BaseModel, lora: Lora, start: Path | None) -> None:
         config = lora._replace(init_lora_weights="default").config()
         with torch.device("meta"):
             transformer.add_adapter(config)
-        check_start(start, base, config, get_peft_model_state_dict(transformer))
+        expected = get_peft_model_state_dict(transformer)
+        check_start(start, base, config, expected, for_other_base=for_other_base)
 
 
 def is_target(name: str, target: str) -> bool:

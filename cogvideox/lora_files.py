@@ -18,7 +18,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from cogvideox.base_model import BaseModel, empty_transformer, reaches_hub, why_not_loaded
+from cogvideox.base_model import BaseModel, empty_transformer, published_as, published_like, reaches_hub, why_not_loaded
 from files import CannotContinue, publish, with_metadata, write_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' default name, with which load_lora_weights(folder) finds it
@@ -277,7 +277,7 @@ def read_lora(file: Path, option: str = "--lora_path") -> LoraHeader:
     _check_recorded(settings, ranks, alphas, found)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     trained_on = _json_object(metadata, "cogvideox_transformer", found) or None
-    return LoraHeader(file, shapes, names, settings, source, trained_on, metadata.get("base_model"))
+    return LoraHeader(file, shapes, names, settings, source, trained_on, _recorded_base(file, metadata, found))
 
 
 def _read_tensors(file: Path, option: str, found: str) -> tuple[dict[str, str], dict[str, torch.Tensor], dict]:
@@ -337,6 +337,14 @@ def _recorded(file: Path, metadata: dict[str, str], found: str) -> tuple[dict, s
             raise ValueError(f"{found}: its ss_network_alpha or _dim is no number ({error}); save it again") from error
         return {"r": rank, "lora_alpha": alpha}, "ss_network_alpha"
     return {}, ""
+
+
+def _recorded_base(file: Path, metadata: dict[str, str], found: str) -> str | None:
+    config = file.with_name(PEFT_CONFIG)
+    if metadata.get("base_model") or file.name not in PEFT_FILES or not config.is_file():
+        return metadata.get("base_model")
+    content = {PEFT_CONFIG: config.read_text(encoding="utf-8")}
+    return _json_object(content, PEFT_CONFIG, found).get("base_model_name_or_path") or None
 
 
 def _check_settings_known(settings: dict, found: str) -> None:
@@ -424,16 +432,17 @@ def _fits(part: str, shape: tuple[int, ...], layer_shape: tuple[int, ...]) -> bo
     return shape[1:] == layer_shape[1:] if part.startswith("_A") else shape[:1] == layer_shape[:1]
 
 
-def check_fits(lora: LoraHeader, base: BaseModel, *, named_by: str, found: str) -> None:
-    """Refuses a LoRA that was not trained on a base model such as `base`, and names blocks that have none.
-
-    Args:
-        named_by: what messages call the base model.
-        found: what messages call the LoRA.
-    """
-    here = base.transformer
-    trained_on = (lora.trained_on or {}).items()
-    wrong = [f"{name} {value}, here {here.get(name)}" for name, value in trained_on if value != here.get(name)]
+def _unlike(lora: LoraHeader, base: BaseModel, *, for_other_base: bool) -> list[str]:
+    """Returns how a LoRA differs from one for `base`: in what it records, and in the layers and shapes that it has."""
+    here, wrong = base.transformer, []
+    if not for_other_base:
+        recorded = lora.trained_on or {}
+        wrong = [
+            f"{name} {value}, here {here.get(name)}" for name, value in recorded.items() if value != here.get(name)
+        ]
+        published, own = published_as(lora.base_model or ""), base.published
+        if published and not recorded and (published.task, published.version) != (own.task, own.version):
+            wrong.append(f"{published.task} {published.version}, here {own.task} {own.version}")
     weights = empty_transformer(here).named_parameters()
     layers = {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in weights}
     for name, shape in lora.shapes.items():
@@ -442,36 +451,60 @@ def check_fits(lora: LoraHeader, base: BaseModel, *, named_by: str, found: str) 
             wrong.append(f"{lora.names[name]} {list(shape)}, here no such layer")
         elif not _fits(part, shape, layers[layer]):
             wrong.append(f"{lora.names[name]} {list(shape)}, here {list(layers[layer])}")
-    if wrong:
-        made_for = f" ({lora.base_model})" if lora.base_model else ""
+    return wrong
+
+
+def _published_for(lora: LoraHeader) -> list[str]:
+    """Returns names of the published base models that a LoRA's layers fit; empty where they are of another size."""
+    blocks = [int(layer.split(".")[1]) for layer in lora.ranks if layer.startswith("transformer_blocks.")]
+    inputs = [
+        shape[1]
+        for name, shape in lora.shapes.items()
+        if re.search(r"(attn1\.to_[qkv]|ff\.net\.0\.proj)\.lora_A\.weight$", name)
+    ]
+    return published_like(max(blocks) + 1, inputs[0]) if blocks and inputs else []
+
+
+def check_fits(lora: LoraHeader, base: BaseModel, *, named_by: str, found: str, for_other_base: bool = False) -> None:
+    """Refuses a LoRA that was not trained on a base model such as `base`, and names blocks that have none.
+
+    Args:
+        named_by: what messages call the base model.
+        found: what messages call the LoRA.
+        for_other_base: whether only the shapes have to fit.
+    """
+    published, num_layers = _published_for(lora), base.transformer["num_layers"]
+    if wrong := _unlike(lora, base, for_other_base=for_other_base):
+        made_for = lora.base_model or (f"by its shapes {' or '.join(published)}" if published else "")
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
-            f"{found}: trained on another base model{made_for} than {named_by}: "
+            f"{found}: trained on another base model{f' ({made_for})' if made_for else ''} than {named_by}: "
             f"{'; '.join(wrong[:3])}{more}. Give the one that it was trained on"
         )
+    if not (lora.trained_on or lora.base_model or for_other_base) and len(published) != 1:
+        others = f", as they would {', '.join(published)}" if published else ""
+        print(f"{found}: does not record its base model; its shapes fit {named_by}{others}: it cannot be known")
     blocks = {int(name.split(".")[1]) for name in lora.shapes if name.startswith("transformer_blocks.")}
-    if missing := sorted(set(range(here["num_layers"])) - blocks if blocks else []):
-        listed = ", ".join(map(str, missing))
-        print(f"{found}: has no LoRA in {len(missing)} of {here['num_layers']} blocks: {listed}")
+    if missing := sorted(set(range(num_layers)) - blocks if blocks else []):
+        print(f"{found}: has no LoRA in {len(missing)} of {num_layers} blocks: {', '.join(map(str, missing))}")
 
 
 # ---- ours ------------------------------------------------------------------------------------------------------------
 
 
-def check_start(start: Path, base: BaseModel, config: LoraConfig, expected: dict[str, torch.Tensor]) -> None:
+def check_start(
+    start: Path, base: BaseModel, config: LoraConfig, expected: dict[str, torch.Tensor], *, for_other_base: bool
+) -> None:
     """Raises ValueError if a LoRA is of another base model, rank, strength or kind, or has other layers.
 
     Args:
         config: of the LoRA that is to be trained.
         expected: its state dict.
+        for_other_base: as in `check_fits`.
     """
     header = read_lora(find_lora_file(start))
     found = f"--lora_path {header.file}"
-    if header.trained_on not in (None, base.identity):
-        raise ValueError(
-            f"{found}: was trained on another kind of CogVideoX ({header.base_model}) than {base.name}; pass the one "
-            "that it was trained on"
-        )
+    check_fits(header, base, named_by=base.name, found=found, for_other_base=for_other_base)
     _check_settings(found, header, config)
     shapes = {name: tuple(weight.shape) for name, weight in expected.items()}
     if differences := _differences(header.shapes, shapes):

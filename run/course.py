@@ -29,7 +29,7 @@ BESIDE = {
     "output_dir", "resume_from_checkpoint", "change", "hub_token", "hub_model_id", "push_to_hub", "report_to",
     "tracker_name", "logging_dir", "cache_dir", "latents_cache_dir", "pretrained_model_name_or_path", "revision",
     "variant", "lora_path", "check_all", "encode_only", "dry_run", "dry_run_gib",
-    "save_precision",
+    "save_precision", "lora_for_other_base",
 }  # fmt: skip
 FLAT = ("constant", "constant_with_warmup")  # schedules that do not depend on the number of updates
 

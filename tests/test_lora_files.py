@@ -18,6 +18,7 @@ from cogvideox.lora_files import (
     KOHYA,
     LORA_FILE,
     SAT,
+    check_fits,
     find_lora_file,
     load_lora,
     name_in_transformer,
@@ -331,3 +332,87 @@ def test_training_starts_from_a_lora_on_the_hub(original, tiny_checkpoint, tmp_p
     still = {"max_train_steps": 1, "learning_rate": 1e-30, "lora_alpha": 8}
     train(tiny_checkpoint, tmp_path / "run", lora_path="someone/look", **still)
     check_same(tmp_path / "run" / LORA_FILE, original)
+
+
+# ---- whose LoRA it is
+
+
+def attention_lora(file, num_layers, channels, about=None, outside=()):
+    """A LoRA of rank 2 on to_q of each block, and on layers (name, in, out) beside them, as other trainers write it."""
+    layers = [(f"transformer_blocks.{i}.attn1.to_q", channels, channels) for i in range(num_layers)] + list(outside)
+    weights = {f"transformer.{name}.lora_A.weight": torch.ones(2, inputs) for name, inputs, _ in layers}
+    weights |= {f"transformer.{name}.lora_B.weight": torch.ones(outputs, 2) for name, _, outputs in layers}
+    save_file(weights, file, about)
+    return read_lora(file)
+
+
+@pytest.fixture(scope="module")
+def configs_of(checkpoint_of):
+    """Base models with the blocks of the published ones, as configs only."""
+
+    def read(variant):
+        base = read_base_model(str(checkpoint_of(variant)))
+        sizes = {"num_layers": 30, "num_attention_heads": 30} if variant == "2b" else {}
+        sizes = sizes or {"num_layers": 42, "num_attention_heads": 48}
+        return base._replace(transformer=base.transformer | sizes | {"attention_head_dim": 64})
+
+    return read
+
+
+VARIANTS = {  # name: (published name, blocks, channels of a token)
+    "2b": ("CogVideoX-2b", 30, 1920),
+    "5b": ("CogVideoX-5b", 42, 3072),
+    "5b-I2V": ("CogVideoX-5b-I2V", 42, 3072),
+    "1.5-5B": ("CogVideoX1.5-5B", 42, 3072),
+    "1.5-5B-I2V": ("CogVideoX1.5-5B-I2V", 42, 3072),
+}
+FAMILY = "CogVideoX-5b, CogVideoX-5b-I2V, CogVideoX1.5-5B, CogVideoX1.5-5B-I2V"
+
+
+@pytest.mark.parametrize("of", VARIANTS)
+@pytest.mark.parametrize("on", VARIANTS)
+def test_a_lora_of_another_variant_is_refused_by_name_or_it_is_said_that_it_cannot_be_known(
+    of, on, configs_of, tmp_path, capsys
+):
+    """With the base model's config recorded, its name only, and nothing at all."""
+    name, num_layers, channels = VARIANTS[of]
+    base, size = configs_of(on), (num_layers, channels)
+    identity = {"cogvideox_transformer": json.dumps(configs_of(of).identity)}
+    records = {"config": identity | {"base_model": name}, "name": {"base_model": f"THUDM/{name}"}, "nothing": None}
+    for record, about in records.items():
+        lora = attention_lora(tmp_path / f"{record}.safetensors", *size, about)
+        is_alike = channels == VARIANTS[on][2]
+        if of == on or (is_alike and record == "nothing"):
+            check_fits(lora, base, named_by="here", found="LoRA")
+            told = capsys.readouterr().out
+            line = (
+                f"LoRA: does not record its base model; its shapes fit here, as they would {FAMILY}: it cannot be known"
+            )
+            assert told == (f"{line}\n" if record == "nothing" and of != "2b" else "")
+        else:
+            made_for = {"config": name, "name": f"THUDM/{name}"}.get(record, "by its shapes ")
+            with pytest.raises(ValueError, match=rf"trained on another base model \({made_for}.* than here: "):
+                check_fits(lora, base, named_by="here", found="LoRA")
+            if is_alike:
+                check_fits(lora, base, named_by="here", found="LoRA", for_other_base=True)
+
+
+def test_more_blocks_or_another_layer_beside_them_tell_two_models_apart(configs_of, tmp_path):
+    longer = attention_lora(tmp_path / "a.safetensors", 43, 3072)
+    beside = attention_lora(tmp_path / "b.safetensors", 42, 3072, outside=[("ofs_embedding.linear_1", 512, 512)])
+    for lora, part in ((longer, "transformer_blocks.42.attn1.to_q"), (beside, "ofs_embedding.linear_1")):
+        with pytest.raises(ValueError, match=f"{part}.*, here no such layer"):
+            check_fits(lora, configs_of("5b"), named_by="here", found="LoRA")
+
+
+def test_a_lora_of_another_base_model_is_taken_where_that_is_asked_for(
+    original, checkpoint_of, tmp_path, train, capsys
+):
+    still = {"max_train_steps": 1, "learning_rate": 1e-30, "lora_alpha": 8, "lora_path": original}
+    train(checkpoint_of("5b"), tmp_path / "run", lora_for_other_base=True, **still)
+    check_same(tmp_path / "run" / LORA_FILE, original)
+    options = ["--prompt", "x", "--output_path", tmp_path / "out.mp4", "--model_path", checkpoint_of("5b")]
+    options += ["--lora_path", original]
+    cli_demo.make_request(cli_demo.parse_args([*map(str, options), "--lora_for_other_base"]))
+    with pytest.raises(ValueError, match="trained on another base model"):
+        cli_demo.make_request(cli_demo.parse_args(list(map(str, options))))

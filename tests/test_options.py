@@ -42,7 +42,7 @@ OPTIONS = """
   checkpoints_total_limit resume_from_checkpoint logging_steps report_to tracker_name logging_dir push_to_hub
   hub_model_id hub_token validation_split validate_first ema_decay compile attention_backend
   blocks_to_swap dry_run dry_run_gib allow_oversubscription max_skipped_updates save_minutes change
-  save_precision
+  save_precision lora_for_other_base
 """
 
 TRAIN = train_cogvideox_lora.parse_args
