@@ -4,13 +4,16 @@ import os
 import shutil
 import subprocess
 import sys
+from statistics import fmean
 
+import imageio.v3 as iio
 import pytest
 import torch
 from conftest import ROOT, training_options
 from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
+from clips.motion import motion
 from cogvideox.lora_files import LORA_FILE
 from run.run_directory import list_checkpoints, read_metrics
 
@@ -39,9 +42,10 @@ def torchrun(script, *options, expected=0):
 
 
 def rows_of(folder):
-    """All that is logged but time and memory; validation on the clips held out too."""
-    other = ("seconds", "peak_memory_gib")
-    return [{name: value for name, value in row.items() if name not in other} for row in read_metrics(folder)]
+    """All that is logged but time, memory and motion; runs with and without validation videos are compared."""
+    other = ("seconds", "peak_memory_gib", "validation_motion", "data_motion")
+    rows = [{name: value for name, value in row.items() if name not in other} for row in read_metrics(folder)]
+    return [row for row in rows if row.keys() - {"step", "epoch"}]
 
 
 def lora_of(folder):
@@ -81,6 +85,9 @@ def test_ranks_share_the_validation_and_all_of_it_arrives(two_ranks):
     folder, _ = two_ranks
     names = [path.name for path in sorted((folder / "validation" / "step-000006").glob("*.mp4"))]
     assert names == [f"prompt-{i:02d}_seed-3407.mp4" for i in range(3)]
+    (row,) = [row for row in read_metrics(folder) if row["step"] == 6 and "validation_motion" in row]
+    videos = [torch.from_numpy(iio.imread(folder / "validation" / "step-000006" / name)) for name in names]
+    assert row["validation_motion"] == pytest.approx(fmean(motion(video, 8) for video in videos), rel=0.2)  # of mp4
 
 
 def test_only_one_rank_speaks(two_ranks):

@@ -209,7 +209,7 @@ def test_a_validation_that_fails_does_not_end_training(tiny_checkpoint, tmp_path
     is_memory = isinstance(error, torch.OutOfMemoryError)
     assert ("out of memory in validation; by the prediction" in said) == is_memory
     assert ("RuntimeError: a codec is missing" in said) != is_memory
-    assert [row["loss"] for row in rows] == [row["loss"] for row in without]
+    assert [row["loss"] for row in rows if "loss" in row] == [row["loss"] for row in without]
     assert sorted(path.name for path in (tmp_path / "b" / "validation").iterdir()) == ["step-000003", "step-000004"]
 
 

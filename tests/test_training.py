@@ -27,7 +27,7 @@ from run.run_directory import list_checkpoints, read_metrics
 
 
 def losses(rows):
-    return [row["loss"] for row in rows]
+    return [row["loss"] for row in rows if "loss" in row]
 
 
 def lora_of(folder):
@@ -53,10 +53,13 @@ def test_the_reference_command_leaves_videos_checkpoints_metrics_and_the_lora(ti
         gradient_accumulation_steps=1, learning_rate=1e-4, optimizer="AdamW", adam_beta1=0.9, adam_beta2=0.95,
     )  # fmt: skip
     run = tmp_path / "run"
-    assert [row["step"] for row in rows] == list(range(1, 25))
-    assert set(rows[0]) == {
+    updates, validations = ([row for row in rows if name in row] for name in ("loss", "validation_motion"))
+    assert [row["step"] for row in updates] == list(range(1, 25))
+    assert set(updates[0]) == {
         "step", "epoch", "loss", "loss_smoothed", "lr", "grad_norm", "seconds", "peak_memory_gib"
     }  # fmt: skip
+    assert [row["step"] for row in validations] == [0, 12, 24]
+    assert set(validations[0]) == {"step", "epoch", "validation_motion", "data_motion", "peak_memory_gib"}
     assert rows[-1]["epoch"] == 4
     assert [path.name for path in list_checkpoints(run)] == [f"checkpoint-{n}" for n in (10, 20, 24)]
     assert (run / "checkpoint-20" / LORA_FILE).is_file() and (run / LORA_FILE).is_file()
