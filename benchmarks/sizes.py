@@ -26,7 +26,7 @@ from make_example import TOKEN, write_clips
 from pretrain import device_name, sample_all
 from shapes import chroma, draw_clip, random_scene
 
-from clips.facts import motion
+from clips.motion import motion
 from cogvideox.base_model import read_base_model
 from files import at_least, expanded_path, write_json
 

@@ -25,6 +25,7 @@ from cogvideox.lora_files import LORA_FILE
 from cogvideox.objective import generator_for, sample_latents
 from run import validation
 from run.run_directory import METRICS_FILE, STATE_TENSORS
+from run.signals import StopRequest
 
 TIMESTEPS = [125, 375, 625, 875]
 
@@ -103,7 +104,7 @@ def cached(args, checkpoint):
 
     whole = MemoryPlan("none", tile_encoding=False, tile_decoding=False)
     _, *data = train_cogvideox_lora.prepare_data(
-        args, Here, Ranks(), base=checkpoint, dtype=torch.float32, memory_plan=whole, progress=lambda items, *_: items
+        args, Here, Ranks(), base=checkpoint, dtype=torch.float32, memory_plan=whole, stop=StopRequest()
     )
     return data
 
