@@ -9,6 +9,7 @@ metrics.jsonl. Of two ranks, an update takes as long as the slower one.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -47,6 +48,7 @@ class Course:
     def seconds(self, *, ranks: int, group: int, compiled: bool = False) -> list[float]:
         """Trains; returns the seconds of each update."""
         output = self.folder / f"run-{ranks}-{group}-{compiled}"
+        shutil.rmtree(output, ignore_errors=True)  # of the run before
         line = [ROOT / "train_cogvideox_lora.py", "--pretrained_model_name_or_path", SMALL, "--mixed_precision", "no"]
         line += ["--instance_data_root", self.data, "--output_dir", output, "--rank", 16, "--bucket_group", group]
         line += ["--buckets", *map(name_of, self.sizes), "--max_tokens_per_batch", self.max_tokens]
