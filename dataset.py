@@ -35,6 +35,7 @@ from clips.facts import (
     is_known,
     list_problems,
     look_at_files,
+    picture_size,
     remark_unfit,
     remarks,
 )
@@ -356,7 +357,7 @@ def examine_clips(
     """
     share = ranks.share(clips)
     new = [clip for clip in share if check_all or not is_known(clip, notes)]
-    read = partial(_try_to_read, notes=notes, read_again=check_all)
+    read = partial(picture_size, notes=notes, read_again=check_all)
     published = time.monotonic()
     with closing(map_ahead(read, new, READING_THREADS)) as looked_at:
         for _ in zip(progress(new, "Reading clips", "clip"), looked_at):
@@ -365,18 +366,9 @@ def examine_clips(
                 published = time.monotonic()
     notes.publish()
     if not selection.is_fitted:
-        sizes = [size for clip in share if (size := _try_to_read(clip, notes))]
+        sizes = [size for clip in share if (size := picture_size(clip, notes))]
         selection = selection.fitted(ranks.gather(sizes))
     return ranks.gather_shares([examine(clip, selection, notes) for clip in share]), selection
-
-
-def _try_to_read(clip: Clip, notes: Notes, read_again: bool = False) -> tuple[int, int] | None:
-    """Adds to the notes what a clip's files hold; returns height and width, or None where `examine` says why not."""
-    try:
-        file, _ = look_at_files(clip, notes, read_again=read_again)
-    except ValueError:
-        return None
-    return file.video.height, file.video.width
 
 
 class Probed(NamedTuple):
@@ -555,7 +547,7 @@ class Decoded(NamedTuple):
     frames: torch.Tensor  # uint8 [F, H, W, C]
     image: torch.Tensor | None  # uint8 [H, W, C], to be stored beside the latents
     damage: str  # what the decoder reported, to be stored as well; empty: nothing
-    motion: float | None  # likewise; None for a single frame
+    motion: float | None  # likewise; None for a single frame, and for a mirrored clip
 
 
 def cache_latents(new: list[NewLatents], encoder: "Encoder", progress: Callable) -> list[str]:
@@ -603,7 +595,8 @@ def _decode(problems: list[tuple[int, str]], new: NewLatents) -> Decoded | None:
     image = None
     if view.with_image:
         image = first_image(new.clip, frames, view, mirrored=new.mirrored, file=new.file)
-    return Decoded(new, frames, image, describe_damage(damage) if damage else "", motion(frames, view.fps))
+    moved = None if new.mirrored else motion(frames, view.fps)  # a mirrored clip moves as much, and is not asked
+    return Decoded(new, frames, image, describe_damage(damage) if damage else "", moved)
 
 
 def _write_latents(problems: list[tuple[int, str]], clip: Decoded, parameters: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+LFS_BEGINNING = b"version https://git-lfs"  # of the pointers that Git LFS leaves in place of files
 SECONDS_OF_A_LEFTOVER = 86400  # after which a temporary file of another host is no longer being written
 TEMPORARY = re.compile(r"\..+?(\.(?P<host>[^.]+)\.(?P<process>\d+))?\.[0-9a-f]{8}")  # earlier versions named no process
 
@@ -41,6 +42,14 @@ def publish(path: Path, content: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS leaves in place of one that it has not downloaded; larger ones are not opened."""
+    if path.stat().st_size >= 1024:  # by LFS's specification a pointer is smaller
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(LFS_BEGINNING)) == LFS_BEGINNING
 
 
 def without_tokens(message: str) -> str:

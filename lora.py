@@ -123,9 +123,10 @@ def compare(args: argparse.Namespace) -> None:
     }
     for name, (one, other) in described.items():
         print(f"{name}: {one} in both" if one == other else f"{name}: {one} in the first, {other} in the second")
-    width = max(len(row.block) for row in compared(*updates))
+    rows = compared(*updates)
+    width = max(len(row.block) for row in rows)
     print(f"\n{'':<{width}}  {'first':>10}  {'second':>10}  cosine     (norms of the updates)")
-    for block, (one, other), cosine in compared(*updates):
+    for block, (one, other), cosine in rows:
         print(f"{block:<{width}}  {one:>10.4g}  {other:>10.4g}  {cosine:>6.3f}")
 
 

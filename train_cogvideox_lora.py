@@ -862,7 +862,7 @@ def is_preserved(args: argparse.Namespace, number: int) -> bool:
     return bool(args.preserve) and number // PRESERVED_TOGETHER % args.preserve_every == 0
 
 
-def preserve(run: Run, transformer, number: int, batch: dict, encode_images: Callable | None) -> float:
+def preserve(run: Run, transformer, number: int, batch: dict, encode_images: Callable | None) -> torch.Tensor:
     """Adds the gradient of the preservation loss of a micro-batch; returns the loss.
 
     By itself, before the training loss, so that the activations of both are never in memory at once. Nothing is sent to
@@ -876,7 +876,7 @@ def preserve(run: Run, transformer, number: int, batch: dict, encode_images: Cal
             run.base, model, batch, generator, run.dtype, encode=encode_images, teacher=lora.base_of(model)
         )
         accelerator.backward(run.args.preserve * loss)
-    return loss.item()
+    return loss.detach()  # its value would wait for the GPU
 
 
 def train(run: Run, smoothed_loss: float | None) -> None:

@@ -23,7 +23,7 @@ from clips.facts import (
     list_cuts,
     list_motion,
     list_problems,
-    look_at_files,
+    picture_size,
     remark_unfit,
     remarks,
 )
@@ -64,18 +64,12 @@ def examine_all(clips: list[Clip], chosen: Selection) -> tuple[list[Examined], S
     notes = Notes()
     with ThreadPoolExecutor() as threads:
         if not chosen.is_fitted:
-            sizes = tqdm(threads.map(partial(_size_of, notes=notes), clips), "Reading sizes", len(clips), unit="clip")
+            sizes = tqdm(
+                threads.map(partial(picture_size, notes=notes), clips), "Reading sizes", len(clips), unit="clip"
+            )
             chosen = chosen.fitted([size for size in sizes if size])
         examined = threads.map(partial(examine, selection=chosen, notes=notes), clips)
         return list(tqdm(examined, "Examining clips", total=len(clips), unit="clip")), chosen
-
-
-def _size_of(clip: Clip, notes: Notes) -> tuple[int, int] | None:
-    try:
-        file, _ = look_at_files(clip, notes)
-    except ValueError:
-        return None
-    return file.video.height, file.video.width
 
 
 def unseen(clips: list[Clip], examined: list[Examined], chosen: Selection) -> list[Seen]:

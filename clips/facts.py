@@ -15,10 +15,10 @@ import torch
 
 from clips.frames import View, choose_source, covering_scale, read_image
 from clips.known import File, Notes, file_key, look_at
-from clips.listing import LFS, Clip, is_lfs_pointer, other_spelling
+from clips.listing import LFS, Clip, other_spelling
 from clips.motion import split_command
 from clips.selection import Bucket, Selection, Unfit, lost_share, views_of
-from files import file_hash, printable
+from files import file_hash, is_lfs_pointer, printable
 
 LEAST_CUT, LEAST_UNSEEN_SECONDS = 0.005, 0.05  # share of the picture; less is not worth a word
 MOST_LINES = 20  # of the message that lists problems
@@ -112,6 +112,15 @@ def look_at_files(clip: Clip, notes: Notes, *, read_again: bool = False) -> tupl
         return video, clip.image and _image_hash(clip.image, notes, read_again=read_again)
     except ValueError as error:
         raise ValueError(clip.problem(str(error), clip.image)) from error
+
+
+def picture_size(clip: Clip, notes: Notes, *, read_again: bool = False) -> tuple[int, int] | None:
+    """Returns height and width of a clip's picture, None where `examine` says why it has none; adds to the notes."""
+    try:
+        file, _ = look_at_files(clip, notes, read_again=read_again)
+    except ValueError:
+        return None
+    return file.video.height, file.video.width
 
 
 def _views(file: File, selection: Selection) -> list[View]:

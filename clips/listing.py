@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
 
-from files import printable
+from files import LFS_BEGINNING, is_lfs_pointer, printable
 
 CAPTIONS_FILE, VIDEOS_FILE = "prompts.txt", "videos.txt"
 LISTS, BESIDE, SAT = "two lists", "a caption beside each clip", "videos/ and labels/"
@@ -35,7 +35,6 @@ UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jxl", ".tif", ".tiff", ".bmp", "
 MEDIA_SUFFIXES = VIDEO_SUFFIXES | {".png", ".jpg", ".jpeg", ".webp"}
 NUMBERED = re.compile(r"\.\d+$")  # end of the name of one of several captions, before its suffix
 EXTRA = "(more than the header)"  # column of the fields that a row of a .csv has beyond its header
-LFS_BEGINNING = b"version https://git-lfs"
 LFS = "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull` in its repository"
 
 
@@ -691,14 +690,6 @@ def _decoded(path: Path) -> tuple[str, str | None]:
         line = content[: error.start].count(b"\n") + 1
         byte = f"byte 0x{content[error.start]:02x}"
         return "", f"{path.name}:{line}: not UTF-8 text ({byte}, perhaps Windows-1252); save the file as UTF-8"
-
-
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is what Git LFS leaves in place of one that it has not downloaded; larger ones are not opened."""
-    if path.stat().st_size >= 1024:  # by LFS's specification a pointer is smaller
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(LFS_BEGINNING)) == LFS_BEGINNING
 
 
 def other_spelling(path: Path) -> Path | None:

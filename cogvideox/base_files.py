@@ -7,11 +7,11 @@ import sentencepiece
 
 from cogvideox.base_model import BaseModel, empty_text_encoder, empty_transformer, empty_vae, read_text_encoder_config
 from cogvideox.lora_files import read_header
+from files import is_lfs_pointer
 
 PARTS = ("transformer", "vae", "text_encoder")
 STEMS = {"text_encoder": ("model", "pytorch_model")}  # of the files of weights; diffusers' is the same in both formats
 SMALLEST = 1024  # bytes; a pointer of Git LFS has fewer
-POINTER = b"version https://git-lfs"
 TIED = {"shared.weight", "encoder.embed_tokens.weight"}  # T5's files hold one of them, or both
 AGAIN = "download the base model again"
 
@@ -85,10 +85,9 @@ def _files_of(index: Path) -> list[str]:
 
 
 def _check_no_pointer(file: Path) -> None:
+    if is_lfs_pointer(file):
+        raise ValueError(f"{file}: is a pointer of Git LFS, not the file; run git lfs pull, or {AGAIN}")
     size = file.stat().st_size
-    with open(file, "rb") as content:
-        if content.read(len(POINTER)) == POINTER:
-            raise ValueError(f"{file}: is a pointer of Git LFS, not the file; run git lfs pull, or {AGAIN}")
     if file.suffix == ".bin" and size < SMALLEST:
         raise ValueError(f"{file}: has {size} bytes, too few for weights; {AGAIN}")
 
