@@ -5,7 +5,14 @@ from pathlib import Path
 
 import sentencepiece
 
-from cogvideox.base_model import BaseModel, empty_text_encoder, empty_transformer, empty_vae, read_text_encoder_config
+from cogvideox.base_model import (
+    BaseModel,
+    empty_text_encoder,
+    empty_transformer,
+    empty_vae,
+    load_tokenizer,
+    read_text_encoder_config,
+)
 from cogvideox.lora_files import read_header
 from files import is_lfs_pointer
 
@@ -107,12 +114,16 @@ def _check_tokenizer(base: BaseModel) -> None:
     _check_json(config)
     if fast.is_file():
         _check_json(fast)
-        return
+    else:
+        _check_vocabulary(vocabulary, read_text_encoder_config(base)["vocab_size"])
+    load_tokenizer(base)
+
+
+def _check_vocabulary(vocabulary: Path, known: int) -> None:
     try:
         num_pieces = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary)).vocab_size()
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{vocabulary}: is no vocabulary that sentencepiece can read; {AGAIN}") from error
-    known = read_text_encoder_config(base)["vocab_size"]
     if num_pieces > known:
         raise ValueError(f"{vocabulary}: has {num_pieces} pieces, and text_encoder/ knows {known}; {AGAIN}")
 

@@ -448,7 +448,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def load_tokenizer(base: BaseModel):
-    """Loads T5's tokenizer and downloads nothing else; raises ValueError if that fails or it has no vocabulary."""
+    """Loads T5's tokenizer and downloads nothing else; raises ValueError if it fails or is of no use."""
     folder = base.folder
     if not folder:
         try:
@@ -457,8 +457,11 @@ def load_tokenizer(base: BaseModel):
             reason = why_not_loaded(error)
             raise ValueError(f"{base.name}: its tokenizer cannot be downloaded ({reason}); try again") from error
     _check_tokenizer(folder)
-    with _buildable("tokenizer/"):
-        return AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    with _buildable(str(folder / "tokenizer")):
+        tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        for options in ({}, {"padding": "max_length", "max_length": 16, "truncation": True}):
+            tokenizer("a caption", **options)  # reads what loading does not
+    return tokenizer
 
 
 def load_transformer(base: BaseModel, dtype: torch.dtype) -> CogVideoXTransformer3DModel:

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -180,19 +181,25 @@ def read_metrics(output_dir: Path) -> list[dict]:
         ValueError: a line is not a row; the message names it.
     """
     path, rows = output_dir / METRICS_FILE, []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate((_read_text(path, errors="replace") or "").splitlines(keepends=True), 1):
         if line.endswith("\n"):
             try:
                 row = json.loads(line)
                 row["step"] = int(row["step"])
-            except (ValueError, KeyError, TypeError) as error:
+                _check_numbers(row)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{path}: line {number} is no row of metrics ({line.strip()[:60]}); remove the line, or move the "
                     "file away: training needs none of it"
                 ) from error
             rows.append(row)
     return rows
+
+
+def _check_numbers(row: dict) -> None:
+    wrong = [name for name, value in row.items() if name != "reasons" and not isinstance(value, (int, float, NoneType))]
+    if wrong:
+        raise TypeError(f"{wrong[0]} is no number")
 
 
 def base_motion(output_dir: Path) -> float | None:
@@ -259,7 +266,17 @@ def check_records(output_dir: Path) -> None:
 
 
 def read_args(output_dir: Path) -> dict:
-    return read_json(output_dir / ARGS_FILE)
+    """Returns what args.json holds; empty where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = output_dir / ARGS_FILE
+    content = read_json(path)
+    lineage = content.get("lineage", [])
+    if not isinstance(lineage, list) or not all(isinstance(start, dict) and "checkpoint" in start for start in lineage):
+        raise _damaged(path, "its lineage is no list of checkpoints")
+    return content
 
 
 def read_best(output_dir: Path) -> dict:
@@ -273,12 +290,26 @@ def read_json(path: Path) -> dict:
     Raises:
         ValueError: it is damaged; the message names it.
     """
-    if not path.exists():
-        return {}
+    text = _read_text(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = {} if text is None else json.loads(text)
         if not isinstance(content, dict):
             raise ValueError("it holds no names and values")
         return content
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); move it away, training does not need it") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, reason: object) -> ValueError:
+    return ValueError(f"{path}: damaged ({reason}); move it away, training does not need it")
+
+
+def _read_text(path: Path, errors: str = "strict") -> str | None:
+    """Returns the text of a file, None where there is none.
+
+    Raises:
+        ValueError: it is a folder.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, and must be a file; move it away, training does not need it")
+    return path.read_text(encoding="utf-8", errors=errors) if path.exists() else None

@@ -73,6 +73,10 @@ def broken_index(path):
     path.with_name(f"{path.name}.index.json").write_text("{}")
 
 
+def endless(path):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": [512]}))
+
+
 T, V, E = f"transformer/{WEIGHTS}", f"vae/{WEIGHTS}", "text_encoder/model.safetensors"
 NOT_WHOLE, NOT_ITS_OWN = "cannot be read as .safetensors", "the weights are not those of its config.json"
 CASES = [  # file or folder, what happens to it, parts of the message
@@ -119,6 +123,7 @@ CASES = [  # file or folder, what happens to it, parts of the message
     ("tokenizer/spiece.model", foreign_bytes, "is no vocabulary that sentencepiece can read"),
     ("tokenizer/tokenizer_config.json", missing, "no tokenizer_config.json in tokenizer/"),
     ("tokenizer/tokenizer_config.json", truncated, "is not valid JSON"),
+    ("tokenizer/tokenizer_config.json", endless, "tokenizer of the base model: its config describes no model"),
     ("scheduler", missing, INCOMPLETE),
     ("scheduler/scheduler_config.json", truncated, "not a valid JSON"),
     ("scheduler/scheduler_config.json", pointer, "not a valid JSON"),

@@ -288,17 +288,45 @@ def test_a_disk_that_is_really_full_ends_with_a_message(tiny_checkpoint, tmp_pat
         subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "args.json"])
-def test_damaged_records_are_refused_by_name_before_anything_is_encoded(tiny_checkpoint, tmp_path, train, capsys, name):
+def half_a_row(path):
+    path.write_text(path.read_text() + '{"step": \n' + json.dumps({"step": 3}) + "\n")
+
+
+def words_for_numbers(path):
+    path.write_text(path.read_text() + '{"step": 2, "loss_smoothed": "low"}\n')
+
+
+def other_lineage(path):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lineage": 3}))
+
+
+def folder_instead(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "damage"),
+    [
+        ("metrics.jsonl", half_a_row, "line 3 is no row of metrics"),
+        ("metrics.jsonl", words_for_numbers, "line 3 is no row of metrics"),
+        ("metrics.jsonl", folder_instead, "is a folder, and must be a file"),
+        ("args.json", half_a_row, "damaged"),
+        ("args.json", other_lineage, "damaged (its lineage is no list of checkpoints)"),
+        ("args.json", folder_instead, "is a folder, and must be a file"),
+    ],
+)
+def test_damaged_records_are_refused_by_name_before_anything_is_encoded(
+    tiny_checkpoint, tmp_path, train, capsys, name, harm, damage
+):
     train(tiny_checkpoint, tmp_path / "run", max_train_steps=2)
     path = tmp_path / "run" / name
-    path.write_text(path.read_text() + '{"step": \n' + json.dumps({"step": 3}) + "\n")
+    harm(path)
     options = {"max_train_steps": 3, "latents_cache_dir": tmp_path / "cache"}
     origin = str(tmp_path / "run" / "checkpoint-2")
     for folder, resumed in (("run", "latest"), ("run", "checkpoint-2"), ("branch", origin)):
         resume = partial(train, tiny_checkpoint, tmp_path / folder, **options, resume_from_checkpoint=resumed)
         ended(resume, 2)
-        damage = {"metrics.jsonl": "line 3 is no row of metrics", "args.json": "damaged"}[name]
         assert f"{path}: {damage}" in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()
 

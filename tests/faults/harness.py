@@ -115,7 +115,7 @@ def started(
         disturb: called in each process before the script; it must be importable, or a `partial` of such a function.
         log: file for what the run says (default: beside its output directory).
     """
-    log = log or Path(line[line.index("--output_dir") + 1]).with_suffix(".log")
+    log = log or Path(f"{line[line.index('--output_dir') + 1]}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     each = ENVIRONMENT | environment
