@@ -59,7 +59,6 @@ from run import (
 )
 from run.checkpoints import Start
 
-PRESERVED_TOGETHER = 8  # micro-batches
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -189,7 +188,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     train("--max_train_steps", type=positive, metavar="N", help="updates; overrides --num_train_epochs")
     train("--ddp_timeout", type=positive, default=1800, metavar="SECONDS", help="longest wait for another process")
     preserve = "weight of what keeps the base model as it is without --id_token: its own predictions; 0: none"
-    every = "preserve in one of N groups of eight micro-batches: N times less work for it"
+    every = "preserve in one of N updates: N times less work for it"
     plain = "caption to preserve the base model's predictions of (default: each clip's without --id_token)"
     train("--preserve", type=weight, default=0, metavar="WEIGHT", help=preserve)
     train("--preserve_every", type=positive, default=1, metavar="N", help=every)
@@ -255,10 +254,6 @@ def check_sharding(args: argparse.Namespace) -> None:
         raise ValueError("--gradient_checkpointing auto: does not know about shards; pass none, attention or full")
     if args.blocks_to_swap:
         raise ValueError("--blocks_to_swap: FSDP spreads the weights over the GPUs already; leave it out")
-    if args.preserve_every > 1:
-        raise ValueError(
-            f"--preserve_every {args.preserve_every}: sharded GPUs compute together; leave it out, or pass 1"
-        )
     if args.base_precision != "bf16":
         raise ValueError(f"--base_precision {args.base_precision}: FSDP cannot shard quantised weights; leave it out")
 
@@ -814,7 +809,7 @@ def update(
     for _ in range(args.gradient_accumulation_steps):
         number, batch = next(micro_batches)
         with accelerator.accumulate(transformer), compute.attention_kernel(args.attention_backend):
-            if is_preserved(args, number):
+            if is_preserved(run, number):
                 preserved.append(preserve(run, transformer, number, batch, encode_images))
             loss = loss_of(run, transformer, number, batch, encode_images)
             accelerator.backward(loss)  # divides by the number of micro-batches
@@ -854,12 +849,10 @@ def loss_of(run: Run, transformer, number: int, batch: dict, encode_images: Call
     return training_loss(run.base, transformer, batch, generator=generator, dtype=run.dtype, encode=encode_images)
 
 
-def is_preserved(args: argparse.Namespace, number: int) -> bool:
-    """Whether a micro-batch also preserves the base model's predictions.
-
-    Eight micro-batches in a row do or do not, so that up to eight ranks have equal work.
-    """
-    return bool(args.preserve) and number // PRESERVED_TOGETHER % args.preserve_every == 0
+def is_preserved(run: Run, number: int) -> bool:
+    """Whether a micro-batch also preserves the base model's predictions: all of an update do, so ranks work equally."""
+    args = run.args
+    return bool(args.preserve) and (run.timeline.step_of(number) - 1) % args.preserve_every == 0
 
 
 def preserve(run: Run, transformer, number: int, batch: dict, encode_images: Callable | None) -> torch.Tensor:

@@ -163,6 +163,10 @@ class Timeline(NamedTuple):
     def batches_seen(self, step: int) -> int:
         return self.first_batch + (step - self.first_step) * self.batches_per_step
 
+    def step_of(self, number: int) -> int:
+        """Returns the update, counted from 1, of which the micro-batch of this number is a part."""
+        return self.first_step + (number - self.first_batch) // self.batches_per_step + 1
+
     def position(self, step: int) -> dict:
         """Returns what a resumed run needs to continue after this update."""
         return {"step": step, "batches_seen": self.batches_seen(step), "batches_per_epoch": self.batches_per_epoch}

@@ -22,7 +22,7 @@ RUN = {"max_train_steps": 6, "lr_scheduler": "cosine", "checkpointing_steps": 3,
 OF_TYPE = {
     kind: RUN | {"training_type": kind, "validation_split": 1, "validation_steps": 3} for kind in ("lora", "sft")
 }
-OF_TYPE["lora"] |= {"ema_decay": 0.5}
+OF_TYPE["lora"] |= {"ema_decay": 0.5, "id_token": "FILM", "preserve": 1, "preserve_every": 2}
 RESULT = {"lora": LORA_FILE, "sft": "transformer/diffusion_pytorch_model.safetensors"}
 
 

@@ -232,7 +232,7 @@ def check_accelerate(world: World, seed: int) -> int:
         env=os.environ | harness.ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=harness.SECONDS_UNTIL_HUNG,
+        timeout=2 * harness.SECONDS_UNTIL_HUNG,  # the launcher and the script import torch one after the other
     )
     is_ours = f'File "{ROOT}/train_cogvideox_lora.py"' in ended.stderr
     assert not is_ours, f"accelerate {seed}, {lines[at]}: {ended.stderr[-1500:]}"
