@@ -164,7 +164,7 @@ class Timeline(NamedTuple):
         return self.first_batch + (step - self.first_step) * self.batches_per_step
 
     def step_of(self, number: int) -> int:
-        """Returns the update, counted from 1, of which the micro-batch of this number is a part."""
+        """Returns the update, counted from 1, that has the micro-batch of this number in it."""
         return self.first_step + (number - self.first_batch) // self.batches_per_step + 1
 
     def position(self, step: int) -> dict:

@@ -61,8 +61,8 @@ PLACES = {
     "after the result": Kill(Place(RESULT, "after")),
     "before the page is published": Kill(Place("pages.report.publish", call=2)),
     # A whole transformer: every rank writes its part, and the result is a folder.
-    "sft: before its parts": Kill(Place("run.checkpoints.dcp.save", call=2), kind="sft"),
-    "sft: after its parts": Kill(Place("run.checkpoints.dcp.save", "after", call=2), kind="sft"),
+    "sft: before its parts": Kill(Place("run.shards.dcp.save", call=2), kind="sft"),
+    "sft: after its parts": Kill(Place("run.shards.dcp.save", "after", call=2), kind="sft"),
     "sft: before the manifest": Kill(Place("run.checkpoints.write_manifest", call=2), kind="sft"),
     "sft: after a checkpoint": Kill(Place(SAVE, "after", call=2), kind="sft"),
     "sft: before a best is replaced": Kill(Place("files._exchange", within=BEST, of_within=2), kind="sft"),
@@ -75,7 +75,7 @@ PLACES = {
     "two ranks: the first after a checkpoint": Kill(Place(SAVE, "after", call=2), ranks=2),
     "two ranks: the second in a validation": Kill(Place("run.validation.training_loss", call=6), ranks=2, rank=1),
     "two ranks, sft: the second before its part": Kill(
-        Place("run.checkpoints.dcp.save", call=2), kind="sft", ranks=2, rank=1
+        Place("run.shards.dcp.save", call=2), kind="sft", ranks=2, rank=1
     ),
     "two ranks, sft: the first before the manifest": Kill(
         Place("run.checkpoints.write_manifest", call=2), kind="sft", ranks=2

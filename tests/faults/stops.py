@@ -51,7 +51,7 @@ MOMENTS = {
     "in save": Stop(Place("torch.save", call=1)),
     "in save_best": Stop(Place("run.checkpoints.save_best", call=2)),
     "sft: in an update": Stop(UPDATE, kind="sft"),
-    "sft: in save": Stop(Place("run.checkpoints.dcp.save"), kind="sft"),
+    "sft: in save": Stop(Place("run.shards.dcp.save"), kind="sft"),
     "two ranks: the first, in encoding": Stop(
         Place("dataset._write_latents", call=1), ranks=2, before_updates=True
     ),
@@ -66,7 +66,7 @@ MOMENTS = {
     "two ranks: both, in an update": Stop(UPDATE, ranks=2, to=(0, 1)),
     "two ranks: the second, in a validation": Stop(Place("run.validation.training_loss", call=6), ranks=2, to=(1,)),
     "two ranks: the first, in save": Stop(Place("torch.save"), ranks=2),
-    "two ranks, sft: the second, in save": Stop(Place("run.checkpoints.dcp.save"), kind="sft", ranks=2, to=(1,)),
+    "two ranks, sft: the second, in save": Stop(Place("run.shards.dcp.save"), kind="sft", ranks=2, to=(1,)),
 }  # fmt: skip
 
 
@@ -238,7 +238,8 @@ def check_while_imports_run(world: World, seconds: float, number: int) -> None:
     """A signal in the first seconds ends the process in Python's way; nothing has begun yet."""
     folder = harness.fresh(world.folder / "stops" / f"imports-{seconds}-{number}")
     command, environment = command_of(Launcher("python"), world, folder)
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, preexec_fn=as_from_a_terminal, **pipes) as process:
         time.sleep(seconds)
         process.send_signal(number)
         process.communicate(timeout=SECONDS_TO_END)

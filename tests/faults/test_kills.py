@@ -1,8 +1,10 @@
 """A run that is killed with SIGKILL and resumed equals one that is not; benchmarks/soak.py kills at every place."""
 
+import pkgutil
+
 import pytest
 
-from faults import kills
+from faults import kills, stops
 
 SAMPLE = (
     "while a clip is encoded", "in the middle of a row", "in torch.save", "before the manifest",
@@ -10,6 +12,13 @@ SAMPLE = (
     "after the first best, before a checkpoint", "between the renames of a best", "between a best and its row",
     "before the result is renamed", "sft: before the result is renamed", "two ranks: the second in an update",
 )  # fmt: skip
+
+
+def test_every_place_is_a_function_of_today():
+    """Those outside the samples are seen by benchmarks/soak.py only, and functions move."""
+    for disturbed in (*kills.PLACES.values(), *stops.MOMENTS.values()):
+        for name in filter(None, (disturbed.place.function, disturbed.place.within)):
+            assert callable(pkgutil.resolve_name(name)), name
 
 
 @pytest.mark.parametrize("name", SAMPLE)
