@@ -126,6 +126,10 @@ class Data(NamedTuple):
             facts=[self.facts[clip] for clip in clips] if self.facts else (),
         )
 
+    def without_plain_captions(self) -> "Data":
+        """Returns the same clips without the captions that lack the new word, where nothing is to read them."""
+        return self._replace(clips=self.clips.without_plain_captions())
+
     def motion(self, fps: float) -> float | None:
         """Returns how much the videos move on average at a frame rate, in levels of 255 per second.
 
@@ -811,13 +815,18 @@ class CachedClips(torch.utils.data.Dataset):
         self.latents_shapes, self.caption_shape = latents_shapes, caption_shape
         self.verified = set()  # by this process
 
-    def take(self, clips: list[int]) -> "CachedClips":
+    def take(self, clips: Sequence[int]) -> "CachedClips":
         """Returns some of the clips, in this order."""
         shapes = [self.latents_shapes[clip] for clip in clips] if self.latents_shapes else ()
         files = [self.latents[clip] for clip in clips], [self.captions[clip] for clip in clips]
         plain = [self.plain_captions[clip] for clip in clips] if self.plain_captions else ()
         shared = {"caption_shape": self.caption_shape, "without_caption": self.without_caption}
         return CachedClips(*files, latents_shapes=shapes, plain_captions=plain, **shared)
+
+    def without_plain_captions(self) -> "CachedClips":
+        clips = self.take(range(len(self.latents)))
+        clips.plain_captions = ()
+        return clips
 
     def __getitem__(self, item: Item) -> dict[str, torch.Tensor] | Damaged:
         clip, mirrored, caption = item

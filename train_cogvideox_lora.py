@@ -105,17 +105,32 @@ def check_order(args: argparse.Namespace, refuse: Callable[[str], None]) -> None
         refuse("--scale_lr: needs batches of one size, which --max_tokens_per_batch does not make; leave one out")
 
 
+def changes_base(args: argparse.Namespace) -> str | None:
+    """Returns the option with which the base model is not there any more in training; None if it is."""
+    if args.training_type != "lora":
+        return f"--training_type {args.training_type}"
+    return f"--init_lora_weights {args.init_lora_weights}" if args.init_lora_weights.startswith(CHANGES_BASE) else None
+
+
+def measures_drift(args: argparse.Namespace) -> bool:
+    """Whether validation measures how far the LoRA is from the base model where the new word is absent."""
+    has_captions = args.id_token or args.preserve_prompt is not None or args.drift_prompt
+    return bool(args.validation_split and has_captions) and not changes_base(args)
+
+
 def check_preservation(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
-    """Refuses to preserve where there is nothing to preserve, or nothing that names what is new."""
+    """Refuses to preserve where there is nothing to preserve, or nothing that names what is new; likewise drift."""
+    changed = changes_base(args)
+    if changed and args.drift_prompt:
+        refuse(f"--drift_prompt: the base model is not there any more with {changed}; leave one of them out")
     if not args.preserve:
         if args.preserve_every != 1 or args.preserve_prompt is not None:
             refuse("--preserve_every and --preserve_prompt: do nothing without --preserve; pass a weight, such as 1")
         return
-    if args.training_type != "lora" or args.init_lora_weights.startswith(CHANGES_BASE):
-        kind = (
-            "--training_type sft" if args.training_type != "lora" else f"--init_lora_weights {args.init_lora_weights}"
+    if changed:
+        refuse(
+            f"--preserve {args.preserve:g}: the base model is not there any more with {changed}; leave one of them out"
         )
-        refuse(f"--preserve {args.preserve:g}: the base model is not there any more with {kind}; leave one of them out")
     if not args.id_token and args.preserve_prompt is None:
         refuse(
             f"--preserve {args.preserve:g}: needs --id_token, whose absence means the base model, or --preserve_prompt"
@@ -450,7 +465,8 @@ def refuse_output_among_clips(args: argparse.Namespace, listed: Listing) -> None
 
 
 def words_of(args: argparse.Namespace) -> listing.Words:
-    return listing.words_of(args)._replace(with_plain=bool(args.preserve), plain_prompt=args.preserve_prompt)
+    reads_plain = bool(args.preserve) or (measures_drift(args) and args.id_token is not None)
+    return listing.words_of(args)._replace(with_plain=reads_plain, plain_prompt=args.preserve_prompt)
 
 
 def selection_of(args: argparse.Namespace, base: BaseModel) -> Selection:
@@ -506,7 +522,8 @@ def prepare_data(
             listed,
             chosen,
             cache=cache,
-            prompts=[*validation.prompts(args), ""],  # "" is the unconditional prompt of guidance
+            # "" is the unconditional prompt of guidance.
+            prompts=[*validation.prompts(args), *validation.drift_prompts(args), ""],
             random_flip=args.random_flip,
             video_encoder=video_encoder,
             text_encoder=text_encoder,
@@ -520,7 +537,7 @@ def prepare_data(
         )
     say_after_encoding(accelerator, ranks, base, cut)
     training_data, held_out = data.split(args.validation_split, args.seed)
-    return base, training_data, held_out
+    return base, training_data if args.preserve else training_data.without_plain_captions(), held_out
 
 
 def say_after_encoding(accelerator: Accelerator, ranks: Ranks, base: BaseModel, cut: dict[str, int]) -> None:
@@ -549,7 +566,12 @@ def outlook_of(
         rehearsed_models(args, base),
         settings._replace(gradient_checkpointing=memory_plan.gradient_checkpointing),
         facts,
-        captions={*itertools.chain(*(clip.captions for clip in listed.clips)), *validation.prompts(args), ""},
+        captions={
+            *itertools.chain(*(clip.captions + clip.plain_captions for clip in listed.clips)),
+            *validation.prompts(args),
+            *validation.drift_prompts(args),
+            "",
+        },
         views=2 if args.random_flip else 1,
         num_checkpoints=num_checkpoints,
         save_dtype=save_dtype(args, settings.dtype),
@@ -1057,9 +1079,15 @@ def keep_measures(run: Run, step: int, motion: dict[str, float], losses: dict[st
     run_directory.log_row(run.accelerator, run.args.output_dir, row, group="validation")
     if losses:
         run.accelerator.print(f"\nupdate {step}: loss on held-out clips {losses['validation_loss']:.4f}")
-    if step and motion and run.accelerator.is_main_process:
-        base = run_directory.base_motion(run.args.output_dir)
-        if remark := validation.remark_on_motion(motion["validation_motion"], base, motion.get("data_motion")):
+    if step and run.accelerator.is_main_process:
+        remarks = []
+        if motion:
+            base = run_directory.base_motion(run.args.output_dir)
+            remarks.append(validation.remark_on_motion(motion["validation_motion"], base, motion.get("data_motion")))
+        if "drift" in losses:
+            rows = [row for row in run_directory.read_metrics(run.args.output_dir) if "drift" in row]
+            remarks.append(validation.remark_on_drift(rows))
+        for remark in filter(None, remarks):
             print(f"\nupdate {step}: {remark}")
 
 
@@ -1082,18 +1110,23 @@ def agree(run: Run, error: Exception | None = None) -> None:
 
 
 def held_out_losses(run: Run) -> dict[str, float]:
+    """Returns the losses on held-out clips and, where the LoRA can be switched off, the drift from the base model."""
+    args, transformer = run.args, run.state.transformer
     with run.image_encoder() as encode_images:
-        return validation.held_out_losses(
+        held_out = validation.HeldOut(
             run.accelerator,
             run.ranks,
             run.base,
-            run.state.transformer,
             data=run.held_out,
             encode_images=encode_images,
-            seed=run.args.seed,
+            seed=args.seed,
             dtype=run.dtype,
             agree=partial(agree, run),
         )
+        losses = validation.held_out_losses(held_out, transformer)
+        if measures_drift(args):
+            losses |= validation.drift(held_out, transformer, validation.drift_prompts(args))
+    return losses
 
 
 def sample_videos(run: Run, step: int) -> dict[str, float]:

@@ -51,7 +51,9 @@ def training_loss(
     )
 
 
-def preservation_loss(base: BaseModel, transformer, batch: dict, generator, dtype, encode, teacher) -> torch.Tensor:
+def preservation_loss(
+    base: BaseModel, transformer, batch: dict, generator, dtype, encode, teacher, timesteps=None
+) -> torch.Tensor:
     """Mean squared difference between the predictions of the transformer and of the teacher, without the new word.
 
     It keeps what is learned to the captions that name it: prior preservation (Ruiz et al. 2022, arXiv:2208.12242), with
@@ -61,9 +63,12 @@ def preservation_loss(base: BaseModel, transformer, batch: dict, generator, dtyp
     Args:
         batch: as in `training_loss`, with "plain_prompt_embeds" [B, L, D] of the captions without the new word.
         teacher: the base model, which `lora.base_of` returns.
+        timesteps: as in `training_loss`.
     """
     batch = batch | {"prompt_embeds": batch["plain_prompt_embeds"]}
-    return training_loss(base, transformer, batch, generator, dtype, encode=encode, teacher=teacher)
+    return training_loss(
+        base, transformer, batch, generator, dtype, encode=encode, timesteps=timesteps, teacher=teacher
+    )
 
 
 def velocity_loss(

@@ -17,6 +17,7 @@ from files import expanded_path, publish
 from pages.template import load_template
 from run import run_directory
 from run.run_directory import ARGS_FILE, METRICS_FILE, REPORT_FILE, ValidationVideos
+from run.validation import remark_on_drift
 
 TEMPLATE = "report_template.html.jinja"
 POINTS_PER_CURVE = 1000
@@ -106,6 +107,7 @@ def panels(rows: list[dict], best: dict) -> list[dict]:
         _loss_panel(training),
         _validation_panel(validation, best),
         _timestep_panel(validation),
+        _drift_panel(having(rows, "drift")),
         _motion_panel(having(rows, "validation_motion")),
         _plain_panel("Learning rate", "The size of the optimizer's steps.", training, "lr"),
         _plain_panel("Gradient norm", gradient_note, training, "grad_norm", noisy=True),
@@ -151,17 +153,11 @@ def _timestep_panel(validation: list[dict]) -> dict:
 
     The losses of different timesteps differ several times over, so on one axis no change would show.
     """
-    timesteps = {
-        name: int(match[1])
-        for row in validation
-        for name in row
-        if (match := re.fullmatch(r"validation_loss_t(\d+)", name))
-    }
-    names = sorted(timesteps, key=timesteps.get)
+    named = _by_timestep(validation, "validation_loss")
     base = next((row for row in validation if row["step"] == 0), {})
-    relative = bool(names) and all(base.get(name) for name in names)
+    relative = bool(named) and all(base.get(name) for _, name in named)
     curves = [
-        curve(validation, name, f"t = {timesteps[name]}", base=base[name] if relative else None) for name in names
+        curve(validation, name, f"t = {timestep}", base=base[name] if relative else None) for timestep, name in named
     ]
     note = (
         "The same loss by timestep t, the amount of noise. Near 1000 the model sees almost pure noise and decides on "
@@ -172,6 +168,25 @@ def _timestep_panel(validation: list[dict]) -> dict:
         options |= {"unit": " %", "dashed": {"y": 0, "label": "base model"}}
         note += " As a change from the base model."
     return _panel("Validation loss by timestep", note, curves, **options)
+
+
+def _drift_panel(measured: list[dict]) -> dict:
+    """How far the predictions are from the base model's where the new word is absent."""
+    note = (
+        "How far the model is from the base model where the new word is absent: the mean squared difference of their "
+        "predictions on the held-out clips, by timestep t as above. What a LoRA changes there was not asked for."
+    )
+    if remark := remark_on_drift(having(measured, "validation_loss")):
+        note += f" Now, {remark}."
+    mean = curve(measured, "drift", "drift")
+    curves = [curve(measured, name, f"t = {timestep}") for timestep, name in _by_timestep(measured, "drift")]
+    return _panel("Drift from the base model", note, [mean, *curves], zero=True)
+
+
+def _by_timestep(rows: list[dict], name: str) -> list[tuple[int, str]]:
+    """Returns the timesteps at which a value was measured, each with its name in metrics.jsonl."""
+    names = {key for row in rows for key in row}
+    return sorted((int(match[1]), key) for key in names if (match := re.fullmatch(rf"{name}_t(\d+)", key)))
 
 
 def _motion_panel(sampled: list[dict]) -> dict:

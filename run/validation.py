@@ -5,14 +5,18 @@ import contextlib
 import io
 import itertools
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from math import isfinite
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -21,7 +25,8 @@ from clips.motion import motion
 from clips.order import Item, Ranks
 from cogvideox.base_model import BaseModel
 from cogvideox.budget import is_out_of_memory
-from cogvideox.objective import generator_for, training_loss
+from cogvideox.lora import base_of
+from cogvideox.objective import generator_for, preservation_loss, training_loss
 from cogvideox.sampling import encode_mp4, noise_generator, sample_video
 from dataset import Data
 from files import CannotContinue, at_least
@@ -33,6 +38,7 @@ MOST_FAILURES = 3  # in a row
 # Less than half is no chance: videos of the small model that differ only in their seeds spread by 2 to 15 percent
 # around the mean of their prompt, and a validation always has the same prompts and seeds.
 WELL_BELOW = 0.5
+VALIDATIONS_WITHOUT_GAIN = 2  # a single one may be worse by chance
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +53,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     check("--validation_steps", type=positive, metavar="N", help="updates between further validations (default: none)")
     split = "videos to hold out for the validation loss: below 1 a share, from 1 a number; 0: none"
     check("--validation_split", type=float, default=0, metavar="P", help=split)
+    drift = "prompts to measure the drift from the base model on, beside the held-out captions without --id_token"
+    check("--drift_prompt", metavar="TEXT", help=drift)
     switch = argparse.BooleanOptionalAction
     check("--validate_first", action=switch, default=True, help="validate the base model before training, too")
     check("--guidance_scale", type=float, default=6.0, help="classifier-free guidance scale of validation videos")
@@ -59,19 +67,30 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
         refuse(f"--validation_prompt {args.validation_prompt!r}: a prompt or the separator is empty; write both")
     if len(images(args)) > len(prompts(args)):
         refuse(f"--validation_images {args.validation_images!r}: more images than prompts; write a prompt for each")
+    if not all(drift_prompts(args)):
+        refuse(f"--drift_prompt {args.drift_prompt!r}: a prompt is empty; write all of them")
+    if args.drift_prompt and not args.validation_split:
+        refuse("--drift_prompt: the drift is measured on held-out clips; add --validation_split")
     if args.validation_split < 0 or (args.validation_split >= 1 and args.validation_split % 1):
         refuse(f"--validation_split {args.validation_split}: must be a share below 1, or a whole number of videos")
 
 
 def prompts(args: argparse.Namespace) -> list[str]:
-    parts = args.validation_prompt.split(args.validation_prompt_separator) if args.validation_prompt else []
-    return [prompt.strip() for prompt in parts]
+    return _separated(args.validation_prompt, args)
+
+
+def drift_prompts(args: argparse.Namespace) -> list[str]:
+    return _separated(args.drift_prompt, args)
+
+
+def _separated(texts: str | None, args: argparse.Namespace) -> list[str]:
+    return [text.strip() for text in texts.split(args.validation_prompt_separator)] if texts else []
 
 
 def images(args: argparse.Namespace) -> list[Path | None]:
     """Returns the images of the first prompts, None for those left empty between two separators."""
-    parts = args.validation_images.split(args.validation_prompt_separator) if args.validation_images else []
-    return [Path(image.strip()).expanduser() if image.strip() else None for image in parts]
+    paths = _separated(args.validation_images, args)
+    return [Path(path).expanduser() if path else None for path in paths]
 
 
 def quantiles(num_train_timesteps: int, count: int = 4) -> list[int]:
@@ -79,53 +98,102 @@ def quantiles(num_train_timesteps: int, count: int = 4) -> list[int]:
     return [(2 * part + 1) * num_train_timesteps // (2 * count) for part in range(count)]
 
 
-@torch.no_grad()
-def held_out_losses(
-    accelerator,
-    ranks: Ranks,
-    base: BaseModel,
-    transformer,
-    *,
-    data: Data,
-    encode_images,
-    seed: int,
-    dtype: torch.dtype,
-    agree: Callable[[], None],
-) -> dict[str, float]:
+class HeldOut(NamedTuple):
+    """Held-out clips, and all that a loss on them takes but the transformer."""
+
+    accelerator: Accelerator
+    ranks: Ranks
+    base: BaseModel
+    data: Data
+    encode_images: Callable | None  # what `encoders.image_encoder` yields
+    seed: int
+    dtype: torch.dtype
+    agree: Callable[[], None]  # called before each batch, on all ranks equally often; an exception ends the validation
+
+
+def held_out_losses(held_out: HeldOut, transformer) -> dict[str, float]:
     """Returns the mean loss over clips and timesteps, "validation_loss", and at each one, "validation_loss_t125" etc.
 
-    Each pair of clip and timestep is a batch of its own with its own fixed noise: equal weights give equal losses, on
-    any number of ranks. Every rank must call it.
-
-    Args:
-        encode_images: what `encoders.image_encoder` yields.
-        agree: called before each batch, on all ranks equally often; ends the validation by an exception.
+    Every rank must call it.
     """
+    return _means("validation_loss", held_out, transformer, partial(training_loss, transformer=transformer))
+
+
+def drift(held_out: HeldOut, transformer, prompts: Sequence[str]) -> dict[str, float]:
+    """Returns how far a LoRA's predictions are from those of the base model where the new word is absent.
+
+    It is the mean squared difference, "drift", and at each timestep, "drift_t125" etc., on the noisy latents of
+    `held_out_losses`. The captions are those without the new word, where the data has them, and `prompts`, whose
+    embeddings the data holds. Every rank must call it.
+    """
+    model = held_out.accelerator.unwrap_model(transformer)
+    embeds = {text: embedding[None] for text, embedding in held_out.data.read_prompts().items() if text in prompts}
+
+    def loss(batch: dict, generator: torch.Generator, **options) -> torch.Tensor:
+        captions = [batch["plain_prompt_embeds"]] if "plain_prompt_embeds" in batch else []
+        state, losses = generator.get_state(), []
+        for plain in [*captions, *embeds.values()]:
+            generator.set_state(state)  # the same noise for all
+            of_caption = batch | {"plain_prompt_embeds": plain}
+            options |= {"transformer": model, "teacher": base_of(model)}
+            losses.append(preservation_loss(batch=of_caption, generator=generator, **options))
+        return torch.stack(losses).mean()
+
+    return _means("drift", held_out, transformer, loss)
+
+
+@torch.no_grad()
+def _means(name: str, held_out: HeldOut, transformer, loss_of: Callable[..., torch.Tensor]) -> dict[str, float]:
+    """Returns the mean of a loss over clips and timesteps as `name`, and at each timestep as `name`_t125 etc.
+
+    Each pair of clip and timestep is a batch of its own with its own fixed noise: equal weights give equal losses, on
+    any number of ranks.
+    """
+    base, ranks, data, device = held_out.base, held_out.ranks, held_out.data, held_out.accelerator.device
     timesteps = quantiles(base.scheduler.config.num_train_timesteps)
     jobs = [(clip, timestep) for clip in range(len(data.shapes)) for timestep in timesteps]
-    device, losses = accelerator.device, []
-    with _without_dropout(transformer), failing_together(agree):
+    fixed = {"base": base, "dtype": held_out.dtype, "encode": held_out.encode_images}
+    losses = []
+    with _without_dropout(transformer), failing_together(held_out.agree):
         for clip, timestep in _equal_share(ranks, jobs):
-            agree()
-            batch = {name: tensor[None] for name, tensor in data.read(Item(clip)).items()}
-            generator = generator_for(device, seed, "held out", clip, timestep)
+            held_out.agree()
+            batch = {key: tensor[None] for key, tensor in data.read(Item(clip)).items()}
+            generator = generator_for(device, held_out.seed, "held out", clip, timestep)
             at_timestep = torch.tensor([timestep], device=device)
-            loss = training_loss(
-                base, transformer, batch, generator, dtype=dtype, encode=encode_images, timesteps=at_timestep
-            )
+            loss = loss_of(batch=batch, generator=generator, timesteps=at_timestep, **fixed)
             losses.append(((clip, timestep), loss.item()))
     losses = dict(ranks.gather(losses))
     if wrong := sorted(pair for pair, loss in losses.items() if not isfinite(loss)):
         clip, timestep = wrong[0]
+        what = name.replace("validation_loss", "loss")
         raise Failed(
-            f"the loss on {len(wrong)} of {len(losses)} held-out pairs of clip and timestep is not finite, the first "
+            f"the {what} on {len(wrong)} of {len(losses)} held-out pairs of clip and timestep is not finite, the first "
             f"one on {data.labels[clip]}, timestep {timestep}"
         )
     means = {
-        f"validation_loss_t{timestep}": fmean(losses[clip, timestep] for clip in range(len(data.shapes)))
+        f"{name}_t{timestep}": fmean(losses[clip, timestep] for clip in range(len(data.shapes)))
         for timestep in timesteps
     }
-    return {"validation_loss": fmean(means.values())} | means
+    return {name: fmean(means.values())} | means
+
+
+def remark_on_drift(rows: list[dict]) -> str | None:
+    """Returns a sentence if the drift grows while the loss on held-out clips no longer falls.
+
+    Args:
+        rows: of the validations so far, each with "step", "validation_loss" and "drift".
+    """
+    if not rows:
+        return None
+    best, last = min(rows, key=itemgetter("validation_loss")), rows[-1]
+    since = sum(row["step"] > best["step"] for row in rows)
+    if since < VALIDATIONS_WITHOUT_GAIN or last["drift"] <= best["drift"]:
+        return None
+    return (
+        f"without the new word, the model drifts away from the base model ({last['drift']:.4g}, {best['drift']:.4g} at "
+        f"update {best['step']}), while the loss on held-out clips no longer falls: its lowest is that of update "
+        f"{best['step']}; docs/lora.md says what to do"
+    )
 
 
 class Failed(RuntimeError):
