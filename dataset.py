@@ -64,6 +64,7 @@ class Data(NamedTuple):
     shapes: list[tuple[int, ...]]  # of each clip's cached latents, (2c, f, h, w)
     prompts: dict[str, Path]  # embeddings of the validation prompts, and of ""
     repeats: Sequence[int] = ()  # how often an epoch shows each clip; empty: once
+    for_regularization: Sequence[bool] = ()  # of each clip; none where clips are made up
     groups: Sequence = ()  # of each clip: windows of which an epoch shows one have the same; empty: shows each
     facts: Sequence[Facts] = ()  # of each clip, however often it is shown; none where clips are made up
     labels: Sequence[str] = ()  # where each clip was read from, and its file
@@ -99,20 +100,22 @@ class Data(NamedTuple):
         """Returns the image that an image-to-video model starts from, uint8 [H, W, C]."""
         return self.read(Item(clip))["image"]
 
-    def split(self, held_out: float, seed: int) -> tuple["Data", "Data"]:
-        """Returns the training data and the held-out data.
-
-        A video that is listed twice goes to one of the two as a whole.
+    def split(self, held_out: float, seed: int) -> "Parts":
+        """Returns the parts of a dataset; a video that is listed twice goes to one of them as a whole.
 
         Args:
             held_out: how many videos to hold out; below 1 a share of them.
         """
         video_of_clip = [of_clip.file.content for of_clip in self.facts] or [paths[0] for paths in self.clips.latents]
-        videos = list(dict.fromkeys(video_of_clip))
+        kept = {clip for clip, is_kept in enumerate(self.for_regularization) if is_kept}
+        learned = [(clip, video) for clip, video in enumerate(video_of_clip) if clip not in kept]
+        videos = list(dict.fromkeys(video for _, video in learned))
         chosen = set(random.Random(f"{seed} held out").sample(videos, count_held_out(held_out, len(videos))))
-        training = [clip for clip, video in enumerate(video_of_clip) if video not in chosen]
-        validation = [clip for clip, video in enumerate(video_of_clip) if video in chosen]
-        return self._take(training, self.repeats), self._take(validation)._replace(remarks=())
+        return Parts(
+            training=self._take([clip for clip, video in learned if video not in chosen], self.repeats),
+            held_out=self._take([clip for clip, video in learned if video in chosen])._replace(remarks=()),
+            regularization=self._take(sorted(kept), self.repeats)._replace(remarks=()).without_plain_captions(),
+        )
 
     def _take(self, clips: list[int], repeats: Sequence[int] | None = None) -> "Data":
         """Returns some of the clips, each as often as `repeats` tells, by default once."""
@@ -123,6 +126,7 @@ class Data(NamedTuple):
             groups=[(self.groups[clip], copy) for clip, copy in shown] if self.groups else (),
             labels=[self.labels[clip] for clip, _ in shown] if self.labels else (),
             repeats=(),
+            for_regularization=(),
             facts=[self.facts[clip] for clip in clips] if self.facts else (),
         )
 
@@ -158,6 +162,18 @@ class Data(NamedTuple):
 
     def summary(self) -> str:
         return "\n".join([headline(self.facts, self.selection), *self.remarks])
+
+
+class Parts(NamedTuple):
+    """An encoded dataset by what is done with it."""
+
+    training: Data
+    held_out: Data
+    regularization: Data  # clips that show what the model is to keep
+
+    def describe(self) -> list[str]:
+        named = {"": self.training, "held out: ": self.held_out, "regularization: ": self.regularization}
+        return [f"{name}{part.summary()}" for name, part in named.items() if part.shapes]
 
 
 @contextmanager
@@ -247,6 +263,7 @@ def _described(checked: "Checked", clips: "CachedClips", shapes: list[tuple[int,
         clips=clips,
         shapes=shapes,
         repeats=[clip.repeats for clip in checked.clips],
+        for_regularization=[clip.is_regularization for clip in checked.clips],
         groups=groups_of(checked.facts) if checked.selection.is_drawn else (),
         prompts={},
         facts=checked.facts,
@@ -260,7 +277,7 @@ def groups_of(facts: list[Facts]) -> list[int]:
     return list(itertools.accumulate(int(not of_clip.window) for of_clip in facts))
 
 
-def describe_cache(parts: list[Data]) -> str:
+def describe_cache(parts: Parts) -> str:
     """Returns a line on what is encoded of the parts of a dataset, and where it is."""
     files = [part.clips for part in parts]
     num_clips = len({paths[0] for clips in files for paths in clips.latents})
@@ -275,7 +292,7 @@ def content_record(clips: list[Clip], facts: list[Facts], selection: Selection, 
     return {
         "clips": len(clips),
         "videos": hash_of([[of_clip.file.content, of_clip.image] for of_clip in facts]),
-        "captions": hash_of([[*clip.captions, clip.repeats] for clip in clips]),
+        "captions": hash_of([[*clip.captions, clip.repeats] + [None] * clip.is_regularization for clip in clips]),
         "frames": hash_of(views[0] if selection.is_plain else [views, selection.clip_mode]),
     }
 

@@ -41,7 +41,7 @@ from cogvideox.budget import MemoryPlan
 from cogvideox.lora_files import CHANGES_BASE, SAVE_DTYPES
 from cogvideox.objective import generator_for, preservation_loss, training_loss
 from cogvideox.rehearsal import Models, Settings, models_of
-from dataset import Data
+from dataset import Data, Parts
 from files import CannotContinue, at_least, expanded_path, parse_options, plain_name, share, weight
 from pages import report
 from run import (
@@ -59,6 +59,7 @@ from run import (
 )
 from run.checkpoints import Start
 
+REGULARIZATION = "regularization"  # kind of micro-batch
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -89,6 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     selection.check_options(args, parser.error)
     check_order(args, parser.error)
     check_preservation(args, parser.error)
+    check_regularization(args, parser.error)
     optimizers.check_options(args, parser.error)
     compute.check_options(args, parser.error)
     validation.check_options(args, parser.error)
@@ -103,6 +105,14 @@ def check_order(args: argparse.Namespace, refuse: Callable[[str], None]) -> None
         refuse("--max_tokens_per_batch: decides the clips in a batch, as --train_batch_size does; leave one out")
     if args.max_tokens_per_batch and args.scale_lr:
         refuse("--scale_lr: needs batches of one size, which --max_tokens_per_batch does not make; leave one out")
+
+
+def check_regularization(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
+    """Refuses a weight of the loss on regularization clips that does nothing."""
+    if args.prior_loss_weight is not None and not args.regularization_data_root:
+        refuse("--prior_loss_weight: does nothing without --regularization_data_root; pass its folder, or leave it out")
+    if args.prior_loss_weight == 0:
+        refuse("--prior_loss_weight 0: the clips of --regularization_data_root would do nothing; leave them out")
 
 
 def changes_base(args: argparse.Namespace) -> str | None:
@@ -142,6 +152,7 @@ def derived_options(options: dict) -> dict:
     return {
         "learning_rate": optimizers.default_learning_rate(options["optimizer"], options["training_type"]),
         "lora_alpha": options["rank"],
+        "prior_loss_weight": 1.0 if options.get("regularization_data_root") else None,
     }
 
 
@@ -162,6 +173,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     root = "folder with the clips and their captions, or several; FOLDER=2 shows its clips twice an epoch"
     source("--instance_data_root", type=listing.folder_option, nargs="+", metavar="FOLDER", help=root)
     source("--dataset_name", metavar="NAME", help="dataset repository on the hub, downloaded and read like a folder")
+    kept = "folders with clips of what the model is to keep, without --id_token: a batch of them beside each other one"
+    regularization = {"type": listing.regularization_folder, "nargs": "+", "default": [], "metavar": "FOLDER"}
+    group.add_argument("--regularization_data_root", **regularization, help=kept)
     data = group.add_argument
     cache = "folder for encoded clips and captions (default: .cogvideox_cache in the data's folder)"
     again = "read every clip again, even if its size and modification time are unchanged"
@@ -204,10 +218,12 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     train("--ddp_timeout", type=positive, default=1800, metavar="SECONDS", help="longest wait for another process")
     preserve = "weight of what keeps the base model as it is without --id_token: its own predictions; 0: none"
     every = "preserve in one of N updates: N times less work for it"
+    prior = "weight of the loss on the clips of --regularization_data_root (default: 1)"
     plain = "caption to preserve the base model's predictions of (default: each clip's without --id_token)"
     train("--preserve", type=weight, default=0, metavar="WEIGHT", help=preserve)
     train("--preserve_every", type=positive, default=1, metavar="N", help=every)
     train("--preserve_prompt", metavar="TEXT", help=plain)
+    train("--prior_loss_weight", type=weight, metavar="WEIGHT", help=prior)
     skipped = "end after so many updates in a row whose loss or gradient is not finite; each is skipped"
     train("--max_skipped_updates", type=positive, default=3, metavar="N", help=skipped)
     train("--allow_tf32", action="store_true", help="use TF32 for float32 products: faster on Ampere GPUs and later")
@@ -362,6 +378,7 @@ def memory_settings(
         lora=lora.lora_of(args) if args.training_type == "lora" else None,
         dtype=dtype,
         ema=args.ema_decay is not None,
+        regularized=bool(args.regularization_data_root),
         samples=bool(args.validation_prompt),
         device_type="cuda" if args.dry_run_gib else device.type,
         num_processes=num_processes,
@@ -445,8 +462,10 @@ def read_listing(args: argparse.Namespace) -> Listing:
     folders = args.instance_data_root
     if args.dataset_name:
         folders = [listing.Folder(listing.download_dataset(args.dataset_name, args.cache_dir))]
+    folders = [*folders, *args.regularization_data_root]
     listed = listing.read_listing(folders, listing.columns_of(args), words_of(args))
-    count_held_out(args.validation_split, len(listed.clips))  # before hours of encoding
+    num_learned = sum(not clip.is_regularization for clip in listed.clips)
+    count_held_out(args.validation_split, num_learned)  # before hours of encoding
     images = [image for image in validation.images(args) if image]
     listed.problems.extend(image_problems(images, "--validation_images"))
     refuse_output_among_clips(args, listed)
@@ -488,8 +507,8 @@ def prepare_data(
     dtype: torch.dtype,
     memory_plan: MemoryPlan,
     stop: signals.StopRequest,
-) -> tuple[BaseModel, Data, Data]:
-    """Returns the base model with its weights on disk, the training data and the held-out data.
+) -> tuple[BaseModel, Parts]:
+    """Returns the base model with its weights on disk, and the parts of the encoded dataset.
 
     T5 and the VAE are no longer in memory when it returns.
     """
@@ -536,8 +555,7 @@ def prepare_data(
             allow_damaged=args.allow_damaged,
         )
     say_after_encoding(accelerator, ranks, base, cut)
-    training_data, held_out = data.split(args.validation_split, args.seed)
-    return base, training_data if args.preserve else training_data.without_plain_captions(), held_out
+    return base, data.split(args.validation_split, args.seed)
 
 
 def say_after_encoding(accelerator: Accelerator, ranks: Ranks, base: BaseModel, cut: dict[str, int]) -> None:
@@ -586,18 +604,19 @@ def batch_size_of(args: argparse.Namespace, base: BaseModel) -> Callable[[tuple]
 
 
 def order_of(args: argparse.Namespace, base: BaseModel, data: Data) -> Order:
-    order = data.order(
-        seed=args.seed,
-        batch_size=batch_size_of(args, base),
-        random_flip=args.random_flip,
-        caption_dropout=args.caption_dropout,
-        still_share=args.image_share,
-        bucket_group=args.bucket_group if args.buckets else 1,
+    order = regularization_order(args, base, data)._replace(
+        random_flip=args.random_flip, caption_dropout=args.caption_dropout, still_share=args.image_share
     )
     if args.image_share is not None and not 0 < len(order.stills) < len(order.shapes):
         found = "only images" if order.stills else "no image"
         raise ValueError(f"--image_share {args.image_share:g}: the clips are {found}; add the others, or leave it out")
     return order
+
+
+def regularization_order(args: argparse.Namespace, base: BaseModel, data: Data) -> Order:
+    return data.order(
+        seed=args.seed, batch_size=batch_size_of(args, base), bucket_group=args.bucket_group if args.buckets else 1
+    )
 
 
 def plan_updates(args, order: Order, ranks: Ranks, position: dict) -> Timeline:
@@ -680,6 +699,7 @@ class Run(NamedTuple):
     memory_plan: MemoryPlan
     data: Data
     held_out: Data
+    regularization: Data
     order: Order
     timeline: Timeline
     state: checkpoints.State
@@ -693,15 +713,20 @@ class Run(NamedTuple):
         tiling, slicing = self.memory_plan.tile_encoding, self.args.enable_slicing
         return encoders.image_encoder(self.base, self.dtype, self.accelerator.device, tiling=tiling, slicing=slicing)
 
-    def micro_batches(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        return dataset.micro_batches(
-            self.data,
-            self.order,
-            self.timeline,
-            self.ranks,
-            num_workers=self.args.dataloader_num_workers,
-            in_worker=signals.ignore,
-        )
+    def micro_batches(self) -> Iterator[tuple[int, dict, dict | None]]:
+        """Yields the number of a micro-batch, the batch, and one of regularization clips where there are any."""
+        with contextlib.ExitStack() as stack:
+
+            def batches_of(data: Data, order: Order) -> Iterator[tuple[int, dict]]:
+                workers = {"num_workers": self.args.dataloader_num_workers, "in_worker": signals.ignore}
+                batches = dataset.micro_batches(data, order, self.timeline, self.ranks, **workers)
+                return stack.enter_context(contextlib.closing(batches))
+
+            kept = itertools.repeat((None, None))
+            if self.regularization.shapes:
+                kept = batches_of(self.regularization, regularization_order(self.args, self.base, self.regularization))
+            for (number, batch), (_, regularization) in zip(batches_of(self.data, self.order), kept):
+                yield number, batch, regularization
 
 
 def checked_record(
@@ -732,14 +757,13 @@ def prepare_run(
     base: BaseModel,
     dtype: torch.dtype,
     memory_plan: MemoryPlan,
-    data: Data,
-    held_out: Data,
+    parts: Parts,
     starting: Start,
     stop: signals.StopRequest,
     record: dict,
 ) -> Run:
     """Returns what the loop works with: the model as it starts or as the checkpoint holds it."""
-    order = order_of(args, base, data)
+    order = order_of(args, base, parts.training)
     position = course.moved_position(starting.saved, order.batches_per_epoch())
     timeline = plan_updates(args, order, ranks, position)
 
@@ -761,8 +785,9 @@ def prepare_run(
         base=base,
         dtype=dtype,
         memory_plan=memory_plan,
-        data=data,
-        held_out=held_out,
+        data=parts.training if args.preserve else parts.training.without_plain_captions(),
+        held_out=parts.held_out,
+        regularization=parts.regularization,
         order=order,
         timeline=timeline,
         state=state,
@@ -812,13 +837,14 @@ class Update(NamedTuple):
     grad_norm: float  # before clipping
     learning_rate: float
     preservation_loss: float | None  # mean over those micro-batches that have one; None: none has
+    prior_loss: float | None  # likewise, on regularization clips
     is_skipped: bool  # loss or gradient of a rank is not finite: the weights stay as they were
     requests: list[float]  # of each request, the largest of all ranks
-    losses: dict[int, float]  # of this rank's micro-batches, by number, where the update is skipped
+    losses: dict[tuple[str, int], float]  # of this rank's micro-batches, by kind and number, of a skipped update
 
 
 def update(
-    run: Run, micro_batches: Iterator[tuple[int, dict]], encode_images: Callable | None, requests: Iterable[float] = ()
+    run: Run, micro_batches: Iterator[tuple], encode_images: Callable | None, requests: Iterable[float] = ()
 ) -> Update:
     """Makes one update of the weights: batch, forward, backward, clip, step, schedule.
 
@@ -827,12 +853,15 @@ def update(
     """
     args, accelerator = run.args, run.accelerator
     transformer, optimizer, lr_scheduler, average = run.state
-    losses, preserved = {}, []  # not the batches, which would take the memory of all micro-batches of an update
+    # Not the batches, which would take the memory of all micro-batches of an update.
+    losses, preserved, prior_losses = {}, [], {}
     for _ in range(args.gradient_accumulation_steps):
-        number, batch = next(micro_batches)
+        number, batch, regularization = next(micro_batches)
         with accelerator.accumulate(transformer), compute.attention_kernel(args.attention_backend):
             if is_preserved(run, number):
                 preserved.append(preserve(run, transformer, number, batch, encode_images))
+            if regularization:
+                prior_losses[number] = regularize(run, transformer, number, regularization, encode_images)
             loss = loss_of(run, transformer, number, batch, encode_images)
             accelerator.backward(loss)  # divides by the number of micro-batches
         losses[number] = loss.detach()
@@ -840,10 +869,8 @@ def update(
     mean_loss = sum(loss / args.gradient_accumulation_steps for loss in losses.values())
 
     # Waits for the GPU: the next update's first kernels start a little later, which a test on a GPU has to measure.
-    sum_preserved = float(sum(preserved))
-    told = processes.of_each_rank(
-        accelerator, [mean_loss.item(), grad_norm.item(), sum_preserved, len(preserved), *requests]
-    )
+    added = [float(sum(preserved)), len(preserved), float(sum(prior_losses.values())), len(prior_losses)]
+    told = processes.of_each_rank(accelerator, [mean_loss.item(), grad_norm.item(), *added, *requests])
     is_finite = bool(told[:, :2].isfinite().all())
     if is_finite:
         optimizer.step()
@@ -859,16 +886,30 @@ def update(
         learning_rate=learning_rate,
         is_skipped=not is_finite,
         preservation_loss=(told[:, 2].sum() / told[:, 3].sum()).item() if told[:, 3].any() else None,
-        requests=told[:, 4:].amax(0).tolist(),
-        losses={} if is_finite else {number: loss.item() for number, loss in losses.items()},
+        prior_loss=(told[:, 4].sum() / told[:, 5].sum()).item() if told[:, 5].any() else None,
+        requests=told[:, 6:].amax(0).tolist(),
+        losses={} if is_finite else named_losses("", losses) | named_losses(REGULARIZATION, prior_losses),
     )
 
 
-def loss_of(run: Run, transformer, number: int, batch: dict, encode_images: Callable | None) -> torch.Tensor:
+def named_losses(kind: str, losses: dict[int, torch.Tensor]) -> dict[tuple[str, int], float]:
+    return {(kind, number): loss.item() for number, loss in losses.items()}
+
+
+def loss_of(
+    run: Run, transformer, number: int, batch: dict, encode_images: Callable | None, kind: str = ""
+) -> torch.Tensor:
     """Returns the loss of a micro-batch; only its number decides noise and dropout."""
-    generator = generator_for(run.accelerator.device, run.args.seed, number)
-    torch.manual_seed(generator.initial_seed() % 2**63)  # dropout draws from the global generator
-    return training_loss(run.base, transformer, batch, generator=generator, dtype=run.dtype, encode=encode_images)
+    return training_loss(
+        run.base, transformer, batch, generator=generator_of(run, number, kind), dtype=run.dtype, encode=encode_images
+    )
+
+
+def generator_of(run: Run, number: int, kind: str = "") -> torch.Generator:
+    """Returns the generator of a micro-batch, once dropout, which draws from the global one, is seeded by it."""
+    generator = generator_for(run.accelerator.device, run.args.seed, number, *filter(None, [kind]))
+    torch.manual_seed(generator.initial_seed() % 2**63)
+    return generator
 
 
 def is_preserved(run: Run, number: int) -> bool:
@@ -878,19 +919,37 @@ def is_preserved(run: Run, number: int) -> bool:
 
 
 def preserve(run: Run, transformer, number: int, batch: dict, encode_images: Callable | None) -> torch.Tensor:
-    """Adds the gradient of the preservation loss of a micro-batch; returns the loss.
+    """Adds the gradient of the preservation loss of a micro-batch; returns the loss."""
+
+    def loss_of_model(model) -> torch.Tensor:
+        return preservation_loss(
+            run.base, model, batch, generator_of(run, number), run.dtype, encode_images, teacher=lora.base_of(model)
+        )
+
+    return add_gradient(run.accelerator, transformer, loss_of_model, weight=run.args.preserve)
+
+
+def regularize(run: Run, transformer, number: int, batch: dict, encode_images: Callable | None) -> torch.Tensor:
+    """Adds the gradient of the loss on regularization clips beside a micro-batch; returns the loss.
+
+    Prior preservation: Ruiz et al. 2022 (arXiv:2208.12242).
+    """
+
+    def loss_of_model(model) -> torch.Tensor:
+        return loss_of(run, model, number, batch, encode_images, kind=REGULARIZATION)
+
+    return add_gradient(run.accelerator, transformer, loss_of_model, weight=run.args.prior_loss_weight)
+
+
+def add_gradient(accelerator: Accelerator, transformer, loss_of_model: Callable, weight: float) -> torch.Tensor:
+    """Adds the gradient of a loss beside the training loss of a micro-batch; returns the loss.
 
     By itself, before the training loss, so that the activations of both are never in memory at once. Nothing is sent to
     other ranks here: the backward pass of the training loss sends the sum.
     """
-    accelerator, model = run.accelerator, run.accelerator.unwrap_model(transformer)
-    generator = generator_for(accelerator.device, run.args.seed, number)
-    torch.manual_seed(generator.initial_seed() % 2**63)  # dropout draws from the global generator
     with accelerator.no_sync(transformer):
-        loss = preservation_loss(
-            run.base, model, batch, generator, run.dtype, encode=encode_images, teacher=lora.base_of(model)
-        )
-        accelerator.backward(run.args.preserve * loss)
+        loss = loss_of_model(accelerator.unwrap_model(transformer))
+        accelerator.backward(weight * loss)
     return loss.detach()  # its value would wait for the GPU
 
 
@@ -960,7 +1019,8 @@ def count_skipped(run: Run, step: int, measured: Update, encode_images: Callable
     """
     failures, scaler = run.failures, run.accelerator.scaler
     is_overflow = scaler and isfinite(measured.loss) and scaler.get_scale() >= 1
-    found = [suspect(run, *pair, encode_images) for pair in guard.suspected(measured.losses).items()]
+    suspected = guard.suspected(measured.losses).items()
+    found = [suspect(run, *micro_batch, loss, encode_images) for micro_batch, loss in suspected]
     suspects = run.ranks.gather(found)
     reasons = [str(one) for one in suspects]
     if is_overflow:
@@ -980,10 +1040,14 @@ def count_skipped(run: Run, step: int, measured: Update, encode_images: Callable
         )
 
 
-def suspect(run: Run, number: int, loss: float, encode_images: Callable | None) -> guard.Suspect:
+def suspect(run: Run, kind: str, number: int, loss: float, encode_images: Callable | None) -> guard.Suspect:
     """Reads a micro-batch once more, for what there is to say about it."""
-    clips, batch = run.data.micro_batch(number, run.order)
-    timesteps = guard.drawn_timesteps(lambda record: loss_of(run, record, number, batch, encode_images))
+    data, order = run.data, run.order
+    if kind == REGULARIZATION:
+        data = run.regularization
+        order = regularization_order(run.args, run.base, data)
+    clips, batch = data.micro_batch(number, order)
+    timesteps = guard.drawn_timesteps(lambda record: loss_of(run, record, number, batch, encode_images, kind))
     return guard.Suspect(clips, timesteps, loss, guard.extremes(batch))
 
 
@@ -1003,8 +1067,9 @@ def log(run: Run, step: int, measured: Update, *, smoothed_loss: float, seconds:
         "grad_norm": measured.grad_norm,
         "seconds": round(seconds, 4),
     }
-    if measured.preservation_loss is not None:
-        row["preservation_loss"] = measured.preservation_loss
+    for name in ("preservation_loss", "prior_loss"):
+        if (value := getattr(measured, name)) is not None:
+            row[name] = value
     run_directory.log_row(run.accelerator, run.args.output_dir, row)
 
 
@@ -1171,11 +1236,10 @@ def demo_command(run: Run, step: int, video_options: dict) -> list[str]:
     return words
 
 
-def announce(run: Run, start: Start, changed: dict) -> float | None:
+def announce(run: Run, on_data: list[str], start: Start, changed: dict) -> float | None:
     """Describes the run in the terminal, args.json and the trackers; returns the smoothed loss of a resumed run."""
     args, accelerator, base, timeline = run.args, run.accelerator, run.base, run.timeline
     level, num_trained = run.memory_plan.gradient_checkpointing, lora.count_trained(run.state.transformer)
-    on_data = describe_data(run.data, run.held_out)
     lines = describe_run(
         args,
         accelerator,
@@ -1211,10 +1275,6 @@ def describe_result(args: argparse.Namespace, result: Path) -> list[str]:
     words = ["python", "cli_demo.py", f"--{option}", str(args.output_dir), "--prompt", prompt]
     page = args.output_dir / run_directory.REPORT_FILE
     return [f"Result: {result}", f"page of the run: {page}", f"a video with it: {shlex.join(words)}"]
-
-
-def describe_data(data: Data, held_out: Data) -> list[str]:
-    return [data.summary()] + ([f"held out: {held_out.summary()}"] if held_out.shapes else [])
 
 
 def describe_run(
@@ -1256,8 +1316,8 @@ def report_dry_run(
         progress=partial(progress_bar, accelerator),
         check_all=args.check_all,
     )
-    data, held_out = dataset.unencoded(checked, base.latent_shape).split(args.validation_split, args.seed)
-    order = order_of(args, base, data)
+    parts = dataset.unencoded(checked, base.latent_shape).split(args.validation_split, args.seed)
+    order = order_of(args, base, parts.training)
     timeline = plan_updates(args, order, ranks, position)
     level = memory_plan.gradient_checkpointing
     num_checkpoints = timeline.count_checkpoints(args.checkpointing_steps, args.checkpoints_total_limit)
@@ -1269,7 +1329,7 @@ def report_dry_run(
         args,
         accelerator,
         base,
-        on_data=describe_data(data, held_out),
+        on_data=parts.describe(),
         order=order,
         timeline=timeline,
         level=level,
@@ -1302,16 +1362,18 @@ def main(args: argparse.Namespace) -> None:
                 return
 
             # Data: read, checked and encoded, before the transformer comes in.
-            base, data, held_out = prepare_data(
+            base, parts = prepare_data(
                 args, accelerator, ranks, base=base, dtype=dtype, memory_plan=memory_plan, stop=stop
             )
             if args.encode_only:
-                accelerator.print(*describe_data(data, held_out), dataset.describe_cache([data, held_out]), sep="\n")
+                accelerator.print(*parts.describe(), dataset.describe_cache(parts), sep="\n")
                 end(accelerator)
                 return
 
             # What is trained, and from where.
-            record, other_content = checked_record(args, accelerator, ranks, base, data=data, starting=starting)
+            record, other_content = checked_record(
+                args, accelerator, ranks, base, data=parts.training, starting=starting
+            )
             run = prepare_run(
                 args,
                 accelerator,
@@ -1319,14 +1381,13 @@ def main(args: argparse.Namespace) -> None:
                 base=base,
                 dtype=dtype,
                 memory_plan=memory_plan,
-                data=data,
-                held_out=held_out,
+                parts=parts,
                 starting=starting,
                 stop=stop,
                 record=record,
             )
             processes.stopping_together(ranks, stop).wait()
-            smoothed_loss = announce(run, starting, changed | other_content)
+            smoothed_loss = announce(run, parts.describe(), starting, changed | other_content)
 
         with memory_explained(partial(training_advice, run)):
             train(run, smoothed_loss)

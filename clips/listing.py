@@ -14,7 +14,7 @@ import re
 import reprlib
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +48,7 @@ class Clip(NamedTuple):
     problems: tuple[str, ...] = ()  # of how it is listed, which `Listing.problems` has as well
     other_captions: tuple[str, ...] = ()  # further ones, of which each time one is drawn
     plain_captions: tuple[str, ...] = ()  # each of its captions without the new word; none where that is not needed
+    is_regularization: bool = False  # it shows what the model is to keep, and gets no new word
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -81,6 +82,8 @@ class Words(NamedTuple):
     def around(self, clip: Clip) -> Clip:
         """Returns the clip with these words around its captions."""
         plain = [_joined(self.caption_prefix, caption, self.caption_suffix) for caption in clip.captions]
+        if clip.is_regularization:
+            return clip._replace(caption=plain[0], other_captions=tuple(plain[1:]))
         first, *others = (_joined(self.id_token, caption) for caption in plain)
         if self.plain_prompt is not None:
             plain = [self.plain_prompt] * len(plain)
@@ -112,6 +115,7 @@ class Folder:
 
     path: Path
     repeats: int = 1  # how often an epoch shows its clips
+    is_regularization: bool = False  # of --regularization_data_root
 
     def __str__(self) -> str:
         return str(self.path) if self.repeats == 1 else f"{self.path}={self.repeats}"
@@ -144,6 +148,11 @@ def folder_option(text: str) -> Folder:
         rule = "FOLDER=N shows its clips N times an epoch, N a whole number of at least 1"
         raise argparse.ArgumentTypeError(f"{text}: {rule}; there is no folder of the name {text} either")
     return Folder(Path(path).expanduser(), int(repeats))
+
+
+def regularization_folder(text: str) -> Folder:
+    """Returns the folder that FOLDER or FOLDER=N names for --regularization_data_root; a type for argparse."""
+    return replace(folder_option(text), is_regularization=True)
 
 
 def add_options(group: argparse._ArgumentGroup) -> None:
@@ -193,7 +202,11 @@ def read_listing(folders: list[Folder], columns: Columns = NONE_NAMED, words: Wo
     paths = [os.path.realpath(folder.path) for folder in folders]
     for folder, path in zip(folders, paths):
         if paths.count(path) > 1:
-            raise ValueError(f"{folder.path}: is named twice; name it once, with =2 to show its clips twice an epoch")
+            kinds = {other.is_regularization for other, its_path in zip(folders, paths) if its_path == path}
+            way_out = "name it once, with =2 to show its clips twice an epoch"
+            if len(kinds) > 1:
+                way_out = "clips to learn and clips of --regularization_data_root must be others"
+            raise ValueError(f"{folder.path}: is named twice; {way_out}")
         layout, clips, problems = _read_folder(folder.path, columns)
         if len(folders) > 1:  # lines and files of the same name may be in each of them
             problems = [_in_folder(folder.path, problem) for problem in problems]
@@ -212,7 +225,8 @@ def read_listing(folders: list[Folder], columns: Columns = NONE_NAMED, words: Wo
         listing.layouts.append(layout)
         listing.remarks.extend(_left_out(folder.path, layout, clips))
         listing.problems.extend(problems)
-        listing.clips.extend(clip._replace(repeats=folder.repeats) for clip in clips)
+        of_folder = {"repeats": folder.repeats, "is_regularization": folder.is_regularization}
+        listing.clips.extend(clip._replace(**of_folder) for clip in clips)
     return listing._replace(clips=[words.around(clip) for clip in listing.clips])
 
 

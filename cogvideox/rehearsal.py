@@ -52,6 +52,7 @@ class Settings(NamedTuple):
     gradient_accumulation_steps: int = 1
     preserve: float = 0  # whether, and
     preserve_every: int = 1  # how often the base model's predictions are preserved
+    regularized: bool = False  # whether there is a batch of regularization clips beside each other one
     gradient_checkpointing: str = "none"
     attention_backend: str = "auto"
     blocks_to_swap: int = 0
@@ -81,7 +82,8 @@ class Settings(NamedTuple):
     @property
     def gradients_in_forward(self) -> bool:
         """Whether gradients are there in the forward pass: of earlier losses, or in the buckets of DDP."""
-        return self.gradient_accumulation_steps > 1 or self.num_processes > 1 or bool(self.preserve)
+        earlier_losses = self.gradient_accumulation_steps > 1 or bool(self.preserve) or self.regularized
+        return earlier_losses or self.num_processes > 1
 
 
 class OptimizerBytes(NamedTuple):
@@ -388,7 +390,8 @@ def _count_update(models: Models, settings: Settings, num_layers: int) -> dict[s
         lap("first block")
     peaks.pop("other blocks", None)
     update = meter.live + round(models.optimizer.update * max(weight.numel() for weight in trained))
-    return {**peaks, "update": update, "resident": resident, "flops": meter.flops + preserving}
+    flops = meter.flops * (2 if settings.regularized else 1) + preserving
+    return {**peaks, "update": update, "resident": resident, "flops": flops}
 
 
 def _call_after_backward(blocks: torch.nn.ModuleList, call: Callable[[int], None]) -> None:

@@ -44,9 +44,9 @@ class Suspect(NamedTuple):
         return ": ".join(filter(None, [shown, f"loss {self.loss:.4g}", explained]))
 
 
-def suspected(losses: dict[int, float]) -> dict[int, float]:
-    """Returns the micro-batches whose loss is not finite, by number; all where only the gradient is not."""
-    return {number: loss for number, loss in losses.items() if not isfinite(loss)} or losses
+def suspected(losses: dict) -> dict:
+    """Returns those of some micro-batches whose loss is not finite; all where only the gradient is not."""
+    return {micro_batch: loss for micro_batch, loss in losses.items() if not isfinite(loss)} or losses
 
 
 def extremes(batch: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -568,7 +568,7 @@ def test_an_epoch_shows_each_folder_as_often_as_it_is_to(drawn, tmp_path, tiny_c
 def test_a_held_out_clip_is_measured_once_however_often_others_are_shown():
     files = [[Path(f"{clip}")] for clip in range(4)]
     data = Data(CachedClips(files, [[Path("c")]] * 4), [(1,)] * 4, prompts={}, repeats=[2, 2, 1, 3])
-    training, held_out = data.split(1, seed=0)
+    training, held_out, _ = data.split(1, seed=0)
     assert len(held_out.shapes) == 1
     (out,) = (int(paths[0].name) for paths in held_out.clips.latents)
     shown = [int(paths[0].name) for paths in training.clips.latents]

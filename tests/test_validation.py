@@ -38,7 +38,7 @@ def data_of(names):
 
 @pytest.mark.parametrize(("split", "count"), [(0, 0), (0.2, 2), (0.01, 1), (1, 1), (3, 3), (9, 9)])
 def test_so_many_are_held_out(split, count):
-    train, held_out = data_of([f"video {i}" for i in range(10)]).split(split, seed=1)
+    train, held_out, _ = data_of([f"video {i}" for i in range(10)]).split(split, seed=1)
     assert len(held_out.shapes) == count and len(train.shapes) == 10 - count
     together = train.clips.captions + held_out.clips.captions
     assert sorted(together) == [[f"caption {i}"] for i in range(10)]
@@ -53,7 +53,7 @@ def test_the_seed_decides_which_and_nothing_else():
 
 def test_a_video_that_is_listed_twice_is_not_in_both():
     for seed in range(20):
-        train, held_out = data_of(["a", "b", "a", "c", "b", "a"]).split(1, seed)
+        train, held_out, _ = data_of(["a", "b", "a", "c", "b", "a"]).split(1, seed)
         assert not {name for (name,) in train.clips.latents} & {name for (name,) in held_out.clips.latents}
 
 
@@ -103,10 +103,10 @@ def cached(args, checkpoint):
         device, is_main_process, print = torch.device("cpu"), False, staticmethod(print)
 
     whole = MemoryPlan("none", tile_encoding=False, tile_decoding=False)
-    _, *data = train_cogvideox_lora.prepare_data(
+    _, parts = train_cogvideox_lora.prepare_data(
         args, Here, Ranks(), base=checkpoint, dtype=torch.float32, memory_plan=whole, stop=StopRequest()
     )
-    return data
+    return parts.training, parts.held_out
 
 
 def test_every_kind_of_checkpoint_has_the_four_parts_of_its_schedule():
@@ -193,7 +193,8 @@ def test_the_motion_of_the_videos_is_logged_beside_that_of_the_clips(tiny_checkp
         assert len(videos) == 2 and row["validation_motion"] == pytest.approx(fmean(sampled), rel=0.2)
     seen = View(64, 96, 8, 9, 0, 0, "center", 0)
     files = [clips / name for name in (clips / "videos.txt").read_text().split()]
-    _, held_out = dataset.Data(dataset.CachedClips([[file] for file in files], [[]] * 6), [()] * 6, {}).split(2, 3407)
+    data = dataset.Data(dataset.CachedClips([[file] for file in files], [[]] * 6), [()] * 6, {})
+    held_out = data.split(2, 3407).held_out
     trained_on = [file for file in files if [file] not in held_out.clips.latents]
     expected = [motion(read_frames(file, seen, mirrored=False), 8) for file in trained_on]
     assert len(expected) == 4
