@@ -42,6 +42,7 @@ from clips.facts import (
 from clips.frames import MEND, View, decode, decoding_threads, describe_damage, first_image
 from clips.known import File, Notes, record_use
 from clips.listing import Clip, Listing
+from clips.masks import latent_mask, read_mask
 from clips.motion import motion
 from clips.order import WITHOUT_CAPTION, Item, Order, Ranks, Timeline, count_held_out
 from clips.selection import Selection
@@ -291,10 +292,15 @@ def content_record(clips: list[Clip], facts: list[Facts], selection: Selection, 
     views = [of_clip.view.cache_key() | {"random_flip": random_flip} for of_clip in facts]
     return {
         "clips": len(clips),
-        "videos": hash_of([[of_clip.file.content, of_clip.image] for of_clip in facts]),
+        "videos": hash_of([[of_clip.file.content, of_clip.image, *_mask_content(of_clip)] for of_clip in facts]),
         "captions": hash_of([[*clip.captions, clip.repeats] + [None] * clip.is_regularization for clip in clips]),
         "frames": hash_of(views[0] if selection.is_plain else [views, selection.clip_mode]),
     }
+
+
+def _mask_content(facts: Facts) -> list[str]:
+    """Returns the hash of a clip's mask, nothing without one, as in the records of earlier versions."""
+    return [facts.mask.content] if facts.mask else []
 
 
 def _on_older_cache(count: int) -> list[str]:
@@ -412,6 +418,8 @@ def probe_cache(facts: list[Facts], *, cache: Path, encoder: str, random_flip: b
         key = of_clip.view.cache_key() | {"video": of_clip.file.content, "encoder": encoder}
         if of_clip.view.with_image and of_clip.image:
             key["image"] = of_clip.image
+        if of_clip.mask:
+            key["mask"] = of_clip.mask.content
         paths = [cache_path(cache, "latents", **key, mirrored=mirrored) for mirrored in versions]
         missing = [path.name not in there for path in paths]
         older = {name: value for name, value in key.items() if name != "video_decoder"}
@@ -453,6 +461,7 @@ class NewLatents(NamedTuple):
     view: View
     mirrored: bool
     path: Path
+    mask: File | None = None
     damaged: Damaged | None = None  # what is there
 
     def problem(self, description: str) -> str:
@@ -465,7 +474,8 @@ def missing_latents(clips: list[Clip], facts: list[Facts], probed: list[Probed])
     for clip, of_clip, probe in zip(clips, facts, probed):
         for mirrored, path, missing in zip([False, True], probe.paths, probe.missing):
             if missing:
-                new[path] = of_clip.bucket, NewLatents(clip, of_clip.file, of_clip.view, mirrored, path)
+                latents = NewLatents(clip, of_clip.file, of_clip.view, mirrored, path, of_clip.mask)
+                new[path] = of_clip.bucket, latents
     return [latents for _, latents in sorted(new.values(), key=itemgetter(0))]
 
 
@@ -481,15 +491,16 @@ class Sources(NamedTuple):
 
     def cached_clips(self, shapes: Sequence[tuple[int, ...]]) -> "CachedClips":
         """Returns the encoded clips; `shapes` are those of their latents."""
-        shapes_of = {}  # one for all clips of a size
-        for shape, of_clip in zip(shapes, self.facts):
+        shapes_of, keys = {}, [(shape, bool(of_clip.mask)) for shape, of_clip in zip(shapes, self.facts)]
+        for (shape, has_mask), of_clip in zip(keys, self.facts):  # one for all clips of a size
             view = of_clip.view
-            image = {"image": (view.height, view.width, 3)} if view.with_image else {}
-            shapes_of.setdefault(shape, {"parameters": shape} | image)
+            others = {"image": (view.height, view.width, 3)} if view.with_image else {}
+            others |= {"mask": shape[1:]} if has_mask else {}
+            shapes_of.setdefault((shape, has_mask), {"parameters": shape} | others)
         return CachedClips(
             self.latents,
             [[self.captions[caption] for caption in clip.captions] for clip in self.clips],
-            latents_shapes=[shapes_of[shape] for shape in shapes],
+            latents_shapes=[shapes_of[key] for key in keys],
             caption_shape=self.text_encoder.shape_of(()),
             without_caption=self.captions.get(""),
             plain_captions=[[self.captions[caption] for caption in clip.plain_captions] for clip in self.clips],
@@ -567,6 +578,7 @@ class Decoded(NamedTuple):
     new: NewLatents
     frames: torch.Tensor  # uint8 [F, H, W, C]
     image: torch.Tensor | None  # uint8 [H, W, C], to be stored beside the latents
+    mask: torch.Tensor | None  # uint8 [F, H, W], to be stored at the latents' size
     damage: str  # what the decoder reported, to be stored as well; empty: nothing
     motion: float | None  # likewise; None for a single frame, and for a mirrored clip
 
@@ -610,6 +622,7 @@ def _decode(problems: list[tuple[int, str]], new: NewLatents) -> Decoded | None:
     view, damage = new.view, []
     try:
         frames = decode(new.clip, view, mirrored=new.mirrored, file=new.file, damage=damage)
+        mask = new.mask and read_mask(new.clip, new.mask, view, mirrored=new.mirrored, file=new.file)
     except ValueError as error:
         problems.append((new.clip.line, str(error)))
         return None
@@ -617,7 +630,7 @@ def _decode(problems: list[tuple[int, str]], new: NewLatents) -> Decoded | None:
     if view.with_image:
         image = first_image(new.clip, frames, view, mirrored=new.mirrored, file=new.file)
     moved = None if new.mirrored else motion(frames, view.fps)  # a mirrored clip moves as much, and is not asked
-    return Decoded(new, frames, image, describe_damage(damage) if damage else "", moved)
+    return Decoded(new, frames, image, mask, describe_damage(damage) if damage else "", moved)
 
 
 def _write_latents(problems: list[tuple[int, str]], clip: Decoded, parameters: torch.Tensor) -> None:
@@ -626,8 +639,9 @@ def _write_latents(problems: list[tuple[int, str]], clip: Decoded, parameters: t
         problem = "the VAE encodes it to NaN or infinity; train with --mixed_precision bf16"
         problems.append((new.clip.line, new.clip.problem(problem)))
         return
-    image = {} if clip.image is None else {"image": clip.image}
-    write_entry(new.path, {"parameters": parameters} | image, clip.damage, motion=clip.motion)
+    others = {} if clip.image is None else {"image": clip.image}
+    others |= {} if clip.mask is None else {"mask": latent_mask(clip.mask, *parameters.shape[1:])}
+    write_entry(new.path, {"parameters": parameters} | others, clip.damage, motion=clip.motion)
 
 
 def _filled_up(batch: list, size: int) -> list:
@@ -794,15 +808,15 @@ def encode_again(sources: Sources, damaged: Damaged) -> None:
 def _encode_unchanged(sources: Sources, new: NewLatents) -> list[str]:
     """Encodes latents again; returns a problem if the clip is not the one that it was at the start."""
     try:
-        file, image = look_at_files(new.clip, Notes(), read_again=True)
-        facts = facts_of(new.clip.video, file, new.view)._replace(image=image)
+        files = look_at_files(new.clip, Notes(), read_again=True)
+        facts = facts_of(new.clip.video, files.video, new.view)._replace(image=files.image, mask=files.mask)
     except ValueError as error:
         return [str(error)]
     cache, encoder = new.path.parents[1], sources.video_encoder
     (probed,) = probe_cache([facts], cache=cache, encoder=encoder.fingerprint, random_flip=True)
     if new.path not in probed.paths:
         return [new.problem("has changed since the start of this run")]
-    return cache_latents([new._replace(file=facts.file)], encoder, lambda items, *_: items)
+    return cache_latents([new._replace(file=facts.file, mask=facts.mask)], encoder, lambda items, *_: items)
 
 
 # ---- micro-batches ---------------------------------------------------------------------------------------------------
@@ -813,8 +827,8 @@ class CachedClips(torch.utils.data.Dataset):
 
     What is read has its latents' "parameters" [2c, f, h, w], its caption's "prompt_embeds" [L, D], and, if it was
     stored, the "image" that the clip starts from, uint8 [H, W, C]; or it is the first of its files that is damaged.
-    Where there are plain captions, it has "plain_prompt_embeds" [L, D] as well. A file is verified when it is first
-    read.
+    A clip with a mask has its "mask" [f, h, w], from 0 to 1. Where there are plain captions, it has
+    "plain_prompt_embeds" [L, D] as well. A file is verified when it is first read.
     """
 
     def __init__(
@@ -871,9 +885,16 @@ class CachedClips(torch.utils.data.Dataset):
 
 
 def stacked(items: list[dict[str, torch.Tensor] | Damaged]) -> dict[str, torch.Tensor] | Damaged:
-    """Returns a batch, or the first damaged file that one of its items needs."""
+    """Returns a batch, or the first damaged file that one of its items needs.
+
+    It has a "mask" if one of the clips has one; of the others everything counts.
+    """
     damaged = next((item for item in items if isinstance(item, Damaged)), None)
-    return damaged or torch.utils.data.default_collate(items)
+    if damaged:
+        return damaged
+    if any("mask" in item for item in items):
+        items = [{"mask": torch.ones(item["parameters"].shape[1:])} | item for item in items]
+    return torch.utils.data.default_collate(items)
 
 
 def micro_batches(

@@ -28,7 +28,7 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 import dataset
-from clips import listing, selection
+from clips import listing, masks, selection
 from clips.frames import image_problems
 from clips.known import CACHE, Notes
 from clips.listing import Listing
@@ -39,7 +39,7 @@ from cogvideox.base_files import check_files
 from cogvideox.base_model import BaseModel, check_training, download_weights, read_base_model, read_text_encoder_config
 from cogvideox.budget import MemoryPlan
 from cogvideox.lora_files import CHANGES_BASE, SAVE_DTYPES
-from cogvideox.objective import generator_for, preservation_loss, training_loss
+from cogvideox.objective import Masking, generator_for, preservation_loss, training_loss
 from cogvideox.rehearsal import Models, Settings, models_of
 from dataset import Data, Parts
 from files import CannotContinue, at_least, expanded_path, parse_options, plain_name, share, weight
@@ -88,6 +88,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     selection.check_options(args, parser.error)
+    masks.check_options(args, parser.error)
+    masks.check_weights(args, parser.error)
     check_order(args, parser.error)
     check_preservation(args, parser.error)
     check_regularization(args, parser.error)
@@ -133,6 +135,8 @@ def check_preservation(args: argparse.Namespace, refuse: Callable[[str], None]) 
     changed = changes_base(args)
     if changed and args.drift_prompt:
         refuse(f"--drift_prompt: the base model is not there any more with {changed}; leave one of them out")
+    if changed and args.mask_preserve:
+        refuse(f"--mask_preserve: the base model is not there any more with {changed}; leave one of them out")
     if not args.preserve:
         if args.preserve_every != 1 or args.preserve_prompt is not None:
             refuse("--preserve_every and --preserve_prompt: do nothing without --preserve; pass a weight, such as 1")
@@ -168,6 +172,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     listing.add_options(group)
+    masks.add_options(group)
     selection.add_options(group)
     source = group.add_mutually_exclusive_group(required=True).add_argument
     root = "folder with the clips and their captions, or several; FOLDER=2 shows its clips twice an epoch"
@@ -285,6 +290,8 @@ def check_sharding(args: argparse.Namespace) -> None:
         raise ValueError("--gradient_checkpointing auto: does not know about shards; pass none, attention or full")
     if args.blocks_to_swap:
         raise ValueError("--blocks_to_swap: FSDP spreads the weights over the GPUs already; leave it out")
+    if args.mask_preserve:
+        raise ValueError("--mask_preserve: sharded GPUs compute together, and not each batch has a mask; leave it out")
     if args.base_precision != "bf16":
         raise ValueError(f"--base_precision {args.base_precision}: FSDP cannot shard quantised weights; leave it out")
 
@@ -901,7 +908,13 @@ def loss_of(
 ) -> torch.Tensor:
     """Returns the loss of a micro-batch; only its number decides noise and dropout."""
     return training_loss(
-        run.base, transformer, batch, generator=generator_of(run, number, kind), dtype=run.dtype, encode=encode_images
+        run.base,
+        transformer,
+        batch,
+        generator=generator_of(run, number, kind),
+        dtype=run.dtype,
+        encode=encode_images,
+        masking=masking_of(run),
     )
 
 
@@ -910,6 +923,12 @@ def generator_of(run: Run, number: int, kind: str = "") -> torch.Generator:
     generator = generator_for(run.accelerator.device, run.args.seed, number, *filter(None, [kind]))
     torch.manual_seed(generator.initial_seed() % 2**63)
     return generator
+
+
+def masking_of(run: Run) -> Masking:
+    preserve = run.args.mask_preserve
+    teacher = lora.base_of(run.accelerator.unwrap_model(run.state.transformer)) if preserve else None
+    return Masking(run.args.mask_floor, preserve, teacher)
 
 
 def is_preserved(run: Run, number: int) -> bool:
@@ -1186,6 +1205,7 @@ def held_out_losses(run: Run) -> dict[str, float]:
             encode_images=encode_images,
             seed=args.seed,
             dtype=run.dtype,
+            masking=masking_of(run)._replace(preserve=0),
             agree=partial(agree, run),
         )
         losses = validation.held_out_losses(held_out, transformer)

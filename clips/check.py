@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from clips import listing, selection
+from clips import listing, masks, selection
 from clips.facts import (
     Examined,
     Facts,
@@ -30,9 +30,12 @@ from clips.facts import (
 from clips.frames import MEND, decode, decoding_threads, describe_damage
 from clips.known import Notes
 from clips.listing import Clip, Listing
+from clips.masks import is_all_white, read_mask
 from clips.motion import watch
 from clips.selection import Selection
 from files import at_least, expanded_path, map_ahead, parse_options, printable, publish, run_command
+
+Make = Callable[[Clip, Facts, torch.Tensor, torch.Tensor | None], Any]
 
 
 class Seen(NamedTuple):
@@ -83,11 +86,12 @@ def unseen(clips: list[Clip], examined: list[Examined], chosen: Selection) -> li
     return windows
 
 
-def see(windows: list[Seen], make: Callable[[Clip, Facts, torch.Tensor], Any], *, damaged: bool) -> list[Seen]:
+def see(windows: list[Seen], make: Make, *, damaged: bool) -> list[Seen]:
     """Reads windows as a model would see them, several at once; keeps none of their frames.
 
     Args:
-        make: called in a thread with the clip of each window, its facts and its frames, uint8 [F, H, W, C].
+        make: called in a thread with the clip of each window, its facts, its frames, uint8 [F, H, W, C], and its mask,
+            uint8 [F, H, W], None without one.
         damaged: whether clips that decode with errors can be used.
     """
     look = partial(_look, make=make, damaged=damaged)
@@ -96,29 +100,40 @@ def see(windows: list[Seen], make: Callable[[Clip, Facts, torch.Tensor], Any], *
         return list(tqdm(looked_at, "Reading clips", total=len(windows), unit="clip"))
 
 
-def _look(window: Seen, make: Callable, *, damaged: bool) -> Seen:
+def refused_whole(all_seen: list[Seen]) -> list[Seen]:
+    """Returns the windows; where one has a problem, all windows of its clip have it, since none can be used then."""
+    problems = {seen.clip.line: seen.problem for seen in all_seen if seen.problem}
+    return [
+        seen._replace(made=None, problem=seen.problem or problems[seen.clip.line])
+        if seen.clip.line in problems
+        else seen
+        for seen in all_seen
+    ]
+
+
+def _look(window: Seen, make: Make, *, damaged: bool) -> Seen:
     clip, facts = window.clip, window.facts
     if not facts:
         return window
-    damage = []
+    damage, view = [], facts.view
     try:
-        seen_frames = decode(clip, facts.view, mirrored=False, file=facts.file, damage=damage)
+        seen_frames = decode(clip, view, mirrored=False, file=facts.file, damage=damage)
+        mask = facts.mask and read_mask(clip, facts.mask, view, mirrored=False, file=facts.file)
     except ValueError as error:
         return window._replace(problem=str(error))
     problem = None
     if damage:
         facts = facts._replace(damage=describe_damage(damage))
         problem = None if damaged else clip.problem(f"{facts.damage}; {MEND}")
-    facts = facts._replace(**watch(clip.video, facts.file, facts.view, seen_frames)._asdict())
-    return Seen(clip, facts, None if problem else make(clip, facts, seen_frames), problem)
+    facts = facts._replace(**watch(clip.video, facts.file, view, seen_frames)._asdict())
+    facts = facts._replace(is_all_white=mask is not None and is_all_white(mask))
+    return Seen(clip, facts, None if problem else make(clip, facts, seen_frames, mask), problem)
 
 
-def see_all(
-    clips: list[Clip], chosen: Selection, make: Callable[[Clip, Facts, torch.Tensor], Any], *, damaged: bool
-) -> tuple[list[Seen], Selection]:
+def see_all(clips: list[Clip], chosen: Selection, make: Make, *, damaged: bool) -> tuple[list[Seen], Selection]:
     """Returns all windows, read as by `see`, and the selection, fitted to the clips."""
     examined, chosen = examine_all(clips, chosen)
-    return see(unseen(clips, examined, chosen), make, damaged=damaged), chosen
+    return refused_whole(see(unseen(clips, examined, chosen), make, damaged=damaged)), chosen
 
 
 def describe(listed: Listing, all_seen: list[Seen], chosen: Selection) -> list[str]:
@@ -156,6 +171,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     parser.add_argument("--problems_file", type=expanded_path, metavar="FILE", help=problems)
     args = parse_options(parser, argv)
     selection.check_options(args, parser.error)
+    masks.check_options(args, parser.error)
     if args.problems_file and (args.problems_file.is_dir() or not args.problems_file.parent.is_dir()):
         parser.error(f"--problems_file {args.problems_file}: must be a file in a folder that exists; pass another path")
     return parser, args

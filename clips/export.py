@@ -1,8 +1,8 @@
 """Writes the frames that a model would see of each clip as PNG files: `python dataset.py export FOLDER`.
 
 A clip becomes a folder named by its place in the listing, such as 00001/, with 000.png, 001.png ... and frames.json:
-where it was read from, its captions, and the time of each frame in the file, in seconds. Further windows of a clip
-follow as 00001-2/, 00001-3/ ...
+where it was read from, its captions, and the time of each frame in the file, in seconds. The mask of 000.png, if the
+clip has one, is 000-mask.png. Further windows of a clip follow as 00001-2/, 00001-3/ ...
 """
 
 import argparse
@@ -12,15 +12,22 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from clips import check, selection
+from clips import check, masks, selection
 from clips.facts import Facts
 from clips.frames import choose_source
 from clips.listing import Clip
 from files import expanded_path, parse_options, run_command, write_json
 
 
-def write_clip(folder: Path, clip: Clip, facts: Facts, seen_frames: torch.Tensor) -> None:
-    """Writes the frames of a window, uint8 [F, H, W, C], into a folder named by the clip's place in the listing."""
+def write_clip(
+    folder: Path, clip: Clip, facts: Facts, seen_frames: torch.Tensor, mask: torch.Tensor | None = None
+) -> None:
+    """Writes the frames of a window, and their masks, into a folder named by the clip's place in the listing.
+
+    Args:
+        seen_frames: uint8 [F, H, W, C].
+        mask: uint8 [F, H, W].
+    """
     window = f"-{facts.window + 1}" if facts.window else ""
     folder = folder / f"{clip.line:05d}{window}"
     try:
@@ -29,8 +36,12 @@ def write_clip(folder: Path, clip: Clip, facts: Facts, seen_frames: torch.Tensor
         raise ValueError(f"--output_dir {folder}: cannot be made ({error.strerror}); pass another folder") from error
     for number, frame in enumerate(seen_frames.numpy()):
         Image.fromarray(frame).save(folder / f"{number:03d}.png")
+    for number, grey in enumerate([] if mask is None else mask.numpy()):
+        Image.fromarray(grey).save(folder / f"{number:03d}-mask.png")
     seconds = choose_source(clip.video, facts.file, facts.view).seconds
     about = {"source": str(clip.video), "caption": clip.caption, "times": seconds}
+    if clip.mask:
+        about["mask"] = str(clip.mask)
     if clip.other_captions:
         about["other captions"] = clip.other_captions
     write_json(folder / "frames.json", about)
@@ -44,6 +55,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     parser.add_argument("--output_dir", type=expanded_path, required=True, metavar="DIR", help=output)
     args = parse_options(parser, argv)
     selection.check_options(args, parser.error)
+    masks.check_options(args, parser.error)
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         parser.error(f"--output_dir {args.output_dir}: is not empty; pass a new folder")
     for folder in args.folders:

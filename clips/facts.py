@@ -16,6 +16,7 @@ import torch
 from clips.frames import View, choose_source, covering_scale, read_image
 from clips.known import File, Notes, file_key, look_at
 from clips.listing import LFS, Clip, other_spelling
+from clips.masks import refuse_misfit
 from clips.motion import split_command
 from clips.selection import Bucket, Selection, Unfit, lost_share, views_of
 from files import file_hash, is_lfs_pointer, printable
@@ -40,11 +41,13 @@ class Facts(NamedTuple):
     view: View  # how the model sees it
     window: int = 0  # number of the window, in its clip
     image: str | None = None  # hash of the image that the video starts from
+    mask: File | None = None  # whose white says what of it counts
     damage: str | None = None  # "is damaged at ..."; None: it is not, or has not been decoded yet
     # What `clips.motion.watch` says of it, where it has been decoded:
     motion: float | None = None
     is_still: bool = False
     cuts: tuple[float, ...] = ()
+    is_all_white: bool = False  # whether its mask is, where that has been decoded
 
     @property
     def seconds(self) -> float:
@@ -60,7 +63,8 @@ class Facts(NamedTuple):
 
     def without_times(self) -> "Facts":
         """Returns facts that take little memory, also of long videos, and that nothing can be decoded by."""
-        return self._replace(file=self.file._replace(packed_times=""))
+        mask = self.mask and self.mask._replace(packed_times="")
+        return self._replace(file=self.file._replace(packed_times=""), mask=mask)
 
     @property
     def scale(self) -> float:
@@ -71,6 +75,14 @@ class Facts(NamedTuple):
     def cropped(self) -> float:
         """The share of the picture that is cut off, from 0 to 1."""
         return lost_share(self.height, self.width, self.view.height, self.view.width)
+
+
+class Files(NamedTuple):
+    """What the files of a clip hold."""
+
+    video: File
+    image: str | None  # hash of the image that the video starts from
+    mask: File | None
 
 
 class Examined(NamedTuple):
@@ -89,19 +101,21 @@ def examine(clip: Clip, selection: Selection, notes: Notes | None = None, *, rea
         read_again: read them all the same.
     """
     try:
-        file, image = look_at_files(clip, notes or Notes(), read_again=read_again)
+        files = look_at_files(clip, notes or Notes(), read_again=read_again)
     except ValueError as error:
         return Examined([], str(error))
     try:
-        windows = [facts_of(clip.video, file, view) for view in _views(file, selection)]
+        windows = [facts_of(clip.video, files.video, view) for view in _views(files.video, selection)]
     except ValueError as error:
         return Examined([], clip.problem(str(error)), isinstance(error, Unfit))
-    return Examined([facts._replace(image=image, window=number) for number, facts in enumerate(windows)])
+    return Examined(
+        [facts._replace(image=files.image, mask=files.mask, window=number) for number, facts in enumerate(windows)]
+    )
 
 
-def look_at_files(clip: Clip, notes: Notes, *, read_again: bool = False) -> tuple[File, str | None]:
-    """Returns what a clip's video holds and the hash of its image; raises a ValueError that names what is wrong."""
-    for file in filter(None, (clip.video, clip.image)):
+def look_at_files(clip: Clip, notes: Notes, *, read_again: bool = False) -> Files:
+    """Returns what the files of a clip hold; raises a ValueError that names what is wrong."""
+    for file in filter(None, (clip.video, clip.image, clip.mask)):
         if problem := _not_a_file(file):
             raise ValueError(clip.problem(problem, file))
     try:
@@ -109,18 +123,25 @@ def look_at_files(clip: Clip, notes: Notes, *, read_again: bool = False) -> tupl
     except ValueError as error:
         raise ValueError(clip.problem(str(error))) from error
     try:
-        return video, clip.image and _image_hash(clip.image, notes, read_again=read_again)
+        image = clip.image and _image_hash(clip.image, notes, read_again=read_again)
     except ValueError as error:
         raise ValueError(clip.problem(str(error), clip.image)) from error
+    try:
+        mask = clip.mask and look_at(clip.mask, notes, read_again=read_again)
+        if mask:
+            refuse_misfit(mask, video)
+    except ValueError as error:
+        raise ValueError(clip.problem(f"this mask {error}", clip.mask)) from error
+    return Files(video, image, mask)
 
 
 def picture_size(clip: Clip, notes: Notes, *, read_again: bool = False) -> tuple[int, int] | None:
     """Returns height and width of a clip's picture, None where `examine` says why it has none; adds to the notes."""
     try:
-        file, _ = look_at_files(clip, notes, read_again=read_again)
+        video = look_at_files(clip, notes, read_again=read_again).video.video
     except ValueError:
         return None
-    return file.video.height, file.video.width
+    return video.height, video.width
 
 
 def _views(file: File, selection: Selection) -> list[View]:
@@ -134,10 +155,11 @@ def _views(file: File, selection: Selection) -> list[View]:
 def is_known(clip: Clip, notes: Notes) -> bool:
     """Returns whether `examine` need not read any file of a clip."""
     try:
-        video, image = file_key("video", clip.video), clip.image and file_key("image", clip.image)
+        keys = [file_key("video", file) for file in (clip.video, clip.mask) if file]
+        keys += [file_key("image", clip.image)] if clip.image else []
     except OSError:
         return False
-    return video in notes and (not image or image in notes)
+    return all(key in notes for key in keys)
 
 
 def _not_a_file(path: Path) -> str | None:
@@ -261,7 +283,8 @@ def windows_by_clip(facts: list[Facts]) -> list[list[Facts]]:
 def remarks(clips: list[Clip], facts: list[Facts], selection: Selection) -> list[str]:
     """Returns one line for each thing that the model does not see or that looks like an oversight."""
     lines, not_seen, fps = [], [], selection.view.fps
-    unseen = [unseen_seconds(windows) for windows in windows_by_clip(facts)]
+    windows = windows_by_clip(facts)
+    unseen = [unseen_seconds(of_clip) for of_clip in windows]
     if unseen := [seconds for seconds in unseen if seconds >= LEAST_UNSEEN_SECONDS]:
         where = "at the end" if selection.clip_mode == "start" else "outside the windows"
         not_seen.append(f"up to {max(unseen):.1f} s {where} ({count_clips(len(unseen))})")
@@ -280,7 +303,7 @@ def remarks(clips: list[Clip], facts: list[Facts], selection: Selection) -> list
     if cut := [clip for clip, _, _ in cuts_by_clip(clips, facts)]:
         lines.append(f"more than one shot, with a cut between them: {_enumeration(cut)}")
     clips, facts = zip(*[(clip, fact) for clip, fact in zip(clips, facts) if not fact.window])
-    return lines + _pictures(clips, facts) + _repetitions(clips, facts)
+    return lines + _masks(clips, windows) + _pictures(clips, facts) + _repetitions(clips, facts)
 
 
 def cuts_by_clip(clips: list[Clip], facts: list[Facts]) -> list[tuple[Clip, Facts, list[float]]]:
@@ -310,6 +333,17 @@ def describe_cuts(cuts: Sequence[float]) -> str:
 def remark_unfit(unfit: list[Clip]) -> list[str]:
     """Returns a line on the clips that --drop_unfit leaves out."""
     return [f"left out, because too short (--drop_unfit): {_enumeration(unfit)}"] if unfit else []
+
+
+def _masks(clips: Sequence[Clip], windows: list[list[Facts]]) -> list[str]:
+    """Returns lines on how many clips have a mask, and on masks that leave nothing out."""
+    masked, lines = sum(bool(of_clip[0].mask) for of_clip in windows), []
+    if masked:
+        whole = f"; of {count_clips(len(windows) - masked)} everything counts" if masked < len(windows) else ""
+        lines.append(f"with a mask: {count_clips(masked)}{whole}")
+    if white := [clip for clip, of_clip in zip(clips, windows) if all(fact.is_all_white for fact in of_clip)]:
+        lines.append(f"masks that are white everywhere, and so leave nothing out: {_enumeration(white)}")
+    return lines
 
 
 def _pictures(clips: Sequence[Clip], facts: Sequence[Facts]) -> list[str]:

@@ -7,7 +7,7 @@ import argparse
 import itertools
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -250,14 +250,25 @@ def read_frames(
         pictures, shown_size = decord_reader.read_pictures(path, indices), None
     else:
         pictures, shown_size = read_pictures(path, video, times, reports), (video.height, video.width)
-    position, parts = _crop_position(file, view), []
-    while pictures_of_part := list(itertools.islice(pictures, PICTURES_AT_ONCE)):
-        part = torch.from_numpy(np.stack(pictures_of_part))
-        parts.append(resize_and_crop(part, view.height, view.width, position, shown_size))
+    frames = torch.cat(list(fitted(pictures, file, view, shown_size)))
     if reports and damage is None:
         raise ValueError(f"{describe_damage(reports)}; {MEND}")
-    frames = torch.cat(parts)
     return frames.flip(2) if mirrored else frames
+
+
+def fitted(
+    pictures: Iterator[np.ndarray], file: File, view: View, shown_size: tuple[int, int] | None
+) -> Iterator[torch.Tensor]:
+    """Yields pictures, uint8 [H, W, C], as a view has those of a clip, several at once, uint8 [F, H, W, C].
+
+    Args:
+        file: what the clip's video holds, which decides where they are cropped.
+        shown_size: height and width that a player shows; None: those of the pictures.
+    """
+    position = _crop_position(file, view)
+    while pictures_of_part := list(itertools.islice(pictures, PICTURES_AT_ONCE)):
+        part = torch.from_numpy(np.stack(pictures_of_part))
+        yield resize_and_crop(part, view.height, view.width, position, shown_size)
 
 
 def describe_damage(damage: list[Damage]) -> str:

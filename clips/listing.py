@@ -33,6 +33,7 @@ VIDEO_SUFFIXES = {
 }  # fmt: skip
 UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jxl", ".tif", ".tiff", ".bmp", ".dng"}  # pictures that are no clips
 MEDIA_SUFFIXES = VIDEO_SUFFIXES | {".png", ".jpg", ".jpeg", ".webp"}
+MASKS = "--mask_column"  # the only list or column in which a clip may be left out
 NUMBERED = re.compile(r"\.\d+$")  # end of the name of one of several captions, before its suffix
 EXTRA = "(more than the header)"  # column of the fields that a row of a .csv has beyond its header
 LFS = "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull` in its repository"
@@ -49,6 +50,7 @@ class Clip(NamedTuple):
     other_captions: tuple[str, ...] = ()  # further ones, of which each time one is drawn
     plain_captions: tuple[str, ...] = ()  # each of its captions without the new word; none where that is not needed
     is_regularization: bool = False  # it shows what the model is to keep, and gets no new word
+    mask: Path | None = None  # image or video whose white says what of the clip counts; None: all of it
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -100,6 +102,7 @@ class Columns(NamedTuple):
     caption: str | None = None
     video: str | None = None
     image: str | None = None
+    mask: str | None = None
 
     def named(self) -> dict[str, str]:
         """Returns the names that are given, by their options."""
@@ -160,16 +163,18 @@ def add_options(group: argparse._ArgumentGroup) -> None:
     captions = "list of captions, one per line, or column of the folder's table (default: what the folder has)"
     videos = "list of videos, line n belonging to caption n, or column of the folder's table (default: the same)"
     images = "image-to-video: list or column of images to start from (default: first frames)"
+    masks = "list or column of images or videos whose white says what of a clip counts, such as faces (default: all)"
     data("--caption_column", metavar="NAME", help=captions)
     data("--video_column", metavar="NAME", help=videos)
     data("--image_column", metavar="NAME", help=images)
+    data("--mask_column", metavar="NAME", help=masks)
     data("--id_token", help="name of the style or character to learn, put before each caption with a space")
     data("--caption_prefix", metavar="TEXT", help="text put before each caption with a space, after --id_token")
     data("--caption_suffix", metavar="TEXT", help="text put after each caption with a space")
 
 
 def columns_of(args: argparse.Namespace) -> Columns:
-    return Columns(args.caption_column, args.video_column, args.image_column)
+    return Columns(args.caption_column, args.video_column, args.image_column, args.mask_column)
 
 
 def words_of(args: argparse.Namespace) -> Words:
@@ -258,7 +263,7 @@ def _read_folder(root: Path, columns: Columns) -> tuple[str, list[Clip], list[st
 
 def _left_out(root: Path, layout: str, clips: list[Clip]) -> Iterator[str]:
     """Yields a line on each kind of file in a folder that may have been meant to be a clip or a caption."""
-    used = {os.path.abspath(path) for clip in clips for path in (clip.video, clip.image) if path}
+    used = {os.path.abspath(path) for clip in clips for path in (clip.video, clip.image, clip.mask) if path}
     stems = {os.path.splitext(path)[0] for path in used}
     unread, unlisted, without_clip = [], [], []
     for path in _files(Path(os.path.abspath(root))):
@@ -490,25 +495,31 @@ def _read_row(root: Path, named: dict[str, str], row: dict, number: int, place: 
     captions, others = texts["--caption_column"], []
     if isinstance(captions, list) and captions and all(map(_is_text, captions)):
         texts["--caption_column"], *others = captions
-    wrong = [option for option, text in texts.items() if not _is_text(text)]
+    wrong = [option for option, text in texts.items() if not (_is_text(text) or _is_left_out(option, text))]
     problems = [f"{place}: {named[option]} is {reprlib.repr(texts[option])}; write a text there" for option in wrong]
     if any(row.get(EXTRA, ())):  # spreadsheets write empty fields at the end
         more = reprlib.repr(row[EXTRA])
         problems.append(f"{place}: has more fields than the header, {more}; put a field with a comma in double quotes")
-    caption, video, image = (
-        texts[option].strip() if option in named and option not in wrong else ""
-        for option in ("--caption_column", "--video_column", "--image_column")
+    caption, video, image, mask = (
+        (texts[option] or "").strip() if option in named and option not in wrong else ""
+        for option in ("--caption_column", "--video_column", "--image_column", MASKS)
     )
     if not video:
         return None, problems
-    image_path = _path(root, image) if image else None
+    image_path, mask_path = (_path(root, path) if path else None for path in (image, mask))
     clip = Clip(_path(root, video), " ".join(caption.split()), number, image_path, place, problems=tuple(problems))
-    return clip._replace(other_captions=tuple(" ".join(other.split()) for other in others)), problems
+    other_captions = tuple(" ".join(other.split()) for other in others)
+    return clip._replace(other_captions=other_captions, mask=mask_path), problems
 
 
 def _is_text(value: object) -> bool:
     """Whether a value is text that UTF-8 can write, which it can of every character but half a surrogate pair."""
     return isinstance(value, str) and bool(value.strip()) and not re.search("[\0\ud800-\udfff]", value)
+
+
+def _is_left_out(option: str, value: object) -> bool:
+    """Whether a value says that a clip has no mask, which it need not have."""
+    return option == MASKS and (value is None or (isinstance(value, str) and not value.strip()))
 
 
 def _path(root: Path, text: str) -> Path:
@@ -586,22 +597,27 @@ def _read_lists(root: Path, named: dict[str, str]) -> tuple[list[Clip], list[str
     names = {"--caption_column": CAPTIONS_FILE, "--video_column": VIDEOS_FILE} | named
     if not (named or any((root / name).exists() for name in names.values())):
         return [], [_no_layout(root)]
-    problems, lists = _named_twice(names), []
+    problems, lists = _named_twice(names), {}
     for option, name in names.items():
-        lines, of_list = _read_list(root, name, option, taken=set(names.values()))
+        lists[option], of_list = _read_list(root, name, option, taken=set(names.values()))
         problems += of_list
-        lists.append(lines)
-    problems += _unequal_lengths({name: len(lines) for name, lines in zip(names.values(), lists) if lines})
+    if lists.get(MASKS):  # the last clips may have none
+        length = max(len(lines) for option, lines in lists.items() if option != MASKS)
+        while len(lists[MASKS]) > length and not lists[MASKS][-1]:
+            lists[MASKS].pop()
+    problems += _unequal_lengths({names[option]: len(lines) for option, lines in lists.items() if lines})
 
-    clips = []
-    captions, videos, images = (*lists, [])[:3]
-    lines = itertools.zip_longest(captions, videos, images, fillvalue="")
-    for line, (caption, video, image) in enumerate(lines, start=1):
+    clips, kinds = [], ("--caption_column", "--video_column", "--image_column", MASKS)
+    lines = itertools.zip_longest(*(lists.get(option, []) for option in kinds), fillvalue="")
+    for line, (caption, video, image, mask) in enumerate(lines, start=1):
         if video:  # even without a caption, so that the problems of the video itself are reported as well
             blank = tuple(
-                _blank_line(name, line) for name, lines in zip(names.values(), lists) if "" in lines[line - 1 : line]
+                _blank_line(names[option], line)
+                for option, lines in lists.items()
+                if option != MASKS and "" in lines[line - 1 : line]
             )
-            clips.append(Clip(_path(root, video), caption, line, _path(root, image) if image else None, problems=blank))
+            image_path, mask_path = (_path(root, path) if path else None for path in (image, mask))
+            clips.append(Clip(_path(root, video), caption, line, image_path, problems=blank, mask=mask_path))
     return clips, problems
 
 
@@ -648,7 +664,7 @@ def _unequal_lengths(lengths: dict[str, int]) -> list[str]:
 
 
 def _read_list(root: Path, name: str, option: str, taken: set[str]) -> tuple[list[str], list[str]]:
-    """Returns the stripped lines of a UTF-8 file and its problems.
+    """Returns the stripped lines of a UTF-8 file and its problems; of masks also the blank ones at the end.
 
     The file may start with a byte order mark, and have the line ends of Unix, Windows or old Macs.
 
@@ -665,6 +681,8 @@ def _read_list(root: Path, name: str, option: str, taken: set[str]) -> tuple[lis
         return [], [problem]
     # Not str.splitlines: it also splits at form feeds and U+2028, which shifts captions against videos.
     lines = [line.strip() for line in re.split(r"\r\n|\n|\r", text)]
+    if option == MASKS and any(lines):
+        return lines, []  # a blank line is a clip without a mask
     while lines and not lines[-1]:
         lines.pop()
     if not lines:

@@ -7,6 +7,7 @@ f = (F - 1) / 4 + 1, h = H / 8, w = W / 8. L prompt tokens, D text width.
 import hashlib
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +19,38 @@ from diffusers.utils.torch_utils import randn_tensor
 from cogvideox.base_model import BaseModel
 
 
+class Masking(NamedTuple):
+    """What counts in the loss where a mask is 0; where it is 1, only the squared error does, with weight 1."""
+
+    floor: float = 0.0  # weight of the squared error
+    preserve: float = 0.0  # weight of the squared difference from what the base model predicts
+    teacher: Callable | None = None  # the base model, which `lora.base_of` returns, if it is to be preserved
+
+
+NO_FLOOR = Masking()
+
+
 def training_loss(
-    base: BaseModel, transformer, batch: dict, generator, dtype, encode=None, timesteps=None, teacher=None
+    base: BaseModel,
+    transformer,
+    batch: dict,
+    generator,
+    dtype,
+    encode=None,
+    timesteps=None,
+    teacher=None,
+    masking: Masking = NO_FLOOR,
 ) -> torch.Tensor:
     """Velocity loss of a batch from the cache, computed on the generator's device; nothing else in it is random.
 
     Args:
         batch: "parameters" [B, 2c, f, h, w] of the latents' distribution, "prompt_embeds" [B, L, D]; for
-            image-to-video also "image", uint8 [B, H, W, C].
+            image-to-video also "image", uint8 [B, H, W, C]; where some of the clips have a mask, "mask" [B, f, h, w].
         encode: from `image_encoder`.
         timesteps: [B]; drawn from `generator` if None.
         teacher: a transformer, called without gradients, that predicts the target; None: the target is the true
             velocity.
+        masking: what a mask does to the loss.
     """
     device = generator.device
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -48,6 +69,10 @@ def training_loss(
         ofs=ofs_of(base, dtype, device),
         timesteps=timesteps,
         teacher=teacher,
+        mask=pad_latent_frames(batch["mask"][:, :, None], base.transformer["patch_size_t"])
+        if "mask" in batch
+        else None,
+        masking=masking,
     )
 
 
@@ -58,14 +83,15 @@ def preservation_loss(
 
     It keeps what is learned to the captions that name it: prior preservation (Ruiz et al. 2022, arXiv:2208.12242), with
     the model's own predictions in place of sampled videos. The noisy latents are the same as those of `training_loss`
-    with such a generator.
+    with such a generator. Masks do not apply: what a clip shows beside its subject is to be kept as well.
 
     Args:
         batch: as in `training_loss`, with "plain_prompt_embeds" [B, L, D] of the captions without the new word.
         teacher: the base model, which `lora.base_of` returns.
         timesteps: as in `training_loss`.
     """
-    batch = batch | {"prompt_embeds": batch["plain_prompt_embeds"]}
+    batch = {name: tensor for name, tensor in batch.items() if name != "mask"}
+    batch |= {"prompt_embeds": batch["plain_prompt_embeds"]}
     return training_loss(
         base, transformer, batch, generator, dtype, encode=encode, timesteps=timesteps, teacher=teacher
     )
@@ -83,6 +109,8 @@ def velocity_loss(
     ofs=None,
     timesteps=None,
     teacher=None,
+    mask=None,
+    masking: Masking = NO_FLOOR,
 ) -> torch.Tensor:
     """Mean squared error between predicted and true velocity v = sqrt(a) noise - sqrt(1 - a) x0.
 
@@ -98,6 +126,8 @@ def velocity_loss(
         ofs: from `ofs_of`.
         timesteps: [B]; drawn from `generator` if None.
         teacher: as in `training_loss`.
+        mask: [B, f, 1, h, w], float32, from 0 to 1; None: everything counts.
+        masking: as in `training_loss`.
     """
     noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
     if timesteps is None:
@@ -120,8 +150,22 @@ def velocity_loss(
             velocity = teacher(**inputs)[0].float()
     else:
         velocity = scheduler.get_velocity(latents, noise, timesteps)
-    predicted_velocity = transformer(**inputs)[0]
-    return F.mse_loss(predicted_velocity.float(), velocity)
+    if mask is None:
+        return F.mse_loss(transformer(**inputs)[0].float(), velocity)
+    return _masked_loss(transformer, inputs, velocity, mask, masking)
+
+
+def _masked_loss(transformer, inputs: dict, velocity, mask, masking: Masking) -> torch.Tensor:
+    base_velocity = None
+    if masking.preserve:
+        with torch.no_grad():  # first: what the transformer keeps for the backward pass is not in memory yet
+            base_velocity = masking.teacher(**inputs)[0].float()
+    predicted_velocity = transformer(**inputs)[0].float()
+    weights = masking.floor + (1 - masking.floor) * mask
+    loss = (weights * (predicted_velocity - velocity).square()).mean()
+    if base_velocity is not None:
+        loss += masking.preserve * ((1 - mask) * (predicted_velocity - base_velocity).square()).mean()
+    return loss
 
 
 def generator_for(device: torch.device, *numbers: int) -> torch.Generator:

@@ -29,7 +29,7 @@ from cogvideox import compute, encoders, quantized, swapping
 from cogvideox.base_model import BaseModel, empty_text_encoder, empty_transformer, empty_vae
 from cogvideox.lora import Lora, add_lora, base_of, count_trained, trained_parameters
 from cogvideox.meter import Meter, bytes_of, module_bytes
-from cogvideox.objective import ofs_of, pad_latent_frames, rotary_embedding, training_loss
+from cogvideox.objective import NO_FLOOR, ofs_of, pad_latent_frames, rotary_embedding, training_loss
 from cogvideox.sampling import NUM_INFERENCE_STEPS
 
 REHEARSED_LAYERS = 4  # at most; and one fewer, to see what a block adds
@@ -52,6 +52,7 @@ class Settings(NamedTuple):
     gradient_accumulation_steps: int = 1
     preserve: float = 0  # whether, and
     preserve_every: int = 1  # how often the base model's predictions are preserved
+    mask_preserve: float = 0  # whether they are where a mask is black
     regularized: bool = False  # whether there is a batch of regularization clips beside each other one
     gradient_checkpointing: str = "none"
     attention_backend: str = "auto"
@@ -271,6 +272,8 @@ def _batch(base: BaseModel, settings: Settings) -> dict[str, torch.Tensor]:
         }
         if base.takes_image:
             batch["image"] = torch.empty(count, settings.height, settings.width, 3, dtype=torch.uint8)
+        if settings.mask_preserve:
+            batch["mask"] = torch.empty(count, *shape)
     return batch
 
 
@@ -371,8 +374,9 @@ def _count_update(models: Models, settings: Settings, num_layers: int) -> dict[s
             resident += bytes_of(trained)
     encode = partial(encoders.encode_images, vae) if vae else None
     batch, peaks, preserving = _batch(base, settings), {}, 0
+    teacher = base_of(transformer)
+    masking = NO_FLOOR._replace(preserve=settings.mask_preserve, teacher=teacher)
     if settings.preserve:
-        teacher = base_of(transformer)
         with Meter() as meter:  # its peak is lower than that of the training loss, when gradients are there, too
             training_loss(base, transformer, batch, MetaGenerator(), settings.dtype, encode, teacher=teacher).backward()
         preserving = meter.flops // settings.preserve_every
@@ -384,7 +388,7 @@ def _count_update(models: Models, settings: Settings, num_layers: int) -> dict[s
         parts = {0: "first block", 1: "second block", num_layers - 1: "last block"}
         _call_after_backward(transformer.transformer_blocks, lambda index: lap(parts.get(index, "other blocks")))
         transformer.register_forward_pre_hook(lambda *_: lap("conditioning"))
-        loss = training_loss(base, transformer, batch, MetaGenerator(), settings.dtype, encode)
+        loss = training_loss(base, transformer, batch, MetaGenerator(), settings.dtype, encode, masking=masking)
         lap("forward")
         loss.backward()
         lap("first block")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clips import check, selection
+from clips import check, masks, selection
 from clips.check import Seen
 from clips.facts import (
     LEAST_CUT,
@@ -48,6 +48,7 @@ MOST_CLIPS = 1000  # on a page that a browser opens at once
 FILMS = ((30, 17, 288), (120, 17, 224), (400, 12, 160), (MOST_CLIPS, 10, 112))
 QUALITY = 82  # of JPEG
 STILL = "is a still: none of the frames that the model sees changes"
+DIMMED = 0.25  # of its brightness is left
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -66,6 +67,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     args = parse_options(parser, argv)
     args.output = args.output or args.folders[0].path / "preview.html"
     selection.check_options(args, parser.error)
+    masks.check_options(args, parser.error)
     return parser, args
 
 
@@ -123,10 +125,20 @@ def film_size(num_clips: int) -> tuple[int, int]:
     return next((size for most, *size in FILMS if num_clips <= most), FILMS[-1][1:])
 
 
-def draw(clip: Clip, facts: Facts, seen_frames: torch.Tensor, *, num_frames: int, side: int) -> Pictures:
-    """Returns the pictures of a window; `seen_frames` are the frames that the model sees, uint8 [F, H, W, C]."""
-    view = facts.view
-    shown = [thumbnail(seen_frames[i].numpy(), side) for i in evenly_spaced(len(seen_frames), num_frames)]
+def draw(
+    clip: Clip, facts: Facts, seen_frames: torch.Tensor, mask: torch.Tensor | None = None, *, num_frames: int, side: int
+) -> Pictures:
+    """Returns the pictures of a window.
+
+    Args:
+        seen_frames: the frames that the model sees, uint8 [F, H, W, C].
+        mask: uint8 [F, H, W]; what is black in it is dimmed in the film.
+    """
+    view, numbers = facts.view, evenly_spaced(len(seen_frames), num_frames)
+    film_frames = seen_frames[numbers]
+    if mask is not None:
+        film_frames = dimmed(film_frames, mask[numbers])
+    shown = [thumbnail(frame.numpy(), side) for frame in film_frames]
     width, height = shown[0].size
     film = Image.new("RGB", (width * len(shown), height))
     for number, frame in enumerate(shown):
@@ -141,6 +153,12 @@ def draw(clip: Clip, facts: Facts, seen_frames: torch.Tensor, *, num_frames: int
         image=image,
         brightness=brightness(seen_frames),
     )
+
+
+def dimmed(frames: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Returns frames, uint8 [F, H, W, C], darker where a mask, uint8 [F, H, W], is black."""
+    light = DIMMED + (1 - DIMMED) * mask[..., None].float() / 255
+    return (frames * light).round().byte()
 
 
 def uncropped_picture(clip: Clip, facts: Facts, view: View, side: int) -> Image.Image:
@@ -227,6 +245,7 @@ def cards(all_seen: list[Seen], captions: dict[int, dict], most_problems: int) -
         card |= captions[seen.clip.line]
         if seen.made:
             card["remarks"] = remarks[seen.clip.line] + [STILL] * seen.facts.is_still
+            card["is_masked"] = seen.facts.mask is not None
             card["cuts"] = cuts_of(seen.clip, seen.facts)
             card |= picture_of(seen.facts, seen.made) | time_of(seen.facts, seen.clip, unseen[id(seen.facts)])
             card["window"], card["windows"] = seen.facts.window + 1, num_windows[id(seen.facts)]
@@ -384,7 +403,7 @@ def read(args: argparse.Namespace, clips: list[Clip], chosen: Selection) -> tupl
     make = partial(draw, num_frames=num_frames, side=side)
     for number, seen in zip(drawn, check.see([all_seen[i] for i in drawn], make=make, damaged=args.allow_damaged)):
         all_seen[number] = seen
-    return all_seen, chosen
+    return check.refused_whole(all_seen), chosen
 
 
 def write_page(output: Path, page: str) -> None:

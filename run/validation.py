@@ -26,7 +26,7 @@ from clips.order import Item, Ranks
 from cogvideox.base_model import BaseModel
 from cogvideox.budget import is_out_of_memory
 from cogvideox.lora import base_of
-from cogvideox.objective import generator_for, preservation_loss, training_loss
+from cogvideox.objective import NO_FLOOR, Masking, generator_for, preservation_loss, training_loss
 from cogvideox.sampling import encode_mp4, noise_generator, sample_video
 from dataset import Data
 from files import CannotContinue, at_least
@@ -109,6 +109,7 @@ class HeldOut(NamedTuple):
     seed: int
     dtype: torch.dtype
     agree: Callable[[], None]  # called before each batch, on all ranks equally often; an exception ends the validation
+    masking: Masking = NO_FLOOR  # what a clip's mask does to its loss
 
 
 def held_out_losses(held_out: HeldOut, transformer) -> dict[str, float]:
@@ -116,7 +117,8 @@ def held_out_losses(held_out: HeldOut, transformer) -> dict[str, float]:
 
     Every rank must call it.
     """
-    return _means("validation_loss", held_out, transformer, partial(training_loss, transformer=transformer))
+    loss = partial(training_loss, transformer=transformer, masking=held_out.masking)
+    return _means("validation_loss", held_out, transformer, loss)
 
 
 def drift(held_out: HeldOut, transformer, prompts: Sequence[str]) -> dict[str, float]:

@@ -207,7 +207,7 @@ def test_caches_of_earlier_versions_are_found(changes, image, names):
     """The names were computed by the version before the modules were split into folders; users have such files."""
     view = View(480, 720, 8, 49, 0, 0, "center", 42, video_decoder="decord")._replace(**changes)
     file = SimpleNamespace(content="video content")
-    facts = SimpleNamespace(file=file, image=image and "image content", view=view)
+    facts = SimpleNamespace(file=file, image=image and "image content", view=view, mask=None)
     flip = len(names) == 2
     (probed,) = dataset.probe_cache([facts], cache=Path("cache"), encoder="encoder", random_flip=flip)
     assert probed.paths == [Path(f"cache/latents/{name}.safetensors") for name in names]

@@ -287,6 +287,24 @@ MISTAKES = {
     "an image from Git LFS": in_json(
         "b.png: is a Git LFS", ROW | {"image": "b.png"}, files={"b.png": LFS_POINTER}, image="image"
     ),
+    "a number as a mask": in_json("metadata.jsonl:1: mask is 3; write a text there", ROW | {"mask": 3}, mask="mask"),
+    "a missing mask": in_json("{root}/b.png: no such file", ROW | {"mask": "b.png"}, mask="mask"),
+    "a missing mask of a list": in_lists(
+        "line 2: {root}/b.png: no such file; corr", "x\ny", "a.mp4\na.mp4", {"masks.txt": "\nb.png"}, mask="masks.txt"
+    ),
+    "a web page as a mask": in_json(
+        "b.png: this mask holds no frame that FFmpeg", ROW | {"mask": "b.png"}, files={"b.png": WEB_PAGE}, mask="mask"
+    ),
+    "a mask from Git LFS": in_json(
+        "b.png: is a Git LFS", ROW | {"mask": "b.png"}, files={"b.png": LFS_POINTER}, mask="mask"
+    ),
+    "masks with a line too many": in_lists(
+        "and videos.txt 1 and masks.txt 2: line n of", "x", "a.mp4", {"masks.txt": "a.mp4\na.mp4"}, mask="masks.txt"
+    ),
+    "no masks in a list": in_lists(
+        "masks.txt: the file is empty; write one line", "x", "a.mp4", {"masks.txt": "\n\n"}, mask="masks.txt"
+    ),
+    "one list for masks and videos": in_lists("videos.txt: is meant by --video", "x", "a.mp4", mask="videos.txt"),
     # columns that options name
     "another column of captions": in_json("no column words; it has file_name, text", ROW, caption="words"),
     "another column of files": in_json("pass one of them as --video_column", ROW, video="video"),
@@ -299,6 +317,9 @@ MISTAKES = {
         {"caption": "text"},
     ),
     "a list beside clips": Mistake("words.txt: no such file; write", BESIDE_A, {"caption": "words.txt"}),
+    "another column of masks": in_json("pass one of them as --mask_column", ROW, mask="mask"),
+    "no list of masks": in_lists("masks.txt: no such file; write it", "x", "a.mp4", mask="masks.txt"),
+    "a mask column beside clips": Mistake("--mask_column m: needs a list", BESIDE_A, {"mask": "m"}),
     "an image column beside clips": Mistake("--image_column im: needs a list", BESIDE_A, {"image": "im"}),
     "a column of labels": Mistake(
         "--video_column file: needs a list or a table, and {root} has videos/ and labels/; write",

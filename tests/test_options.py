@@ -27,7 +27,8 @@ REFERENCE = """
 
 OPTIONS = """
   pretrained_model_name_or_path revision variant cache_dir instance_data_root dataset_name caption_column video_column
-  image_column validation_images training_type lora_path lora_dropout use_dora use_rslora init_lora_weights
+  image_column mask_column mask_floor mask_preserve
+  validation_images training_type lora_path lora_dropout use_dora use_rslora init_lora_weights
   ddp_timeout base_precision text_encoder_precision text_encoder_device
   id_token height width fps max_num_frames skip_frames_start skip_frames_end video_reshape_mode random_flip
   video_decoder allow_damaged check_all encode_only buckets clip_mode clips_per_video frame_sampling drop_unfit
