@@ -64,9 +64,11 @@ def look_ahead(
     """
     base, itemsize = models.base, settings.dtype.itemsize
     config, cache = base.transformer, 0
-    for bucket in {(of_clip.file.content, of_clip.view): of_clip.bucket for of_clip in facts}.values():  # each once
+    once = {(of_clip.file.content, of_clip.view, of_clip.mask): of_clip.bucket for of_clip in facts}
+    for (_, _, mask), bucket in once.items():
         f, h, w = base.latent_shape(*bucket)
-        cache += views * 2 * config["out_channels"] * f * h * w * itemsize
+        mask_itemsize = torch.float32.itemsize if mask else 0
+        cache += views * (2 * config["out_channels"] * itemsize + mask_itemsize) * f * h * w
         if base.takes_image:
             cache += views * bucket.height * bucket.width * 3
     cache += len(captions) * config["max_text_seq_length"] * config["text_embed_dim"] * itemsize

@@ -1,4 +1,4 @@
-"""The benchmarks of buckets, sizes and preservation: what they compute from what was measured."""
+"""The benchmarks of buckets, sizes, preservation and masks: what they compute from what was measured."""
 
 import sys
 
@@ -8,10 +8,15 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import buckets
+import masks
 import preservation
 import sizes
 
-from clips.selection import bucket_option
+from clips.facts import examine
+from clips.frames import View
+from clips.listing import Columns, Folder, read_listing
+from clips.masks import read_mask
+from clips.selection import Selection, bucket_option
 from cogvideox.base_model import read_base_model
 
 
@@ -74,3 +79,12 @@ def test_the_word_is_left_to_the_option_where_it_is_to_be_preserved_without(tmp_
     data = preservation.make_data(tmp_path, 1, without_word=True)
     captions = (data / "prompts.txt").read_text().splitlines()
     assert len(captions) == preservation.FILMS + 1 and not any("FILM" in caption for caption in captions)
+
+
+def test_the_mask_of_the_benchmark_is_white_on_the_left_of_each_clip(tmp_path, monkeypatch):
+    monkeypatch.setattr(masks, "FILMS", 1)
+    data = masks.make_data(tmp_path)
+    (clip,) = read_listing([Folder(data)], Columns(mask="masks.txt")).clips
+    (facts,) = examine(clip, Selection(View(64, 96, 8, 17, 0, 0, "center", 0))).windows
+    halves = masks.halves(read_mask(clip, facts.mask, facts.view, mirrored=False, file=facts.file).numpy()[..., None])
+    assert halves["left"].mean() > 250 and halves["right"].mean() < 5 and halves["left"].shape == (17, 64, 48, 1)
