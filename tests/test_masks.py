@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import reset_accelerate, training_options
 from diffusers import CogVideoXDDIMScheduler
-from make_example import draw_clip, make_clips, make_scheduler, make_vae
+from make_example import draw_clip, make_clips, make_scheduler, make_vae, tiny_t5_config
 from PIL import Image
 from safetensors.torch import load_file
 from test_training import losses
@@ -27,7 +27,9 @@ from clips.masks import latent_mask, read_mask
 from clips.selection import Selection
 from cogvideox.base_model import read_base_model
 from cogvideox.encoders import encode_videos
+from cogvideox.lora import Lora
 from cogvideox.objective import Masking, preservation_loss, training_loss, velocity_loss
+from cogvideox.rehearsal import Settings, models_of, rehearse
 from pages import preview
 
 MASKS = {"mask_column": "m"}
@@ -244,6 +246,13 @@ def test_options_of_masks_that_cannot_work_are_refused(tmp_path, capsys, options
         train_cogvideox_lora.parse_args(training_options("model", "data", tmp_path, **options))
     assert stop.value.code == 2 and re.search(message, capsys.readouterr().err)
     reset_accelerate()
+
+
+def test_where_weights_are_sharded_masks_preserve_nothing(tmp_path):
+    options = MASKS | {"mask_preserve": 1, "gradient_checkpointing": "full"}
+    args = train_cogvideox_lora.parse_args(training_options("model", "data", tmp_path, **options))
+    with pytest.raises(ValueError, match="--mask_preserve: sharded GPUs compute together"):
+        train_cogvideox_lora.check_sharding(args)
 
 
 # ---- lists and tables ------------------------------------------------------------------------------------------------
@@ -578,6 +587,15 @@ def test_files_of_masks_are_not_read_again(masked_clips, monkeypatch):
     assert not dataset.is_known(clips[0], dataset.Notes())
     monkeypatch.setattr("clips.known.examine_video", lambda *_: pytest.fail("read again"))
     assert [examine(clip, Selection(VIEW), notes) for clip in clips] == first
+
+
+def test_the_rehearsal_counts_the_pass_of_the_base_model(tiny_checkpoint):
+    base, kind = read_base_model(str(tiny_checkpoint)), Lora(16, 16, ("to_q", "to_k", "to_v", "to_out.0"))
+    models = models_of(base, tiny_t5_config(300), lambda weights: torch.optim.AdamW(weights, fused=True))
+    settings = Settings(64, 96, 9, kind, dtype=torch.float32, device_type="cpu")
+    counted = [rehearse("training", models, settings._replace(mask_preserve=weight)) for weight in (0, 1)]
+    assert 1.2 < counted[1].flops / counted[0].flops < 1.5
+    assert counted[1].peak_bytes < 1.05 * counted[0].peak_bytes
 
 
 # ---- check, preview, export ------------------------------------------------------------------------------------------
