@@ -151,16 +151,16 @@ def cut_time(path: Path, file: File, view: View, number: int) -> float:
 def split_command(path: Path, video: Video, cuts: Iterable[float]) -> str:
     """Returns the command that writes each shot into a file of its own, encoded again, so that it begins exactly there.
 
-    It counts time from the first frame, as `cut_time` does: the clock of a file may start late, or with its sound. Into
-    Matroska, ffmpeg writes frames as unevenly spaced as they are; of mp4 it would make even ones.
+    It counts time from the first frame, as `cut_time` does: the clock of a file may start late, or with its sound. It
+    trims by a filter, because -ss and -to round times to whole frames once more, and may lose the last one of a shot.
+    Into Matroska, ffmpeg writes frames as unevenly spaced as they are; of mp4 it would make even ones.
     """
     path, ends = Path(os.path.abspath(path)), [f"{cut:.3f}" for cut in cuts]
     clock = f"N*{float(video.time_base)}/TB" if video.is_numbered else "PTS-STARTPTS"
     even = ",crop=trunc(iw/2)*2:trunc(ih/2)*2" if video.width % 2 or video.height % 2 else ""  # as H.264 needs it
     words = [ffmpeg_program(), "-i", shlex.quote(str(path))]
     for number, (start, end) in enumerate(zip([None, *ends], [*ends, None]), start=1):
-        words += ["-vf", shlex.quote(f"setpts={clock}{even}"), "-an -c:v libx264 -crf 16"]
-        words += ["-ss", start] if start else []
-        words += ["-to", end] if end else []
-        words.append(shlex.quote(str(path.with_name(f"{path.stem}-{number}.mkv"))))
+        part = ":".join([f"start={start}"] * (start is not None) + [f"end={end}"] * (end is not None))
+        words += ["-vf", shlex.quote(f"setpts={clock},trim={part},setpts=PTS-STARTPTS{even}")]
+        words += ["-an -c:v libx264 -crf 16", shlex.quote(str(path.with_name(f"{path.stem}-{number}.mkv")))]
     return " ".join(words)

@@ -212,6 +212,14 @@ def test_the_command_splits_a_file_so_that_each_part_is_one_shot(tmp_path, suffi
     assert sorted(folder.iterdir()) == sorted([path, *parts])
 
 
+def test_no_shot_loses_a_frame_where_its_length_in_milliseconds_is_rounded_up(tmp_path):
+    path = write(tmp_path / "a.mp4", np.concatenate(film([48, 48, 36])))
+    run_pasted(split_command(path, look_at(path).video, watched(path).cuts))
+    parts = [look_at(tmp_path / f"a-{number}.mkv").times for number in (1, 2, 3)]
+    assert [len(times) for times in parts] == [48, 48, 36]
+    assert [times[0] for times in parts] == [0, 0, 0]
+
+
 def test_a_file_of_uneven_times_is_split_with_all_its_frames(tmp_path):
     write(tmp_path / "a.mp4", np.concatenate(film([25, 31])), fps=24)
     path = tmp_path / "uneven.mp4"
