@@ -35,6 +35,7 @@ UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jxl", ".tif", ".tiff", ".bmp", "
 MEDIA_SUFFIXES = VIDEO_SUFFIXES | {".png", ".jpg", ".jpeg", ".webp"}
 MASKS = "--mask_column"  # the only list or column in which a clip may be left out
 NUMBERED = re.compile(r"\.\d+$")  # end of the name of one of several captions, before its suffix
+PUNCTUATION = ",.;:!?，。、；：！？"  # what no space stands before
 EXTRA = "(more than the header)"  # column of the fields that a row of a .csv has beyond its header
 LFS = "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull` in its repository"
 
@@ -72,6 +73,10 @@ def _joined(*words: str | None) -> str:
     return " ".join(filter(None, words))
 
 
+def _ended(text: str, suffix: str | None) -> str:
+    return f"{text}{suffix}" if suffix and suffix[0] in PUNCTUATION else _joined(text, suffix)
+
+
 class Words(NamedTuple):
     """The words around the captions of a dataset, the options of these names."""
 
@@ -83,7 +88,7 @@ class Words(NamedTuple):
 
     def around(self, clip: Clip) -> Clip:
         """Returns the clip with these words around its captions."""
-        plain = [_joined(self.caption_prefix, caption, self.caption_suffix) for caption in clip.captions]
+        plain = [_ended(_joined(self.caption_prefix, caption), self.caption_suffix) for caption in clip.captions]
         if clip.is_regularization:
             return clip._replace(caption=plain[0], other_captions=tuple(plain[1:]))
         first, *others = (_joined(self.id_token, caption) for caption in plain)
@@ -170,7 +175,8 @@ def add_options(group: argparse._ArgumentGroup) -> None:
     data("--mask_column", metavar="NAME", help=masks)
     data("--id_token", help="name of the style or character to learn, put before each caption with a space")
     data("--caption_prefix", metavar="TEXT", help="text put before each caption with a space, after --id_token")
-    data("--caption_suffix", metavar="TEXT", help="text put after each caption with a space")
+    suffix = "text put after each caption with a space, which is left out before a comma, full stop and the like"
+    data("--caption_suffix", metavar="TEXT", help=suffix)
 
 
 def columns_of(args: argparse.Namespace) -> Columns:

@@ -17,7 +17,7 @@ from PIL import Image
 from clips import check
 from clips.facts import examine, grouped, list_problems, remarks
 from clips.frames import View
-from clips.listing import BESIDE, LISTS, SAT, Columns, Folder, Words, find_layout, folder_option, read_listing
+from clips.listing import BESIDE, LISTS, SAT, Clip, Columns, Folder, Words, find_layout, folder_option, read_listing
 from clips.selection import Selection
 from cogvideox.lora_files import LORA_FILE
 from dataset import CachedClips, Data
@@ -72,6 +72,15 @@ def test_each_layout_gives_the_same_clips(layout, drawn, tmp_path):
         (drawn / line).read_bytes() for line in (drawn / "videos.txt").read_text().splitlines()
     ]
     assert [clip.line for clip in clips] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "end"), [("in oil", " in oil"), (", in oil", ", in oil"), ("，油画", "，油画"), ("", ""), (None, "")]
+)
+def test_words_are_put_around_captions_with_a_space_but_none_before_a_comma(suffix, end):
+    words = Words("DISNEY", "a cartoon:", suffix)
+    clip = words.around(Clip(Path("a.mp4"), "a cat", 1, other_captions=("a dog",)))
+    assert clip.captions == (f"DISNEY a cartoon: a cat{end}", f"DISNEY a cartoon: a dog{end}")
 
 
 def test_a_parquet_table_is_read(drawn, tmp_path):
