@@ -26,6 +26,7 @@ import torch
 from clips.clean import remove_leftovers
 from clips.entries import MOTION, Damaged, Header, Shapes, discard, find_stamp, read_entry, read_header, write_entry
 from clips.facts import (
+    ALL_UNFIT,
     Examined,
     Facts,
     count_clips,
@@ -339,7 +340,7 @@ def check_clips(
     dropped = [clip for clip, of_clip in found if selection.drop_unfit and of_clip.is_unfit]
     problems = [of.problem for _, of in found if of.problem and not (selection.drop_unfit and of.is_unfit)]
     if dropped and not problems and len(dropped) == len(found):
-        problems = ["--drop_unfit leaves out all clips: each is too short; name a shorter bucket, or take longer clips"]
+        problems = [ALL_UNFIT]
     _refuse(listing, everyone, listing.problems + problems)
     windows = [(clip, facts) for clip, of_clip in found for facts in of_clip.windows]
     return Checked([clip for clip, _ in windows], [facts for _, facts in windows], selection, dropped)

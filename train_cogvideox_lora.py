@@ -615,8 +615,15 @@ def order_of(args: argparse.Namespace, base: BaseModel, data: Data) -> Order:
         random_flip=args.random_flip, caption_dropout=args.caption_dropout, still_share=args.image_share
     )
     if args.image_share is not None and not 0 < len(order.stills) < len(order.shapes):
-        found = "only images" if order.stills else "no image"
-        raise ValueError(f"--image_share {args.image_share:g}: the clips are {found}; add the others, or leave it out")
+        found, lacking = ("images", "videos") if order.stills else ("videos", "images")
+        raise ValueError(
+            f"--image_share {args.image_share:g}: the clips are only {found}; add {lacking}, or leave it out"
+        )
+    if args.image_share and not count_stills(order):
+        least = 1 / (1 + sum(map(len, order.epoch(0))))
+        raise ValueError(
+            f"--image_share {args.image_share:g}: an epoch has too few videos for one image; pass at least {least:.2g}"
+        )
     return order
 
 
@@ -624,6 +631,18 @@ def regularization_order(args: argparse.Namespace, base: BaseModel, data: Data) 
     return data.order(
         seed=args.seed, batch_size=batch_size_of(args, base), bucket_group=args.bucket_group if args.buckets else 1
     )
+
+
+def count_stills(order: Order) -> int:
+    return sum(item.clip in order.stills for item in itertools.chain(*order.epoch(0)))
+
+
+def describe_stills(order: Order) -> list[str]:
+    """Returns a line on how many images an epoch shows, where --image_share decides it."""
+    if order.still_share is None:
+        return []
+    shown = sum(map(len, order.epoch(0)))
+    return [f"images: {count_stills(order)} of the {shown} clips that an epoch shows, drawn from {len(order.stills)}"]
 
 
 def plan_updates(args, order: Order, ranks: Ranks, position: dict) -> Timeline:
@@ -1315,6 +1334,7 @@ def describe_run(
         *on_data,
         f"{args.training_type}, {num_trained / 1e6:.4g} million weights, learning rate {args.learning_rate:g}",
         compute.describe(level, compute.options_of(args), DTYPES[accelerator.mixed_precision], device),
+        *describe_stills(order),
         timeline.summary({order.batch_size(shape) for shape in order.shapes}),
         *base.remarks(selection_of(args, base).by_option, args.fps),
     ]

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from clips import listing, masks, selection
 from clips.facts import (
+    ALL_UNFIT,
     Examined,
     Facts,
     count_clips,
@@ -154,7 +155,9 @@ def describe_movement(all_seen: list[Seen]) -> list[str]:
 
 
 def all_problems(listed: Listing, all_seen: list[Seen]) -> list[str]:
-    return listed.problems + list(dict.fromkeys(seen.problem for seen in all_seen if seen.problem))
+    problems = listed.problems + list(dict.fromkeys(seen.problem for seen in all_seen if seen.problem))
+    is_empty = all_seen and all(seen.is_dropped for seen in all_seen)
+    return problems + [ALL_UNFIT] * bool(is_empty)
 
 
 def refuse_problems(listed: Listing, all_seen: list[Seen], consequence: str) -> None:
@@ -183,7 +186,8 @@ def main(argv: list[str] | None = None) -> None:
     def check() -> None:
         listed, chosen = listing_of(args), selection.selection_of(args, with_image=False, whole=False)
         all_seen, chosen = see_all(listed.clips, chosen, make=lambda *_: None, damaged=args.allow_damaged)
-        print(*describe(listed, all_seen, chosen), *describe_movement(all_seen), sep="\n")
+        for line in (*describe(listed, all_seen, chosen), *describe_movement(all_seen)):
+            print(line)
         if args.problems_file:
             lines = [f"{printable(problem)}\n" for problem in all_problems(listed, all_seen)]
             publish(args.problems_file, "".join(lines).encode())

@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
         listed, chosen = check.listing_of(args), selection.selection_of(args, with_image=False, whole=False)
         write = partial(write_clip, args.output_dir)
         all_seen, chosen = check.see_all(listed.clips, chosen, make=write, damaged=args.allow_damaged)
-        print(*check.describe(listed, all_seen, chosen), sep="\n")
+        for line in check.describe(listed, all_seen, chosen):
+            print(line)
         written = sum(seen.facts is not None and not seen.problem for seen in all_seen)
         if written:
             print(f"{args.output_dir}: {written} folders of frames, 00001/ ...; frames.json in each says of which clip")

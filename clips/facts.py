@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from files import file_hash, is_lfs_pointer, printable
 
 LEAST_CUT, LEAST_UNSEEN_SECONDS = 0.005, 0.05  # share of the picture; less is not worth a word
 MOST_LINES = 20  # of the message that lists problems
+ALL_UNFIT = "--drop_unfit leaves out all clips: each is too short; name a shorter bucket, or take longer clips"
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue
 
 
@@ -288,22 +289,32 @@ def remarks(clips: list[Clip], facts: list[Facts], selection: Selection) -> list
     if unseen := [seconds for seconds in unseen if seconds >= LEAST_UNSEEN_SECONDS]:
         where = "at the end" if selection.clip_mode == "start" else "outside the windows"
         not_seen.append(f"up to {max(unseen):.1f} s {where} ({count_clips(len(unseen))})")
-    if cropped := [fact.cropped for fact in facts if fact.cropped >= LEAST_CUT]:
-        not_seen.append(f"up to {100 * max(cropped):.0f} % of the picture ({count_clips(len(cropped))})")
+    if cropped := _clips_of(clips, facts, lambda fact: fact.cropped >= LEAST_CUT):
+        most = max(fact.cropped for fact in facts)
+        not_seen.append(f"up to {100 * most:.0f} % of the picture ({count_clips(len(cropped))})")
     if not_seen:
         lines.append(f"not seen: {', '.join(not_seen)}")
-    if enlarged := sum(fact.scale > 1 for fact in facts):
-        lines.append(f"scaled up, so less sharp than others of this size: {count_clips(enlarged)}")
-    if slower := sum(fact.num_distinct < fact.num_seen for fact in facts):
-        lines.append(f"slower than {fps} fps, at least in places, so frames are seen twice: {count_clips(slower)}")
-    if stills := [clip for clip, fact in zip(clips, facts) if fact.num_seen == 1 < fact.num_frames]:
-        lines.append(f"too short for 5 frames at {fps} fps, so seen as a still: {_enumeration(stills)}")
-    if unmoved := list({clip.line: clip for clip, fact in zip(clips, facts) if fact.is_still}.values()):
+    if enlarged := _clips_of(clips, facts, lambda fact: fact.scale > 1):
+        lines.append(f"scaled up, so less sharp than others of this size: {count_clips(len(enlarged))}")
+    if slower := _clips_of(clips, facts, lambda fact: fact.num_distinct < fact.num_seen):
+        lines.append(f"slower than {fps} fps, at least in places, so frames are seen twice: {count_clips(len(slower))}")
+    if stills := _clips_of(clips, facts, lambda fact: fact.num_seen == 1 < fact.num_frames):
+        shortest = selection.shortest_video
+        why = f"too short for {shortest} frames at {fps} fps" if shortest else "no size has more than one frame"
+        lines.append(f"{why}, so seen as a still: {_enumeration(stills)}")
+    if unmoved := _clips_of(clips, facts, lambda fact: fact.is_still):
         lines.append(f"stills, whose frames do not change and teach a model not to move: {_enumeration(unmoved)}")
     if cut := [clip for clip, _, _ in cuts_by_clip(clips, facts)]:
         lines.append(f"more than one shot, with a cut between them: {_enumeration(cut)}")
+    if empty := [str(bucket) for bucket in selection.empty(fact.bucket for fact in facts)]:
+        lines.append(f"--buckets: no clip goes to {', '.join(empty)}")
     clips, facts = zip(*[(clip, fact) for clip, fact in zip(clips, facts) if not fact.window])
     return lines + _masks(clips, windows) + _pictures(clips, facts) + _repetitions(clips, facts)
+
+
+def _clips_of(clips: list[Clip], facts: list[Facts], applies: Callable[[Facts], bool]) -> list[Clip]:
+    """Returns the clips that have a window to which something applies, each once."""
+    return list({clip.line: clip for clip, fact in zip(clips, facts) if applies(fact)}.values())
 
 
 def cuts_by_clip(clips: list[Clip], facts: list[Facts]) -> list[tuple[Clip, Facts, list[float]]]:

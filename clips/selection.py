@@ -69,6 +69,12 @@ class Selection(NamedTuple):
         return max(self.sizes, key=lambda bucket: bucket.num_frames * bucket.height * bucket.width)
 
     @property
+    def shortest_video(self) -> int | None:
+        """The fewest frames, above one, that a clip is seen with; None: all are seen as stills."""
+        lengths = [bucket.num_frames for bucket in self.sizes if bucket.num_frames > 1]
+        return 5 if lengths and self.has_any_length else min(lengths, default=None)
+
+    @property
     def by_option(self) -> dict[str, Bucket]:
         """The sizes, by the options that name them."""
         if self.buckets and not self.has_any_length:
@@ -85,6 +91,11 @@ class Selection(NamedTuple):
     def is_drawn(self) -> bool:
         """Whether an epoch shows one window of each clip, another one each time."""
         return self.clip_mode == "random"
+
+    def empty(self, taken: Iterable[Bucket]) -> list[Bucket]:
+        """Returns the buckets named by options to which no clip goes; `taken`: where clips go."""
+        taken = set(taken)
+        return [] if self.has_any_length else [bucket for bucket in self.buckets if bucket not in taken]
 
     def fitted(self, sizes: Iterable[tuple[int, int]]) -> "Selection":
         """Returns the selection with the buckets of `--buckets auto` for pictures of these heights and widths."""

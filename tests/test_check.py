@@ -55,6 +55,38 @@ def test_motion_is_listed_with_stills_and_the_commands_that_split_at_cuts(tmp_pa
     assert command.endswith(f" '{tmp_path}/a b-2.mkv'")
 
 
+@pytest.mark.parametrize("program", [check, export])
+def test_a_dataset_of_which_drop_unfit_leaves_nothing_is_refused(folder, program, tmp_path, capsys):
+    output = ["--output_dir", tmp_path / "out"] if program is export else []
+    said = refused(capsys, program, [folder, "--buckets", "81x64x96", "--drop_unfit", *output])
+    assert "--drop_unfit leaves out all clips" in said.err and said.out == ""
+
+
+@pytest.mark.parametrize(
+    ("buckets", "why"),
+    [
+        (["--buckets", "17x64x96", "25x64x96", "1x64x96"], "too short for 17 frames at 8 fps"),
+        (["--buckets", "1x64x96"], "no size has more than one frame"),
+        (["--max_num_frames", "1"], "no size has more than one frame"),
+    ],
+)
+def test_it_is_said_why_a_video_is_seen_as_a_still(buckets, why, tmp_path, capsys):
+    imageio.mimsave(tmp_path / "a.mp4", np.array(draw_clip("circle", "red", "left", 9, 64, 96)), fps=8)
+    (tmp_path / "a.txt").write_text("a")
+    check.main([str(tmp_path), *buckets])
+    assert f"\n{why}, so seen as a still: a.mp4\n" in capsys.readouterr().out
+
+
+def test_what_is_lost_is_counted_in_clips_not_in_windows(tmp_path, capsys):
+    imageio.mimsave(tmp_path / "a.mp4", np.array(draw_clip("circle", "red", "left", 27, 64, 96)), fps=8)
+    (tmp_path / "a.txt").write_text("a")
+    check.main([str(tmp_path), "--buckets", "9x96x64", "17x96x64", "--clip_mode", "chunks", "--fps", "16"])
+    said = capsys.readouterr().out
+    assert "1 clip of 96x64 at 8 fps in 3 windows -> 3 of 17x96x64" in said
+    assert "% of the picture (1 clip)" in said and "scaled up, so less sharp than others of this size: 1 clip" in said
+    assert "so frames are seen twice: 1 clip" in said and "--buckets: no clip goes to 9x96x64" in said
+
+
 def test_of_many_clips_the_least_and_the_most_motion_is_listed():
     clips = [Clip(None, "a", line) for line in range(1, 51)]
     facts = [SimpleNamespace(motion=float(line), window=line % 2) for line in range(1, 51)]

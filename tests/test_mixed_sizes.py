@@ -66,6 +66,17 @@ def test_each_clip_is_trained_at_its_bucket_and_the_start_says_so(
     assert options["buckets"] == BUCKETS
 
 
+def test_the_start_says_how_many_images_a_share_shows_and_which_bucket_stays_empty(
+    tiny_checkpoint, mixed, tmp_path, train, batches, capsys
+):
+    options = MIXED | {"buckets": [*BUCKETS, "17x64x64"], "image_share": 0.6, "num_train_epochs": 1}
+    train(tiny_checkpoint, tmp_path / "run", instance_data_root=mixed, **options)
+    said = capsys.readouterr().out
+    assert "images: 12 of the 20 clips that an epoch shows, drawn from 4" in said
+    assert "--buckets: no clip goes to 17x64x64" in said
+    assert [shape[2] for shape, _ in batches].count(1) == 12
+
+
 def test_auto_finds_the_sizes_and_the_lengths(tiny_checkpoint, mixed, tmp_path, train, batches, capsys):
     train(tiny_checkpoint, tmp_path / "run", instance_data_root=mixed, buckets="auto", num_train_epochs=1)
     assert "-> 5 of 9x64x96, 3 of 9x96x64, 4 of 1x64x96 (frames x height x width)" in capsys.readouterr().out
@@ -119,7 +130,8 @@ def test_tokens_decide_how_many_clips_a_batch_has(tiny_checkpoint, mixed, tmp_pa
         ({"image_share": 1}, "--image_share: 1: must be at least 0 and below 1|1: must be at least 0"),
         ({"caption_dropout": -0.1}, "must be at least 0 and below 1"),
         ({"buckets": ["17x64x96"]}, "gives 14 frames at --fps 8, and the shortest bucket has 17.*--drop_unfit"),
-        ({"buckets": ["1x64x96"], "image_share": 0.5}, "--image_share 0.5: the clips are only images"),
+        ({"buckets": ["1x64x96"], "image_share": 0.5}, "--image_share 0.5: the clips are only images; add videos"),
+        ({"image_share": 0.05}, "--image_share 0.05: an epoch has too few videos for one image; pass at least 0.11"),
     ],
 )
 def test_what_cannot_work_is_refused(tiny_checkpoint, mixed, tmp_path, train, capsys, options, message):
