@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from clips.frames import View, choose_source, covering_scale, read_image
+from clips.frames import View, choose_source, count_of, covering_scale, read_image
 from clips.known import File, Notes, file_key, look_at
 from clips.listing import LFS, Clip, other_spelling
 from clips.masks import refuse_misfit
@@ -203,8 +203,8 @@ def facts_of(path: Path, file: File, view: View) -> Facts:
     video, indices, _, seconds = choose_source(path, file, view)
     if view.whole and len(indices) < view.max_num_frames:
         raise Unfit(
-            f"gives {len(indices)} frames at --fps {view.fps}, and this base model needs {view.max_num_frames}; use a "
-            "longer clip, remove it, or leave out all such clips with --drop_unfit"
+            f"gives {count_of(len(indices))} at --fps {view.fps}, and this base model needs {view.max_num_frames}; "
+            "use a longer clip, remove it, or leave out all such clips with --drop_unfit"
         )
     span, seen_from = float(seconds[-1] - seconds[0]), float(seconds[indices[0]] - seconds[0])
     return Facts(

@@ -101,6 +101,10 @@ def view_of(args: argparse.Namespace, *, with_image: bool, whole: bool) -> View:
     return View(**same_names, crop=args.video_reshape_mode, with_image=with_image, whole=whole)
 
 
+def count_of(num_frames: int) -> str:
+    return "1 frame" if num_frames == 1 else f"{num_frames} frames"
+
+
 def trainable_length(available: int, max_num_frames: int) -> int:
     """Returns how many of the `available` frames are used: 8k + 1, the lengths that the VAE also decodes to.
 

@@ -282,9 +282,10 @@ def choose_bucket(height: int, width: int, available: int, is_video: bool, selec
     fitting = list(_fitting(available, selection))
     if not fitting:
         shortest = min(bucket.num_frames for bucket in selection.sizes)
+        remedy = "use a longer clip, remove it" if selection.view.whole else "add a shorter one to --buckets"
         raise Unfit(
-            f"gives {'1 frame' if available == 1 else f'{available} frames'} at --fps {selection.view.fps}, and the "
-            f"shortest bucket has {shortest}; add a shorter one to --buckets, or leave such clips out with --drop_unfit"
+            f"gives {frames.count_of(available)} at --fps {selection.view.fps}, and the shortest bucket has "
+            f"{shortest}; {remedy}, or leave such clips out with --drop_unfit"
         )
 
     def loss(bucket: Bucket) -> tuple:

@@ -130,6 +130,13 @@ def test_a_video_becomes_a_still_only_where_nothing_else_takes_it():
     assert bucket_of(480, 720, 200, named("1x480x720", "49x720x480")) == "49x720x480"
 
 
+def test_where_the_base_model_takes_one_length_no_shorter_bucket_is_advised():
+    chosen = named("49x480x720")
+    chosen = chosen._replace(view=chosen.view._replace(whole=True))
+    with pytest.raises(Unfit, match="the shortest bucket has 49; use a longer clip, remove it, or leave such"):
+        bucket_of(480, 720, 70, chosen)
+
+
 def test_a_clip_that_is_too_short_for_every_bucket_is_refused_with_its_length():
     with pytest.raises(Unfit, match="gives 24 frames at --fps 8, and the shortest bucket has 25; .*--drop_unfit"):
         bucket_of(480, 720, 70, named("49x480x720", "25x480x720"))
