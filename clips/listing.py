@@ -218,7 +218,8 @@ def read_listing(folders: list[Folder], columns: Columns = NONE_NAMED, words: Wo
             if len(kinds) > 1:
                 way_out = "clips to learn and clips of --regularization_data_root must be others"
             raise ValueError(f"{folder.path}: is named twice; {way_out}")
-        layout, clips, problems = _read_folder(folder.path, columns)
+        of_folder = columns._replace(mask=None) if folder.is_regularization else columns  # what is kept counts whole
+        layout, clips, problems = _read_folder(folder.path, of_folder)
         if len(folders) > 1:  # lines and files of the same name may be in each of them
             problems = [_in_folder(folder.path, problem) for problem in problems]
             clips = [

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import imageio.v3 as iio
 import torch
 from conftest import training_options
 from same_bits import first_difference, read_tensors
@@ -251,6 +252,8 @@ def left_by(output_dir: Path) -> dict[str, str]:
             state = json.loads(path.read_text(encoding="utf-8"))
             del state["options"]["instance_data_root"]
             found[name] = json.dumps(state)
+        elif path.suffix == ".mp4":  # its metadata names the run directory
+            found[name] = hashlib.sha256(iio.imread(path).tobytes()).hexdigest()
         elif path.name in NOT_COMPARED or path.parent.name == "training_state":
             found[name] = "file"
         else:
