@@ -72,7 +72,7 @@ def compare(lora_path: Path, samples: int, seed: int) -> dict:
 def measure(way: str, seed: int, updates: int, samples: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         data = make_data(Path(folder, "film"))
-        seconds = train(data, Path(folder, "run"), WAYS[way], updates=updates, seed=seed)
+        seconds = train(data, Path(folder, "run"), WAYS[way].split(), updates=updates, seed=seed)
         return {"seconds": seconds} | compare(Path(folder, "run"), samples, seed)
 
 

@@ -48,8 +48,8 @@ def training_loss(
             image-to-video also "image", uint8 [B, H, W, C]; where some of the clips have a mask, "mask" [B, f, h, w].
         encode: from `image_encoder`.
         timesteps: [B]; drawn from `generator` if None.
-        teacher: a transformer, called without gradients, that predicts the target; None: the target is the true
-            velocity.
+        teacher: a transformer, called without gradients, that predicts the latents in place of the batch's, and the
+            target; None: the target is the true velocity.
         masking: what a mask does to the loss.
     """
     device = generator.device
@@ -57,22 +57,28 @@ def training_loss(
     latents = sample_latents(batch["parameters"], base.vae["scaling_factor"], generator)  # [B, f, c, h, w]
     latents = pad_latent_frames(latents, base.transformer["patch_size_t"])
     _, f, _, h, w = latents.shape
+    conditions = {
+        "prompt_embeds": batch["prompt_embeds"],
+        "rotary": rotary_embedding(base, f, h, w, device),
+        "image_latents": condition_on_images(base, encode, batch["image"], f, generator) if encode else None,
+        "ofs": ofs_of(base, dtype, device),
+    }
+    if teacher:
+        latents = predicted_latents(teacher, base.scheduler, latents, generator=generator, dtype=dtype, **conditions)
+    mask = None
+    if "mask" in batch:
+        mask = pad_latent_frames(batch["mask"][:, :, None], base.transformer["patch_size_t"])
     return velocity_loss(
         transformer,
         base.scheduler,
         latents,
-        batch["prompt_embeds"],
-        rotary=rotary_embedding(base, f, h, w, device),
         generator=generator,
         dtype=dtype,
-        image_latents=condition_on_images(base, encode, batch["image"], f, generator) if encode else None,
-        ofs=ofs_of(base, dtype, device),
         timesteps=timesteps,
         teacher=teacher,
-        mask=pad_latent_frames(batch["mask"][:, :, None], base.transformer["patch_size_t"])
-        if "mask" in batch
-        else None,
+        mask=mask,
         masking=masking,
+        **conditions,
     )
 
 
@@ -82,8 +88,9 @@ def preservation_loss(
     """Mean squared difference between the predictions of the transformer and of the teacher, without the new word.
 
     It keeps what is learned to the captions that name it: prior preservation (Ruiz et al. 2022, arXiv:2208.12242), with
-    the model's own predictions in place of sampled videos. The noisy latents are the same as those of `training_loss`
-    with such a generator. Masks do not apply: what a clip shows beside its subject is to be kept as well.
+    the model's own predictions in place of sampled videos. They are compared on the latents that the teacher predicts
+    for the caption: a clip's own latents show what is new, and the model meets none such where the word is absent.
+    Masks do not apply: what a clip shows beside its subject is to be kept as well.
 
     Args:
         batch: as in `training_loss`, with "plain_prompt_embeds" [B, L, D] of the captions without the new word.
@@ -95,6 +102,39 @@ def preservation_loss(
     return training_loss(
         base, transformer, batch, generator, dtype, encode=encode, timesteps=timesteps, teacher=teacher
     )
+
+
+@torch.no_grad()
+def predicted_latents(teacher, scheduler, latents, generator, dtype, **conditions) -> torch.Tensor:
+    """Returns the clean latents [B, f, c, h, w] that a transformer predicts from noisy ones, float32.
+
+    The timesteps are of the noisier half of the schedule: there the caption decides what it sees, not the latents.
+
+    Args:
+        latents: clean, [B, f, c, h, w].
+        conditions: "prompt_embeds", "rotary", "image_latents" and "ofs", as in `velocity_loss`.
+    """
+    num_timesteps, device = scheduler.config.num_train_timesteps, latents.device
+    noise = randn_tensor(latents.shape, generator=generator, device=device, dtype=latents.dtype)
+    timesteps = torch.randint(num_timesteps // 2, num_timesteps, latents.shape[:1], generator=generator, device=device)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    velocity = teacher(**transformer_inputs(noisy, timesteps, dtype=dtype, **conditions))[0].float()
+    # x0 = sqrt(a) x - sqrt(1 - a) v has the form of v = sqrt(a) noise - sqrt(1 - a) x0.
+    return scheduler.get_velocity(velocity, noisy, timesteps)
+
+
+def transformer_inputs(noisy_latents, timesteps, prompt_embeds, rotary, image_latents, ofs, dtype) -> dict:
+    """Returns the transformer's arguments for noisy latents [B, f, c, h, w]; the others are as in `velocity_loss`."""
+    if image_latents is not None:
+        noisy_latents = torch.cat([noisy_latents, image_latents], dim=2)  # [B, f, 2c, h, w]
+    return {
+        "hidden_states": noisy_latents.to(dtype),
+        "encoder_hidden_states": prompt_embeds.to(dtype),
+        "timestep": timesteps,
+        "ofs": ofs,
+        "image_rotary_emb": rotary,
+        "return_dict": False,
+    }
 
 
 def velocity_loss(
@@ -125,7 +165,7 @@ def velocity_loss(
         image_latents: from `condition_on_images`, [B, f, c, h, w], or None.
         ofs: from `ofs_of`.
         timesteps: [B]; drawn from `generator` if None.
-        teacher: as in `training_loss`.
+        teacher: a transformer, called without gradients, that predicts the target; None: it is the true velocity.
         mask: [B, f, 1, h, w], float32, from 0 to 1; None: everything counts.
         masking: as in `training_loss`.
     """
@@ -134,17 +174,8 @@ def velocity_loss(
         timesteps = torch.randint(
             0, scheduler.config.num_train_timesteps, latents.shape[:1], generator=generator, device=latents.device
         )
-    hidden_states = scheduler.add_noise(latents, noise, timesteps)
-    if image_latents is not None:
-        hidden_states = torch.cat([hidden_states, image_latents], dim=2)  # [B, f, 2c, h, w]
-    inputs = {
-        "hidden_states": hidden_states.to(dtype),
-        "encoder_hidden_states": prompt_embeds.to(dtype),
-        "timestep": timesteps,
-        "ofs": ofs,
-        "image_rotary_emb": rotary,
-        "return_dict": False,
-    }
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    inputs = transformer_inputs(noisy_latents, timesteps, prompt_embeds, rotary, image_latents, ofs, dtype)
     if teacher:
         with torch.no_grad():
             velocity = teacher(**inputs)[0].float()

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 import train_cogvideox_lora
 from cogvideox.base_model import load_transformer, read_base_model
 from cogvideox.lora import Lora, add_lora, base_of
-from cogvideox.objective import preservation_loss
+from cogvideox.objective import predicted_latents, preservation_loss
 from cogvideox.quantized import PRECISIONS
 
 LORA = Lora(rank=4, lora_alpha=4, lora_target_modules=("to_q", "to_k", "to_v", "to_out.0"))
@@ -67,6 +67,28 @@ def test_the_loss_is_the_squared_difference_of_the_two_predictions_on_the_plain_
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and loss.item() > 0
     loss.backward()
     assert all(weight.grad is not None for weight in transformer.parameters() if weight.requires_grad)
+
+
+def test_the_latents_are_those_that_the_base_model_predicts_for_the_plain_caption(tiny_checkpoint):
+    """A model that predicts the velocity towards certain latents gives these, whatever the noise and the clip."""
+    base, draw = read_base_model(str(tiny_checkpoint)), torch.Generator().manual_seed(5)
+    scheduler = base.scheduler
+    clip, expected = torch.randn(2, 4, 3, 8, 12, generator=draw), torch.randn(2, 4, 3, 8, 12, generator=draw)
+    seen = []
+
+    def towards_expected(hidden_states, timestep, encoder_hidden_states, **_):
+        seen.append((timestep, encoder_hidden_states))
+        a = scheduler.alphas_cumprod[timestep].view(-1, 1, 1, 1, 1)
+        return ((a.sqrt() * hidden_states - expected) / (1 - a).sqrt(),)
+
+    embeds = torch.randn(2, 226, 32, generator=draw)
+    conditions = {"prompt_embeds": embeds, "rotary": None, "image_latents": None, "ofs": None}
+    for _ in range(50):
+        found = predicted_latents(towards_expected, scheduler, clip, draw, torch.float32, **conditions)
+        assert torch.allclose(found, expected, atol=1e-4)
+    timesteps = torch.cat([timestep for timestep, _ in seen])
+    assert 500 <= timesteps.min() < 600 and 900 < timesteps.max() < 1000
+    assert all(torch.equal(given, embeds) for _, given in seen)
 
 
 def test_a_run_that_preserves_starts_with_nothing_lost_and_logs_it(tiny_checkpoint, tmp_path, train):
