@@ -335,13 +335,13 @@ def read_base(args: argparse.Namespace, dtype: torch.dtype, device: torch.device
 
 
 def check_largest_batch(args: argparse.Namespace, base: BaseModel) -> None:
-    """Refuses batches in which the largest clip has no room."""
-    largest = selection_of(args, base).largest
-    num_tokens = base.num_tokens(*base.latent_shape(*largest))
-    if args.max_tokens_per_batch and num_tokens > args.max_tokens_per_batch:
+    """Refuses batches in which a clip of some size has no room."""
+    tokens_of = {bucket: base.num_tokens(*base.latent_shape(*bucket)) for bucket in selection_of(args, base).sizes}
+    largest = max(tokens_of, key=tokens_of.get)
+    if args.max_tokens_per_batch and tokens_of[largest] > args.max_tokens_per_batch:
         raise ValueError(
             f"--max_tokens_per_batch {args.max_tokens_per_batch}: a clip of {largest} (frames x height x width) has "
-            f"{num_tokens} tokens; pass at least that"
+            f"{tokens_of[largest]} tokens; pass at least that"
         )
 
 
@@ -363,12 +363,22 @@ def rehearsed_models(args: argparse.Namespace, base: BaseModel) -> Models:
     return models_of(base, read_text_encoder_config(base), partial(make_optimizer, args, batches_per_step=1))
 
 
-def largest_batch(args: argparse.Namespace, base: BaseModel, chosen: Selection) -> tuple[int, int, int, int]:
-    """Returns clips, frames, height and width of the micro-batch that has the most tokens."""
-    size_of, latents = batch_size_of(args, base), {bucket: base.latent_shape(*bucket) for bucket in chosen.sizes}
-    batches = [(size_of((0, *shape)) * base.num_tokens(*shape), bucket) for bucket, shape in latents.items()]
-    _, bucket = max(batches)
-    return size_of((0, *latents[bucket])), *bucket
+def largest_batch(args: argparse.Namespace, base: BaseModel, chosen: Selection) -> tuple[int, int, int, int] | None:
+    """Returns clips, frames, height and width of the micro-batch with most tokens; None: that of `chosen.largest`.
+
+    The size of most pixels takes the most memory in the VAE, and need not have the most tokens.
+    """
+    size_of = batch_size_of(args, base)
+
+    def batch_of(bucket: selection.Bucket) -> tuple[int, int, int, int]:
+        return size_of((0, *base.latent_shape(*bucket))), *bucket
+
+    def num_tokens(batch: tuple[int, int, int, int]) -> int:
+        count, *bucket = batch
+        return count * base.num_tokens(*base.latent_shape(*bucket))
+
+    batch = max(map(batch_of, [chosen.largest, *chosen.sizes]), key=num_tokens)
+    return None if batch == (args.train_batch_size, *chosen.largest) else batch
 
 
 def memory_settings(
@@ -381,7 +391,7 @@ def memory_settings(
     options |= {"height": chosen.largest.height, "width": chosen.largest.width}
     return Settings(
         **options,
-        largest_batch=largest_batch(args, base, chosen) if args.max_tokens_per_batch else None,
+        largest_batch=largest_batch(args, base, chosen),
         lora=lora.lora_of(args) if args.training_type == "lora" else None,
         dtype=dtype,
         ema=args.ema_decay is not None,

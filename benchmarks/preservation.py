@@ -2,9 +2,9 @@
 
     python benchmarks/preservation.py --seeds 1 2 3 --output benchmarks/results/preservation.json
 
-Trains the small model on 25 clips in the look of the quickstart, alone, with several weights of --preserve, and with
-plain clips as regularization. `examples/compare.py` then measures the samples with the word FILM and without it, and
-the drift on 5 held-out clips is compared with what it finds.
+Trains the small model on 25 clips in the look of the quickstart and nothing else, with several weights of --preserve,
+and with plain clips as regularization. `examples/compare.py` then measures the samples with the word FILM and without
+it, and the drift on 5 held-out clips is compared with what it finds.
 """
 
 import argparse

@@ -91,10 +91,28 @@ class Order(NamedTuple):
         for shape, items in items_of.items():
             size = self.batch_size(shape)
             batches += [items[first : first + size] for first in range(0, len(items), size)]
+        if self.still_share is not None:
+            batches = self._as_many_batches_each_epoch(batches)
         draw.shuffle(batches)
         if self.bucket_group == 1 or len(items_of) == 1:
             return batches
         return _grouped(batches, self.bucket_group, epoch * len(batches), lambda batch: self.shapes[batch[0].clip])
+
+    def _as_many_batches_each_epoch(self, batches: list[list[Item]]) -> list[list[Item]]:
+        """Returns the batches with some of those of stills divided, so that all epochs have as many.
+
+        An epoch shows as many stills as another, but of other shapes, which fill other numbers of batches.
+        """
+        batches, shapes = list(batches), {self.shapes[clip] for clip in self.stills}
+        of_stills = [batch for batch in batches if batch[0].clip in self.stills]
+        count = sum(map(len, of_stills))
+        begun = min(len(shapes), count)
+        most = begun + (count - begun) // min(map(self.batch_size, shapes), default=1)
+        for _ in range(most - len(of_stills)):
+            largest = max((batch for batch in batches if batch[0].clip in self.stills), key=len)
+            at, half = batches.index(largest), len(largest) // 2
+            batches[at : at + 1] = [largest[:half], largest[half:]]
+        return batches
 
     def _shown(self, epoch: int) -> list[int]:
         """Returns the clips that an epoch shows, in no order; one is listed as often as it is shown."""

@@ -25,6 +25,7 @@ LEAST_APART = 0.25  # of a window, between the beginnings of two
 LEAST_LOST = 0.05  # share of the picture for which "auto" adds a bucket
 LEAST_WINDOW = 9  # frames of a further window of a clip: fewer would be nearly a still
 CLOSE = 2  # decimals in which two shares of a picture that are lost are compared
+LITTLE = 0.02  # of a picture, which a larger size may lose more
 
 
 class Unfit(ValueError):
@@ -217,26 +218,28 @@ def auto_sizes(pictures: Counter[tuple[int, int]], area: int, largest: tuple[int
         pictures: how often each height and width occurs.
         largest: height and width that no size may exceed.
     """
-    by_size = Counter()
+    by_size, counts, chosen = {}, Counter(), []
     for picture, count in pictures.items():
-        by_size[auto_size(*picture, area, largest)] += count
-    chosen = []
-    for size, _ in sorted(by_size.items(), key=lambda item: (-item[1], item[0])):
-        own = [picture for picture in pictures if auto_size(*picture, area, largest) == size]
+        size = auto_size(*picture, area, largest)
+        by_size.setdefault(size, []).append(picture)
+        counts[size] += count
+    for size, own in sorted(by_size.items(), key=lambda item: (-counts[item[0]], item[0])):
         if not all(any(lost_share(*picture, *other) < LEAST_LOST for other in chosen) for picture in own):
             chosen.append(size)
     return chosen
 
 
 def auto_size(height: int, width: int, area: int, largest: tuple[int, int] | None) -> tuple[int, int]:
-    """Returns the height and width of at most `area` pixels that lose least of a picture, the larger of equal ones."""
+    """Returns the height and width of at most `area` pixels that lose little of a picture, as large as that allows."""
     most_height, most_width = largest or (area // STEP, area // STEP)
     candidates = []
     for to_height in range(STEP, min(most_height, area // STEP) + 1, STEP):
         most = min(most_width, area // to_height) // STEP * STEP
         fitting = max(STEP, round(to_height * width / height / STEP) * STEP)
         candidates.append((to_height, min(most, fitting)))
-    return min(candidates, key=lambda size: (round(lost_share(height, width, *size), CLOSE), -size[0] * size[1]))
+    lost = {size: lost_share(height, width, *size) for size in candidates}
+    close = [size for size in candidates if lost[size] <= min(lost.values()) + LITTLE]
+    return min(close, key=lambda size: (-size[0] * size[1], lost[size]))
 
 
 # ---- windows ---------------------------------------------------------------------------------------------------------

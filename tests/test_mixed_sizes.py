@@ -177,8 +177,8 @@ def test_all_windows_of_a_video_are_held_out_together(tiny_checkpoint, mixed, tm
     parts = []
 
     def watch(data, *args):
-        parts.extend(split(data, *args))
-        return parts[-2:]
+        parts.append(split(data, *args))
+        return parts[-1]
 
     split = dataset.Data.split
     monkeypatch.setattr(dataset.Data, "split", watch)
@@ -186,9 +186,10 @@ def test_all_windows_of_a_video_are_held_out_together(tiny_checkpoint, mixed, tm
         tiny_checkpoint, tmp_path / "run", instance_data_root=mixed, clip_mode="chunks", validation_split=5,
         max_train_steps=1,
     )  # fmt: skip
-    training, held_out = ({facts.file.content for facts in part.facts} for part in parts)
+    (whole,) = parts
+    training, held_out = ({facts.file.content for facts in part.facts} for part in (whole.training, whole.held_out))
     assert not training & held_out and len(training | held_out) == 12
-    assert sum(len(part.facts) for part in parts) == 11 + 4
+    assert len(whole.training.facts) + len(whole.held_out.facts) == 11 + 4 and not whole.regularization.facts
 
 
 def test_windows_of_one_video_are_other_clips_in_the_cache(tiny_checkpoint, mixed, tmp_path, train):
@@ -276,6 +277,8 @@ def test_memory_is_predicted_for_the_largest_bucket_and_the_fullest_batch(checkp
     plain = settings("--max_num_frames", "9", "--height", "64", "--width", "96")
     mixed = settings("--buckets", "1x96x96", "9x64x96", "5x64x96")
     assert mixed == plain and mixed.in_training == mixed
+    still = settings("--buckets", "1x128x128", "5x64x64")  # fewer pixels, and 64 tokens beside the caption's for 32
+    assert (still.max_num_frames, still.height) == (5, 64) and still.in_training.largest_batch == (1, 1, 128, 128)
     filled = settings("--buckets", "1x96x96", "9x64x96", "--max_tokens_per_batch", "600")
     assert filled == plain._replace(largest_batch=(2, 9, 64, 96))  # 2 x 298 tokens; of images 2 x 262
     assert (filled.in_training.train_batch_size, filled.in_training.max_num_frames) == (2, 9)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from clips.order import WITHOUT_CAPTION, Item, Order
 
 ONE = lambda _: 1  # noqa: E731
-LONG, SHORT, STILL = (8, 13, 60, 90), (8, 3, 60, 90), (8, 1, 60, 90)
+LONG, SHORT, STILL, TALL_STILL = (8, 13, 60, 90), (8, 3, 60, 90), (8, 1, 60, 90), (8, 1, 90, 60)
+SHAPES = (LONG, SHORT, STILL, TALL_STILL)
 
 EARLIER = [[(2, True)], [(5, True)], [(4, False)], [(1, True)], [(3, True)], [(0, False)]]
 
@@ -63,13 +64,13 @@ ORDERS = st.builds(
         groups=[clip // windows for clip in range(len(shapes))] if windows > 1 and len(set(shapes)) == 1 else (),
         num_captions=[captions] * len(shapes),
         batch_size=lambda shape: sizes[shape],
-        still_share=share if len(set(shapes)) > 1 and STILL in shapes else None,
+        still_share=share if 0 < sum(shape[1] == 1 for shape in shapes) < len(shapes) else None,
         **settings,
     ),
-    shapes=st.lists(st.sampled_from([LONG, SHORT, STILL]), min_size=1, max_size=60),
+    shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=60),
     captions=st.integers(1, 3),
     windows=st.integers(1, 4),
-    sizes=st.fixed_dictionaries({shape: st.integers(1, 4) for shape in (LONG, SHORT, STILL)}),
+    sizes=st.fixed_dictionaries({shape: st.integers(1, 4) for shape in SHAPES}),
     share=st.sampled_from([None, 0.0, 0.25, 0.6]),
     seed=st.integers(0, 99),
     random_flip=st.booleans(),
@@ -96,7 +97,7 @@ def test_any_epoch_shows_each_clip_once_but_for_windows_and_stills(order, epoch)
         assert all(times == 1 for times in stills)
     else:
         assert sum(stills) == round(len(videos) * order.still_share / (1 - order.still_share))
-        assert max(stills) - min(stills) <= 1 or sum(stills) > len(stills)
+        assert max(stills) - min(stills) <= 2  # one cycle may end in an epoch, and the next begin
 
 
 @settings(deadline=None)
