@@ -364,7 +364,7 @@ def rehearsed_models(args: argparse.Namespace, base: BaseModel) -> Models:
 
 
 def largest_batch(args: argparse.Namespace, base: BaseModel, chosen: Selection) -> tuple[int, int, int, int] | None:
-    """Returns clips, frames, height and width of the micro-batch with most tokens; None: that of `chosen.largest`.
+    """Returns clips, frames, height and width of the micro-batch with most tokens; None if `chosen.largest` gives it.
 
     The size of most pixels takes the most memory in the VAE, and need not have the most tokens.
     """
