@@ -303,8 +303,9 @@ def choose_bucket(height: int, width: int, available: int, is_video: bool, selec
 
 
 def _fitting(available: int, selection: Selection) -> Iterable[Bucket]:
+    """Yields the buckets for which so many frames are enough, each with the length that a clip has in it."""
     for bucket in selection.sizes:
-        if selection.has_any_length:
+        if selection.has_any_length and not selection.view.whole:
             yield replace(bucket, num_frames=trainable_length(available, bucket.num_frames))
         elif bucket.num_frames <= available:
             yield bucket

@@ -266,6 +266,17 @@ def test_what_is_left_of_chunks_goes_into_a_shorter_bucket_of_the_same_picture()
     assert [(view.start * 8, view.max_num_frames) for view in views] == [(0, 49), (49, 25)]
 
 
+def test_where_the_base_model_takes_one_length_chunks_leave_no_shorter_window():
+    whole = VIEW._replace(whole=True)
+    views = views_of(480, 720, times(LENGTH), Selection(whole, clip_mode="chunks"))
+    assert [(view.start * 8, len(choose_frames(times(LENGTH), view))) for view in views] == [(0, 49), (49, 49), (98, 49)]
+
+
+def test_where_the_base_model_takes_one_length_a_short_stretched_clip_is_refused_with_its_length():
+    with pytest.raises(Unfit, match="gives 33 frames at --fps 8, and the shortest bucket has 49; use a longer clip"):
+        views_of(480, 720, times(98), Selection(VIEW._replace(whole=True), is_stretched=True))
+
+
 def test_a_stretched_clip_is_seen_from_its_first_to_its_last_frame():
     selection = Selection(VIEW, is_stretched=True)
     for seconds in (20, 9.3, 4.1):
