@@ -120,7 +120,7 @@ def bucket_option(text: str) -> Bucket | str:
         raise argparse.ArgumentTypeError(f"{text}: must be FRAMESxHEIGHTxWIDTH, such as 49x480x720, or auto")
     bucket = Bucket(*map(int, numbers.groups()))
     if bucket.num_frames % 8 != 1 and bucket.num_frames != 5:
-        nearest = max(1, 8 * round((bucket.num_frames - 1) / 8) + 1)
+        nearest = min(5, max(1, 8 * round((bucket.num_frames - 1) / 8) + 1), key=lambda k: abs(k - bucket.num_frames))
         raise argparse.ArgumentTypeError(f"{text}: frames must be 8k + 1 or 5; nearest is {nearest}")
     for name, pixels in (("height", bucket.height), ("width", bucket.width)):
         if pixels % STEP or not pixels:

@@ -59,6 +59,7 @@ def bucket_of(height, width, num_frames, selection=None):
         ("automatic", "must be FRAMESxHEIGHTxWIDTH"),
         ("48x480x720", "frames must be 8k + 1 or 5; nearest is 49"),
         ("13x480x720", "nearest is 17"),
+        ("6x480x720", "nearest is 5"),
         ("0x480x720", "nearest is 1"),
         ("49x478x720", "height must be divisible by 16; nearest is 480"),
         ("49x480x0", "width must be divisible by 16; nearest is 16"),
@@ -269,7 +270,11 @@ def test_what_is_left_of_chunks_goes_into_a_shorter_bucket_of_the_same_picture()
 def test_where_the_base_model_takes_one_length_chunks_leave_no_shorter_window():
     whole = VIEW._replace(whole=True)
     views = views_of(480, 720, times(LENGTH), Selection(whole, clip_mode="chunks"))
-    assert [(view.start * 8, len(choose_frames(times(LENGTH), view))) for view in views] == [(0, 49), (49, 49), (98, 49)]
+    assert [(view.start * 8, len(choose_frames(times(LENGTH), view))) for view in views] == [
+        (0, 49),
+        (49, 49),
+        (98, 49),
+    ]
 
 
 def test_where_the_base_model_takes_one_length_a_short_stretched_clip_is_refused_with_its_length():
