@@ -377,7 +377,7 @@ def largest_batch(args: argparse.Namespace, base: BaseModel, chosen: Selection) 
         count, *bucket = batch
         return count * base.num_tokens(*base.latent_shape(*bucket))
 
-    batch = max(map(batch_of, [chosen.largest, *chosen.sizes]), key=num_tokens)
+    batch = max(map(batch_of, [chosen.largest, *chosen.possible_sizes]), key=num_tokens)
     return None if batch == (args.train_batch_size, *chosen.largest) else batch
 
 
@@ -568,7 +568,7 @@ def prepare_data(
             everyone=ranks,
             used_by=args.output_dir,
             check_all=args.check_all and not is_checked,
-            before_encoding=partial(check_room, args, accelerator, ranks, base, memory_plan, listed),
+            before_encoding=partial(check_before_encoding, args, accelerator, ranks, base, memory_plan, listed),
             allow_damaged=args.allow_damaged,
         )
     say_after_encoding(accelerator, ranks, base, cut)
@@ -585,8 +585,14 @@ def say_after_encoding(accelerator: Accelerator, ranks: Ranks, base: BaseModel, 
         torch.cuda.reset_peak_memory_stats(accelerator.device)
 
 
-def check_room(args, accelerator, ranks: Ranks, base, memory_plan: MemoryPlan, listed: Listing, facts) -> None:
-    """Refuses a run for whose cache, next checkpoint and result there is no room; the main rank looks."""
+def check_before_encoding(
+    args, accelerator, ranks: Ranks, base, memory_plan: MemoryPlan, listed: Listing, facts
+) -> None:
+    """Refuses what hours of encoding would not mend: clips that --image_share does not suit, and a lack of disk space.
+
+    For the latter the main rank looks: there must be room for the cache, the next checkpoint and the result.
+    """
+    check_image_share(args, sum(of_clip.num_seen == 1 for of_clip in facts), len(facts))
     outlook = outlook_of(args, accelerator, ranks, base, memory_plan, listed=listed, facts=facts, num_checkpoints=1)
     output_dir = None if args.encode_only else args.output_dir
     check = partial(dry_run.check_disk, outlook, cache=cache_of(args, listed), output_dir=output_dir)
@@ -621,20 +627,25 @@ def batch_size_of(args: argparse.Namespace, base: BaseModel) -> Callable[[tuple]
 
 
 def order_of(args: argparse.Namespace, base: BaseModel, data: Data) -> Order:
+    """Returns the order of the clips that are learned; raises a ValueError if --image_share does not suit them."""
     order = regularization_order(args, base, data)._replace(
         random_flip=args.random_flip, caption_dropout=args.caption_dropout, still_share=args.image_share
     )
-    if args.image_share is not None and not 0 < len(order.stills) < len(order.shapes):
-        found, lacking = ("images", "videos") if order.stills else ("videos", "images")
-        raise ValueError(
-            f"--image_share {args.image_share:g}: the clips are only {found}; add {lacking}, or leave it out"
-        )
+    check_image_share(args, len(order.stills), len(order.shapes))
     if args.image_share and not count_stills(order):
         least = 1 / (1 + sum(map(len, order.epoch(0))))
         raise ValueError(
             f"--image_share {args.image_share:g}: an epoch has too few videos for one image; pass at least {least:.2g}"
         )
     return order
+
+
+def check_image_share(args: argparse.Namespace, num_stills: int, num_clips: int) -> None:
+    """Refuses a share of images among clips that are all images, or all videos."""
+    if args.image_share is None or 0 < num_stills < num_clips:
+        return
+    found, lacking = ("images", "videos") if num_stills else ("videos", "images")
+    raise ValueError(f"--image_share {args.image_share:g}: the clips are only {found}; add {lacking}, or leave it out")
 
 
 def regularization_order(args: argparse.Namespace, base: BaseModel, data: Data) -> Order:

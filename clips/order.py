@@ -56,10 +56,11 @@ class Order(NamedTuple):
     given, and of clips of one group one, another one each time until all were shown.
     """
 
-    shapes: Sequence[tuple]  # of each clip; those of a batch have the same
+    shapes: Sequence[tuple]  # of each clip's latents, (2c, f, h, w); those of a batch have the same
     seed: int
     batch_size: Callable[[tuple], int]  # clips in a batch, for their shape
-    groups: Sequence = ()  # of each clip: windows of a video, of which an epoch shows one; empty: no such groups
+    # Of each clip: windows of a video, all of one shape, of which an epoch shows one; empty: no such groups.
+    groups: Sequence = ()
     num_captions: Sequence[int] = ()  # of each clip; empty: each has one
     stills: frozenset[int] = frozenset()  # clips of one frame
     random_flip: bool = False

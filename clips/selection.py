@@ -66,6 +66,17 @@ class Selection(NamedTuple):
         return self.buckets or (Bucket(self.view.max_num_frames, self.view.height, self.view.width),)
 
     @property
+    def possible_sizes(self) -> list[Bucket]:
+        """The sizes that clips can have: those of `sizes`, and the lengths of shorter clips in them."""
+        if not self.has_any_length or self.view.whole:
+            return list(self.sizes)
+        return [
+            replace(bucket, num_frames=length)
+            for bucket in self.sizes
+            for length in sorted({trainable_length(n, bucket.num_frames) for n in range(1, bucket.num_frames + 1)})
+        ]
+
+    @property
     def largest(self) -> Bucket:
         return max(self.sizes, key=lambda bucket: bucket.num_frames * bucket.height * bucket.width)
 

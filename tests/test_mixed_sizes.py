@@ -157,6 +157,12 @@ def test_a_size_that_the_base_model_cannot_take_is_refused(
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_share_of_images_without_images_is_refused_before_anything_is_encoded(tiny_checkpoint, tmp_path, train):
+    with pytest.raises(SystemExit):
+        train(tiny_checkpoint, tmp_path / "run", image_share=0.5, latents_cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache" / "latents").exists()
+
+
 def test_auto_stays_within_the_positions_of_the_base_model(checkpoint_of, mixed, tmp_path, train, batches):
     train(checkpoint_of("1.5-5B"), tmp_path / "run", instance_data_root=mixed, buckets="auto", num_train_epochs=1)
     assert {shape[3:] for shape, _ in batches} == {(8, 12), (6, 4)}  # at most 64 pixels high
@@ -279,6 +285,8 @@ def test_memory_is_predicted_for_the_largest_bucket_and_the_fullest_batch(checkp
     assert mixed == plain and mixed.in_training == mixed
     still = settings("--buckets", "1x128x128", "5x64x64")  # fewer pixels, and 64 tokens beside the caption's for 32
     assert (still.max_num_frames, still.height) == (5, 64) and still.in_training.largest_batch == (1, 1, 128, 128)
+    shorter = settings("--max_num_frames", "17", "--height", "64", "--width", "96", "--max_tokens_per_batch", "600")
+    assert shorter.largest_batch == (2, 9, 64, 96), "one clip of 17 frames has 346 tokens, two of 9 frames 596"
     filled = settings("--buckets", "1x96x96", "9x64x96", "--max_tokens_per_batch", "600")
     assert filled == plain._replace(largest_batch=(2, 9, 64, 96))  # 2 x 298 tokens; of images 2 x 262
     assert (filled.in_training.train_batch_size, filled.in_training.max_num_frames) == (2, 9)
