@@ -23,7 +23,7 @@ class Masking(NamedTuple):
     """What counts in the loss where a mask is 0; where it is 1, only the squared error does, with weight 1."""
 
     floor: float = 0.0  # weight of the squared error
-    preserve: float = 0.0  # weight of the squared difference from what the base model predicts
+    preserve: float = 0.0  # weight of the squared difference from what the base model predicts, on latents of its own
     teacher: Callable | None = None  # the base model, which `lora.base_of` returns, if it is to be preserved
 
 
@@ -68,6 +68,11 @@ def training_loss(
     mask = None
     if "mask" in batch:
         mask = pad_latent_frames(batch["mask"][:, :, None], base.transformer["patch_size_t"])
+        if masking.preserve:  # what is black shows what the base model would: it meets no other there, where it is kept
+            kept = predicted_latents(
+                masking.teacher, base.scheduler, latents, generator=generator, dtype=dtype, **conditions
+            )
+            latents = mask * latents + (1 - mask) * kept
     return velocity_loss(
         transformer,
         base.scheduler,
