@@ -261,6 +261,7 @@ def prepare(options: argparse.Namespace, folder: Path | None = None) -> train.Ru
         memory_plan=MemoryPlan(level, tile_encoding=False, tile_decoding=False),
         data=data,
         held_out=data._replace(shapes=[]),
+        regularization=data._replace(shapes=[]),
         order=order,
         timeline=timeline,
         state=checkpoints.State(transformer, optimizer, lr_scheduler, average),

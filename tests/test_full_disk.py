@@ -50,8 +50,8 @@ def full_from(monkeypatch, disk, place, call=1, *, calls=None):
 def end_block(metrics):
     """Fills the last block of the metrics, in which a full disk has room for another row."""
     if metrics.exists():
-        row = {"step": 2, "filler": ""}
-        row["filler"] = "x" * (-(metrics.stat().st_size + len(json.dumps(row)) + 1) % BLOCK)
+        row = {"step": 2, "reasons": ""}
+        row["reasons"] = "x" * (-(metrics.stat().st_size + len(json.dumps(row)) + 1) % BLOCK)
         with open(metrics, "a") as file:
             file.write(json.dumps(row) + "\n")
 

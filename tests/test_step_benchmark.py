@@ -48,7 +48,7 @@ def loss_and_gradients(run):
     block, calls, weights = run.state.transformer.transformer_blocks[0], [], trained(run)
     counter = block.register_forward_pre_hook(lambda *_: calls.append(1))
     with run.image_encoder() as encode_images:
-        number, batch = next(run.micro_batches())
+        number, batch, _ = next(run.micro_batches())
         generator = generator_for(run.accelerator.device, run.args.seed, number)
         loss = training_loss(run.base, run.state.transformer, batch, generator, run.dtype, encode_images)
         run.accelerator.backward(loss)
