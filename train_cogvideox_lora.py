@@ -1245,7 +1245,7 @@ def held_out_losses(run: Run) -> dict[str, float]:
             encode_images=encode_images,
             seed=args.seed,
             dtype=run.dtype,
-            masking=masking_of(run)._replace(preserve=0),
+            masking=Masking(args.mask_floor),
             agree=partial(agree, run),
         )
         losses = validation.held_out_losses(held_out, transformer)

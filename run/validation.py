@@ -124,11 +124,12 @@ def held_out_losses(held_out: HeldOut, transformer) -> dict[str, float]:
 def drift(held_out: HeldOut, transformer, prompts: Sequence[str]) -> dict[str, float]:
     """Returns how far a LoRA's predictions are from those of the base model where the new word is absent.
 
-    It is the mean squared difference, "drift", and at each timestep, "drift_t125" etc., on the noisy latents of
-    `held_out_losses`. The captions are those without the new word, where the data has them, and `prompts`, whose
-    embeddings the data holds. Every rank must call it.
+    It is the mean squared difference, "drift", and at each timestep, "drift_t125" etc., as `preservation_loss` has it,
+    with the held-out clips and the fixed noise of `held_out_losses`. The captions are those without the new word, where
+    the data has them, and `prompts`, whose embeddings the data holds. Every rank must call it.
     """
     model = held_out.accelerator.unwrap_model(transformer)
+    models = {"transformer": model, "teacher": base_of(model)}
     embeds = {text: embedding[None] for text, embedding in held_out.data.read_prompts().items() if text in prompts}
 
     def loss(batch: dict, generator: torch.Generator, **options) -> torch.Tensor:
@@ -137,8 +138,7 @@ def drift(held_out: HeldOut, transformer, prompts: Sequence[str]) -> dict[str, f
         for plain in [*captions, *embeds.values()]:
             generator.set_state(state)  # the same noise for all
             of_caption = batch | {"plain_prompt_embeds": plain}
-            options |= {"transformer": model, "teacher": base_of(model)}
-            losses.append(preservation_loss(batch=of_caption, generator=generator, **options))
+            losses.append(preservation_loss(batch=of_caption, generator=generator, **models, **options))
         return torch.stack(losses).mean()
 
     return _means("drift", held_out, transformer, loss)
