@@ -3,11 +3,13 @@
     python benchmarks/trial.py times times.json train_cogvideox_lora.py --rank 8 ...
     python benchmarks/trial.py capture theirs.pt path/to/diffusers/train_cogvideox_lora.py ...
     python benchmarks/trial.py replay theirs.pt ours.pt train_cogvideox_lora.py ...
+    python benchmarks/trial.py curve curve.pt 10,20,40 train_cogvideox_lora.py ...
 
 times:   time and peak memory of every update
 capture: for diffusers' example: latents, noise, timesteps, embeddings, LoRA before and after, loss and gradients of
          every update
 replay:  for our script: the same, with the LoRA and the draws of a captured file in place of its own
+curve:   the LoRA after each of some updates, and when that was
 """
 
 import contextlib
@@ -34,13 +36,13 @@ def run_script(script: Path, argv: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def after_updates(call: Callable[[], None]):
+def after_updates(call: Callable[[torch.optim.Optimizer], None]):
     """Calls `call` after every optimizer step in a `with` block, but not in our script's rehearsal."""
 
     def after_step(optimizer, args, kwargs) -> None:
         sizes = [weight.numel() for group in optimizer.param_groups for weight in group["params"]]
         if sizes != [2**14]:  # the weight in cogvideox.rehearsal.optimizer_bytes
-            call()
+            call(optimizer)
 
     hook = register_optimizer_step_post_hook(after_step)
     try:
@@ -59,7 +61,7 @@ def update_times(rows: list[dict]) -> AbstractContextManager[None]:
     resident size so far. The clock waits for the GPU; both scripts read their loss there anyway.
     """
 
-    def append_row() -> None:
+    def append_row(_) -> None:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated() / 2**30
@@ -115,7 +117,7 @@ def update_values(records: list[dict]):
         records[-1]["loss"] = loss.item()
         records[-1]["gradients"] = {name: cpu_copy(weight.grad) for name, weight in weights.items()}
 
-    def after_step() -> None:
+    def after_step(_) -> None:
         records[-1]["after"] = {name: cpu_copy(weight) for name, weight in weights.items()}
 
     in_forward = wrapped(CogVideoXTransformer3DModel, "forward", forward)
@@ -172,6 +174,49 @@ def replayed_draws(records: list[dict], theirs: list[dict], folder: Path) -> Abs
     return wrapped(objective, "velocity_loss", velocity_loss)
 
 
+# ---- what updates have learned ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def learning_curve(curve: dict, updates: set[int]):
+    """Copies the LoRA aside after some of the updates; the clock stands still while it does.
+
+    An update is a step of the optimizer that takes the last step of all: other optimizers before it, as in a search for
+    a learning rate, start the count again, and only "steps" counts theirs, too.
+
+    Args:
+        curve: receives "begin", the time of day of the first forward pass of training, "rows" with "update", "steps"
+            so far and the time of day "at" its end, and "weights" [of each row] by name.
+    """
+    from diffusers import CogVideoXTransformer3DModel
+
+    transformer, current, update, steps, copying = None, None, 0, 0, 0.0
+
+    def forward(original, model, **inputs):
+        nonlocal transformer
+        if torch.is_grad_enabled() and not inputs["hidden_states"].is_meta:
+            transformer = model
+            curve.setdefault("begin", time.time())
+        return original(model, **inputs)
+
+    def after_step(optimizer) -> None:
+        nonlocal current, update, steps, copying
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        at = time.time()
+        if optimizer is not current:
+            current, update = optimizer, 0
+            curve.update(rows=[], weights=[])
+        update, steps = update + 1, steps + 1
+        if update in updates:
+            curve["rows"].append({"update": update, "steps": steps, "at": at - copying})
+            curve["weights"].append({name: cpu_copy(weight) for name, weight in lora_weights(transformer).items()})
+        copying += time.time() - at
+
+    with wrapped(CogVideoXTransformer3DModel, "forward", forward), after_updates(after_step):
+        yield
+
+
 # ---- modes -----------------------------------------------------------------------------------------------------------
 
 
@@ -200,11 +245,22 @@ def replay(draws: Path, output: Path, script: Path, argv: list[str]) -> None:
     torch.save(records, output)
 
 
+def curve(output: Path, updates: set[int], script: Path, argv: list[str]) -> None:
+    stand_in_for_torchvision()
+    curve = {}
+    with learning_curve(curve, updates):
+        run_script(script, argv)
+    torch.save(curve | {"threads": torch.get_num_threads()}, output)
+
+
 if __name__ == "__main__":
     mode, *words = sys.argv[1:]
     if mode == "replay":
         draws, output, script, *argv = words
         replay(Path(draws), Path(output), Path(script), argv)
+    elif mode == "curve":
+        output, updates, script, *argv = words
+        curve(Path(output), set(map(int, updates.split(","))), Path(script), argv)
     else:
         output, script, *argv = words
         {"times": times, "capture": capture}[mode](Path(output), Path(script), argv)
