@@ -5,11 +5,11 @@ import statistics
 from collections.abc import Callable
 
 WIDTH, HEIGHT, LEFT, TOP = 560, 300, 64, 44  # of the plot, and its place in the picture
-COLOURS = ("#d9772b", "#b0882a", "#3b82c4", "#2f9e6e")
+COLOURS = ("#d9772b", "#a05fc4", "#3b82c4", "#2f9e6e")
 TICKS = (0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#333}.end{text-anchor:end}.middle{text-anchor:middle}"
-    ".grid{stroke:#7a8794;stroke-opacity:.3}path{fill:none;stroke-width:2}.band{stroke:none;fill-opacity:.2}"
+    "path{fill:none;stroke-width:2}.grid{stroke:#7a8794;stroke-opacity:.3;stroke-width:1}.band{stroke:none;fill-opacity:.2}"
     "@media(prefers-color-scheme:dark){text{fill:#ddd}}"
 )
 

@@ -197,6 +197,13 @@ def test_a_comparison_is_made_seed_by_seed():
     assert "in 0.4 (0.3 to 0.5) of its seconds, at most 0.6 is asked for" in quality.describe(found)
 
 
+def test_the_other_side_may_have_had_its_loss_earlier():
+    theirs, ours = {"1": made_up([20, 30, 40], [0.2, 0.3, 0.25])}, {"1": made_up([15, 20, 30], [0.3, 0.2, 0.1])}
+    until = quality.compare(COMPARISON._replace(updates=15), ours, theirs, batch_size=4)["until_it"]
+    assert (until["ratio"]["median"], until["ratio_of_firsts"]["median"]) == (0.5, 1.0)
+    assert until["updates_of_other"]["median"] == 12
+
+
 def test_a_loss_that_is_never_reached_counts_as_the_slowest():
     theirs = {str(seed): made_up([20, 40], [0.3, 0.2]) for seed in (1, 2, 3)}
     ours = {str(seed): made_up([15, 20], [0.3, loss]) for seed, loss in ((1, 0.2), (2, 0.21), (3, 0.1))}
