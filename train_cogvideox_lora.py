@@ -39,7 +39,7 @@ from cogvideox.base_files import check_files
 from cogvideox.base_model import BaseModel, check_training, download_weights, read_base_model, read_text_encoder_config
 from cogvideox.budget import MemoryPlan
 from cogvideox.lora_files import CHANGES_BASE, SAVE_DTYPES
-from cogvideox.objective import Masking, generator_for, preservation_loss, training_loss
+from cogvideox.objective import Masking, generator_for, preservation_loss, spread_timesteps, training_loss
 from cogvideox.rehearsal import Models, Settings, models_of
 from dataset import Data, Parts
 from files import CannotContinue, at_least, expanded_path, parse_options, plain_name, share, weight
@@ -52,8 +52,10 @@ from run import (
     hub,
     optimizers,
     processes,
+    rate_search,
     run_directory,
     signals,
+    stopping,
     trackers,
     validation,
 )
@@ -96,6 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimizers.check_options(args, parser.error)
     compute.check_options(args, parser.error)
     validation.check_options(args, parser.error)
+    stopping.check_options(args, parser.error)
     dry_run.check_options(args, parser.error)
     course.check_options(args, parser.error)
     return args
@@ -156,6 +159,7 @@ def derived_options(options: dict) -> dict:
     return {
         "learning_rate": optimizers.default_learning_rate(options["optimizer"], options["training_type"]),
         "lora_alpha": options["rank"],
+        "result": "last" if options.get("stop_patience") is None else "best",
         "prior_loss_weight": 1.0 if options.get("regularization_data_root") else None,
     }
 
@@ -220,6 +224,8 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     train("--gradient_accumulation_steps", type=positive, default=1, metavar="N", help=micro_batches)
     train("--num_train_epochs", type=positive, default=1, metavar="N", help="passes over the clips")
     train("--max_train_steps", type=positive, metavar="N", help="updates; overrides --num_train_epochs")
+    sampling = "timesteps of the noise; low_discrepancy: a sequence, spread evenly; uniform: independent draws"
+    train("--timestep_sampling", choices=["low_discrepancy", "uniform"], default="low_discrepancy", help=sampling)
     train("--ddp_timeout", type=positive, default=1800, metavar="SECONDS", help="longest wait for another process")
     preserve = "weight of what keeps the base model as it is without --id_token: its own predictions; 0: none"
     every = "preserve in one of N updates: N times less work for it"
@@ -249,6 +255,8 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     out("--resume_from_checkpoint", metavar="PATH", help=resume)
     course.add_options(group)
     out("--save_precision", choices=SAVE_DTYPES, help=precision)
+    result = "weights that are the result: the last, or those of the lowest loss on held-out clips (default: the last; "
+    out("--result", choices=["last", "best"], help=f"{result}with --stop_patience the best)")
     out("--logging_steps", type=positive, default=1, metavar="N", help="updates from one row of metrics to the next")
     out("--report_to", default="none", help=tracker)
     out("--tracker_name", type=plain_name, default="cogvideox-lora", help="name of the project in the tracker")
@@ -716,6 +724,8 @@ def prepare_transformer(
 
 def make_optimizer(args, parameters: list[torch.nn.Parameter], batches_per_step: int) -> torch.optim.Optimizer:
     options = {name: getattr(args, name) for name in optimizers.OPTIONS}
+    if args.learning_rate == rate_search.AUTO:  # until it is found
+        options["learning_rate"] = rate_search.FIRST_RATES[args.training_type]
     if args.scale_lr:
         options["learning_rate"] *= batches_per_step * args.train_batch_size
     return optimizers.make_optimizer(parameters, **options)
@@ -755,6 +765,7 @@ class Run(NamedTuple):
     failures: guard.Failures
     record: dict  # what a checkpoint records, beside the position
     self_checked: dict | None = None  # the figures of the self-check; None: it was not made
+    rate_found: rate_search.Found | None = None  # None: it was given, or is the checkpoint's
 
     def image_encoder(self) -> AbstractContextManager[Callable | None]:
         tiling, slicing = self.memory_plan.tile_encoding, self.args.enable_slicing
@@ -818,6 +829,8 @@ def prepare_run(
     transformer, export = prepare_transformer(args, base, memory_plan, dtype=dtype, device=accelerator.device)
     # No variable may hold the weights: FSDP2 would keep them whole on every GPU, beside its shards.
     optimizer = make_optimizer(args, lora.trained_parameters(transformer), timeline.batches_per_step)
+    if args.loraplus_lr_ratio != 1:
+        optimizers.multiply_learning_rate(optimizer, lora.b_matrices(transformer), args.loraplus_lr_ratio)
     lr_scheduler = make_lr_scheduler(args, optimizer, timeline.total_steps)
     # The schedule is not prepared: accelerate would advance it once per rank.
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
@@ -844,7 +857,11 @@ def prepare_run(
         record=record,
     )
     is_due = args.self_check == "always" or (args.self_check == "auto" and accelerator.device.type == "cuda")
-    return run._replace(self_checked=check_computation(run)) if is_due and not accelerator.is_fsdp2 else run
+    if is_due and not accelerator.is_fsdp2:
+        run = run._replace(self_checked=check_computation(run))
+    if args.learning_rate == rate_search.AUTO and not starting.checkpoint:
+        run = run._replace(rate_found=find_learning_rate(run))
+    return run
 
 
 def check_computation(run: Run) -> dict:
@@ -875,6 +892,64 @@ def check_computation(run: Run) -> dict:
         f"PEFT, within rounding ({figures['seconds']:.1f} s)"
     )
     return figures
+
+
+def find_learning_rate(run: Run) -> rate_search.Found:
+    """Finds the learning rate by trials and sets it; the weights and the optimizer are then as they were.
+
+    Raises:
+        Stopped: a signal has arrived.
+    """
+    args, accelerator, state, total = run.args, run.accelerator, run.state, run.timeline.total_steps
+    accelerator.print(rate_search.describe_plan(total))
+    updates = min(rate_search.TRIAL_UPDATES, total)
+    parameters = [weight for group in state.optimizer.param_groups for weight in group["params"]]
+    start = [weight.detach().clone() for weight in parameters]
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+
+    @torch.no_grad()
+    def start_with(rate: float) -> None:
+        for parameter, first in zip(parameters, start, strict=True):
+            parameter.copy_(first)
+        state.optimizer.state.clear()
+        if scaler:
+            accelerator.scaler.load_state_dict(scaler)
+        course.set_learning_rate(state.optimizer, state.lr_scheduler, rate)
+
+    def loss_of(rate: float) -> float:
+        start_with(rate)
+        with contextlib.suppress(validation.Failed):  # a loss that is not finite
+            if train_on_trial(run, updates):
+                return held_out_losses(run)["validation_loss"]
+        return float("inf")
+
+    rates = rate_search.first_rates(args.training_type)
+    try:
+        found = rate_search.find(loss_of, rates, trial_updates=updates, total_updates=total)
+    except signals.Stopped as stopped:
+        message = "stopped in the trials of learning rates; the same command starts again"
+        raise signals.Stopped(stopped.number, message) from stopped
+    start_with(found.learning_rate)
+    state.average.restart(0)
+    accelerator.print(*rate_search.describe(found), sep="\n")
+    return found
+
+
+def train_on_trial(run: Run, updates: int) -> bool:
+    """Makes the first updates of a run at a constant learning rate; returns whether the loss has stayed finite."""
+    optimizer = run.state.optimizer
+    for group, rate in zip(optimizer.param_groups, run.state.lr_scheduler.base_lrs):
+        group["lr"] = rate  # no warm-up
+    constant = optimizers.make_lr_scheduler(optimizer, "constant", warmup_steps=0, total_steps=updates)
+    trial = run._replace(state=run.state._replace(lr_scheduler=constant, average=optimizers.WeightAverage([], None)))
+    with contextlib.closing(run.micro_batches()) as micro_batches, run.image_encoder() as encode_images:
+        for _ in range(updates):
+            measured = update(trial, micro_batches, encode_images, requests=[run.stop.number])
+            if signal := int(measured.requests[0]):
+                raise signals.Stopped(signal, "stopped in a trial")
+            if not isfinite(measured.loss):
+                return False
+    return True
 
 
 class Update(NamedTuple):
@@ -912,7 +987,8 @@ def update(
             loss = loss_of(run, transformer, number, batch, encode_images)
             accelerator.backward(loss)  # divides by the number of micro-batches
         losses[number] = loss.detach()
-    grad_norm = accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
+    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
+    grad_norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
     mean_loss = sum(loss / args.gradient_accumulation_steps for loss in losses.values())
 
     # Waits for the GPU: the next update's first kernels start a little later, which a test on a GPU has to measure.
@@ -954,8 +1030,18 @@ def loss_of(
         generator=generator_of(run, number, kind),
         dtype=run.dtype,
         encode=encode_images,
+        timesteps=timesteps_of(run, number, len(batch["parameters"]), kind),
         masking=masking_of(run),
     )
+
+
+def timesteps_of(run: Run, number: int, count: int, kind: str) -> torch.Tensor | None:
+    """Returns the timesteps of a micro-batch of `count` clips; None: the loss draws them."""
+    if run.args.timestep_sampling == "uniform":
+        return None
+    generator = generator_for(torch.device("cpu"), run.args.seed, "timesteps", *filter(None, [kind]))
+    timesteps = spread_timesteps(number, count, run.base.scheduler.config.num_train_timesteps, generator)
+    return timesteps.to(run.accelerator.device)
 
 
 def generator_of(run: Run, number: int, kind: str = "") -> torch.Generator:
@@ -1025,14 +1111,14 @@ def train(run: Run, smoothed_loss: float | None) -> None:
 
     # `seconds` of a row are those of updates only: the clock restarts after whatever else a turn does.
     clock_step, clock_start = timeline.first_step, time.perf_counter()
-    last_saved, is_due = clock_start, False
+    last_saved, is_due, is_saved = clock_start, False, True
     shown = {"total": timeline.total_steps, "initial": timeline.first_step}
     with (
         contextlib.closing(run.micro_batches()) as micro_batches,
         run.image_encoder() as encode_images,
         progress_bar(run.accelerator, None, "Training", "update", **shown) as progress,
     ):
-        for step in range(timeline.first_step + 1, timeline.total_steps + 1):
+        for step in updates_left(run):
             is_late = args.save_minutes and time.perf_counter() > last_saved + 60 * args.save_minutes
             measured = update(run, micro_batches, encode_images, requests=[run.stop.number, bool(is_late)])
             progress.update()
@@ -1061,6 +1147,36 @@ def train(run: Run, smoothed_loss: float | None) -> None:
                 raise signals.Stopped(signal, stopped_message(step))
             if is_logged or is_saved or is_validated:
                 clock_step, clock_start = step, time.perf_counter()
+    if not is_saved:  # it has ended before its last update
+        save(run, step)
+
+
+def updates_left(run: Run) -> Iterator[int]:
+    """Yields the numbers of the updates to make, up to the last one or until the run is over."""
+    args, timeline = run.args, run.timeline
+    for step in range(timeline.first_step + 1, timeline.total_steps + 1):
+        is_validated = timeline.due(step - 1, args.validation_steps, args.validation_epochs)
+        if (is_validated or step == timeline.first_step + 1) and is_over(run):
+            return
+        yield step
+
+
+def is_over(run: Run) -> bool:
+    """Whether the held-out loss has not fallen for as long as --stop_patience allows; says so. All ranks must call it.
+
+    metrics.jsonl decides, so a resumed run knows of earlier validations.
+    """
+    args = run.args
+    if args.stop_patience is None:
+        return False
+
+    def why() -> str | None:
+        return stopping.reason(run_directory.read_metrics(args.output_dir), args.stop_patience, run.held_out.labels)
+
+    reason = processes.from_main(run.accelerator, why)
+    if reason:
+        run.accelerator.print(f"\nthe run ends here: {reason}")
+    return reason is not None
 
 
 def stopped_message(step: int) -> str:
@@ -1248,7 +1364,8 @@ def held_out_losses(run: Run) -> dict[str, float]:
             masking=Masking(args.mask_floor),
             agree=partial(agree, run),
         )
-        losses = validation.held_out_losses(held_out, transformer)
+        with_clips = args.stop_patience is not None
+        losses = validation.held_out_losses(held_out, transformer, with_clips=with_clips)
         if measures_drift(args):
             losses |= validation.drift(held_out, transformer, validation.drift_prompts(args))
     return losses
@@ -1300,6 +1417,7 @@ def announce(run: Run, on_data: list[str], start: Start, changed: dict) -> float
     """Describes the run in the terminal, args.json and the trackers; returns the smoothed loss of a resumed run."""
     args, accelerator, base, timeline = run.args, run.accelerator, run.base, run.timeline
     level, num_trained = run.memory_plan.gradient_checkpointing, lora.count_trained(run.state.transformer)
+    is_auto = args.learning_rate == rate_search.AUTO
     lines = describe_run(
         args,
         accelerator,
@@ -1309,6 +1427,7 @@ def announce(run: Run, on_data: list[str], start: Start, changed: dict) -> float
         timeline=timeline,
         level=level,
         num_trained=num_trained,
+        learning_rate=run.state.lr_scheduler.base_lrs[0] if is_auto else args.learning_rate,
     )
     accelerator.print(*lines, sep="\n")
     record = {
@@ -1319,6 +1438,8 @@ def announce(run: Run, on_data: list[str], start: Start, changed: dict) -> float
         "data": on_data,
         "memory_plan": run.memory_plan.as_json(),
         "self_check": run.self_checked,
+        "held_out": run.held_out.labels,
+        "learning_rate_found": run.rate_found.as_json() if run.rate_found else found_before(run, start),
         "options": vars(args),
     }
     run_directory.start_records(
@@ -1328,13 +1449,20 @@ def announce(run: Run, on_data: list[str], start: Start, changed: dict) -> float
     return run_directory.smoothed_loss(args.output_dir)
 
 
+def found_before(run: Run, start: Start) -> dict | None:
+    """Returns what the trials of learning rates have found in the run that is resumed."""
+    return run_directory.read_args(start.checkpoint.parent).get("learning_rate_found") if start.checkpoint else None
+
+
 def describe_result(args: argparse.Namespace, result: Path) -> list[str]:
     """Returns lines on what a run has made, and the command that makes a video with it."""
     option = "lora_path" if args.training_type == "lora" else "transformer_path"
     prompt = (validation.prompts(args) or [" ".join(filter(None, [args.id_token, "..."]))])[0]
     words = ["python", "cli_demo.py", f"--{option}", str(args.output_dir), "--prompt", prompt]
     page = args.output_dir / run_directory.REPORT_FILE
-    return [f"Result: {result}", f"page of the run: {page}", f"a video with it: {shlex.join(words)}"]
+    best = run_directory.read_best(args.output_dir) if args.result == "best" else {}
+    of_update = f" (update {best['step']}, the lowest loss on held-out clips)" if best else ""
+    return [f"Result: {result}{of_update}", f"page of the run: {page}", f"a video with it: {shlex.join(words)}"]
 
 
 def describe_run(
@@ -1347,13 +1475,14 @@ def describe_run(
     timeline: Timeline,
     level: str,
     num_trained: int,
+    learning_rate: float | str,
 ) -> list[str]:
     """Returns lines on the base model, the data, what is trained, how (`level` of recomputation), and the updates."""
     device = torch.device("cuda") if args.dry_run_gib else accelerator.device
     return [
         base.describe(),
         *on_data,
-        f"{args.training_type}, {num_trained / 1e6:.4g} million weights, learning rate {args.learning_rate:g}",
+        f"{args.training_type}, {num_trained / 1e6:.4g} million weights, learning rate {learning_rate}",
         compute.describe(level, compute.options_of(args), DTYPES[accelerator.mixed_precision], device),
         *describe_stills(order),
         timeline.summary({order.batch_size(shape) for shape in order.shapes}),
@@ -1395,7 +1524,10 @@ def report_dry_run(
         timeline=timeline,
         level=level,
         num_trained=outlook.num_trained,
+        learning_rate=args.learning_rate,
     )
+    if args.learning_rate == rate_search.AUTO:
+        lines.append(rate_search.describe_plan(timeline.total_steps))
     accelerator.print(*lines, *dry_run.describe(outlook, memory_plan.phases), sep="\n")
 
 
@@ -1455,7 +1587,9 @@ def main(args: argparse.Namespace) -> None:
 
         # Result.
         limit = args.checkpoints_total_limit
-        result = checkpoints.save_result(accelerator, run.state, run.export, args.output_dir, total_limit=limit)
+        result = checkpoints.save_result(
+            accelerator, run.state, run.export, args.output_dir, total_limit=limit, kind=args.result
+        )
         accelerator.print(*describe_result(args, result), sep="\n")
         end(accelerator)
     if uploads and accelerator.is_main_process:  # the other ranks do not wait for the upload

@@ -123,6 +123,12 @@ def trained_parameters(transformer: torch.nn.Module) -> list[torch.nn.Parameter]
     return [weight for weight in transformer.parameters() if weight.requires_grad]
 
 
+def b_matrices(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Returns what LoRA+ trains faster: the B matrices, which start at 0, and DoRA's magnitudes, as PEFT does."""
+    named = transformer.named_parameters()
+    return [weight for name, weight in named if weight.requires_grad and ("lora_B" in name or weight.ndim == 1)]
+
+
 def count_trained(transformer: torch.nn.Module) -> int:
     return sum(weight.numel() for weight in trained_parameters(transformer))
 

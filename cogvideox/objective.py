@@ -5,6 +5,7 @@ f = (F - 1) / 4 + 1, h = H / 8, w = W / 8. L prompt tokens, D text width.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
@@ -208,6 +209,23 @@ def generator_for(device: torch.device, *numbers: int) -> torch.Generator:
     """Returns a generator seeded with the numbers, so that nothing depends on what was drawn before."""
     digest = hashlib.sha256(repr(numbers).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+def spread_timesteps(number: int, count: int, num_train_timesteps: int, generator: torch.Generator) -> torch.Tensor:
+    """Returns the timesteps [count] of a micro-batch, which fill the schedule more evenly than independent draws do.
+
+    Those of a micro-batch are equally far apart, as in Kingma et al. 2021 (arXiv:2107.00630, appendix I.1), and each
+    number moves them on by the golden ratio, the additive sequence of the least discrepancy. Over all offsets, every
+    timestep has the same probability.
+
+    Args:
+        number: of the micro-batch.
+        generator: on the CPU; draws the offset of the sequence, so it is seeded alike for all numbers.
+    """
+    offset = torch.rand((), generator=generator, dtype=torch.float64).item()
+    golden = (math.sqrt(5) - 1) / 2
+    places = [(offset + golden * number + i / count) % 1 for i in range(count)]
+    return torch.tensor([int(place * num_train_timesteps) for place in places])
 
 
 def sample_latents(parameters: torch.Tensor, scaling_factor: float, generator: torch.Generator) -> torch.Tensor:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from files import expanded_path, publish
 from pages.template import load_template
-from run import run_directory
+from run import run_directory, stopping
 from run.run_directory import ARGS_FILE, METRICS_FILE, REPORT_FILE, ValidationVideos
 from run.validation import remark_on_drift
 
@@ -35,6 +35,7 @@ def write_report(output_dir: Path) -> Path:
         about=" · ".join(part for part in about if part),
         progress=progress(rows, run.get("options", {}).get("max_train_steps"), best),
         panels=panels(rows, best),
+        ended=stopping.reason(rows, run.get("options", {}).get("stop_patience"), run.get("held_out", ())),
         videos=video_grid(run_directory.read_validation_videos(output_dir), best.get("step")),
         run=run,
     )

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from cogvideox.base_model import BaseModel
 from cogvideox.lora import Export
 from cogvideox.lora_files import LORA_FILE, TRANSFORMER_FOLDER
-from files import TEMPORARY, CannotContinue, publish_folder, restore_folder, write_json
+from files import TEMPORARY, CannotContinue, publish, publish_folder, restore_folder, write_json
 from run import course, guard
 from run.manifest import read_manifest, write_manifest
 from run.optimizers import WeightAverage
@@ -271,7 +271,7 @@ def check_course(
             f"--resume_from_checkpoint: {start.checkpoint.name} was trained on another kind of CogVideoX than "
             "--pretrained_model_name_or_path; pass the base model that args.json beside it names"
         )
-    saved = start.saved["options"] | {"processes": start.saved.get("processes", 1)}
+    saved = course.EARLIER | start.saved["options"] | {"processes": start.saved.get("processes", 1)}
     return course.check_options_of_checkpoint(start.name, saved, options, allowed=allowed, derived=derived)
 
 
@@ -405,17 +405,38 @@ def save_best(accelerator, state: State, export: Export, output_dir: Path, *, st
         from_main(accelerator, write)
 
 
-def save_result(accelerator, state: State, export: Export, output_dir: Path, *, total_limit: int | None) -> Path:
-    """Writes the result of the run and returns its path. Every rank must call it."""
+def save_result(
+    accelerator, state: State, export: Export, output_dir: Path, *, total_limit: int | None, kind: str
+) -> Path:
+    """Writes the result of the run and returns its path. Every rank must call it.
+
+    Args:
+        kind: "last": the weights as they are; "best": those of checkpoint-best, if there is one.
+    """
 
     def write() -> Path:
         _prune(output_dir, total_limit)  # a run that was killed after its last checkpoint may not have
-        return export(weights, output_dir)
+        best = output_dir / BEST_FOLDER
+        return _copy_result(best, output_dir) if kind == "best" and best.is_dir() else export(weights, output_dir)
 
     weights = result_weights(state)
     _check_finite(accelerator, weights, "the result")
     with full_disk_explained(output_dir, "the result"):
         return from_main(accelerator, write)
+
+
+def _copy_result(folder: Path, output_dir: Path) -> Path:
+    """Publishes the LoRA or the transformer of a folder in another one; returns its path."""
+    (source,) = [path for name in (LORA_FILE, TRANSFORMER_FOLDER) if (path := folder / name).exists()]
+    result = output_dir / source.name
+    if source.is_file():
+        publish(result, source.read_bytes())
+    else:
+        temporary = output_dir / f".{source.name}.incomplete"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source, temporary)
+        publish_folder(temporary, result)
+    return result
 
 
 def _check_finite(accelerator, tensors: dict, name: str) -> None:

@@ -22,7 +22,7 @@ CHANGES = {
 # The checkpoint decides these: they shape what it holds, or the clips that were held out.
 KEPT = (
     "training_type", *lora.OPTIONS, *(name for name in optimizers.OPTIONS if name != "learning_rate"), "seed",
-    "validation_split", "ema_decay", "mixed_precision",
+    "validation_split", "ema_decay", "mixed_precision", "loraplus_lr_ratio",
 )  # fmt: skip
 # Where a run reads and writes, and what it is asked to do on the way: no part of its course.
 BESIDE = {
@@ -31,6 +31,8 @@ BESIDE = {
     "variant", "lora_path", "check_all", "encode_only", "dry_run", "dry_run_gib",
     "save_precision", "lora_for_other_base",
 }  # fmt: skip
+# Values of options that earlier versions did not have and that move the numbers: their checkpoints are without them.
+EARLIER = {"timestep_sampling": "uniform", "loraplus_lr_ratio": 1.0}
 FLAT = ("constant", "constant_with_warmup")  # schedules that do not depend on the number of updates
 
 
@@ -168,10 +170,10 @@ def set_learning_rate(optimizer, lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     """Sets the learning rate to what the schedule gives at its position.
 
     Args:
-        peak: new peak; None keeps the checkpoint's.
+        peak: new peak of the first group, in proportion to which those of others change; None keeps the checkpoint's.
     """
     if peak is not None:
-        lr_scheduler.base_lrs = [peak] * len(lr_scheduler.base_lrs)
+        lr_scheduler.base_lrs = [peak * (base / lr_scheduler.base_lrs[0]) for base in lr_scheduler.base_lrs]
     rates = [
         base * factor(lr_scheduler.last_epoch) for base, factor in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas)
     ]

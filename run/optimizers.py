@@ -10,6 +10,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 
 from files import at_least
+from run import rate_search
 
 KINDS = ["adamw", "adam", "prodigy"]
 # Checkpoints record them, and are refused by a version that has others: a new name here ends older runs.
@@ -23,7 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     optim = parser.add_argument_group("optimizer").add_argument
     optim("--optimizer", type=str.lower, choices=KINDS, default="adamw", help="algorithm; prodigy needs prodigyopt")
     optim("--use_8bit_adam", action="store_true", help="keep the state of adam and adamw in 8 bits; needs bitsandbytes")
-    optim("--learning_rate", type=float, help="peak learning rate (default: 1e-4; with sft 1e-5, with prodigy 1.0)")
+    rate = "peak learning rate; auto: found by short trials before the run (default: 1e-4; sft 1e-5, prodigy 1.0)"
+    optim("--learning_rate", type=rate_search.option, metavar="RATE", help=rate)
     optim("--scale_lr", action="store_true", help="multiply --learning_rate by the clips of an update")
     schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
     optim("--lr_scheduler", choices=schedules, default="constant", help="schedule of the learning rate")
@@ -38,6 +40,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     optim("--prodigy_decouple", action="store_true", help="decouple Prodigy's weight decay, as AdamW does")
     optim("--prodigy_use_bias_correction", action="store_true", help="apply Adam's bias correction in Prodigy")
     optim("--prodigy_safeguard_warmup", action="store_true", help="leave the warm-up out of Prodigy's estimate")
+    ratio = "learning rate of the LoRA's B matrices, as a multiple of that of its A (LoRA+); 1: the same"
+    optim("--loraplus_lr_ratio", type=float, default=1.0, metavar="RATIO", help=ratio)
     norm = "largest norm of the gradient; larger ones are clipped to it"
     optim("--max_grad_norm", type=float, default=1.0, help=norm)
     average = "save and validate a moving average of the LoRA with this decay, such as 0.99 (default: no average)"
@@ -46,9 +50,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
     """Refuses combinations in which an option would do nothing; `refuse` ends the program with a message."""
-    for name in ("learning_rate", "max_grad_norm"):
-        if not getattr(args, name) > 0:
+    for name in ("learning_rate", "max_grad_norm", "loraplus_lr_ratio"):
+        if getattr(args, name) != rate_search.AUTO and not getattr(args, name) > 0:
             refuse(f"--{name} {getattr(args, name)}: must be above 0; leave it out for the default")
+    rate_search.check_options(args, refuse)
     is_prodigy = args.optimizer == "prodigy"
     given = [name for name, value in vars(args).items() if name.startswith("prodigy_") and value]
     if given and not is_prodigy:
@@ -61,6 +66,9 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
         refuse(
             "--lr_warmup_steps: does nothing with --lr_scheduler constant; pass constant_with_warmup, or leave it out"
         )
+    if args.loraplus_lr_ratio != 1 and (is_prodigy or args.training_type == "sft"):
+        why = "--optimizer prodigy, which has one learning rate" if is_prodigy else "--training_type sft"
+        refuse(f"--loraplus_lr_ratio: does nothing with {why}; leave it out")
     if args.training_type == "sft" and args.ema_decay is not None:
         refuse("--ema_decay: does nothing with --training_type sft, which trains no LoRA; leave it out")
     if args.ema_decay is not None and not 0 < args.ema_decay < 1:
@@ -102,6 +110,18 @@ def make_optimizer(
         package = _import_optional("bitsandbytes", "--use_8bit_adam").optim
         return {"adam": package.Adam8bit, "adamw": package.AdamW8bit}[optimizer](parameters, **shared)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer](parameters, **shared, fused=True)
+
+
+def multiply_learning_rate(
+    optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], ratio: float
+) -> None:
+    """Moves parameters of an optimizer with one group to a further group, with `ratio` times the learning rate.
+
+    With the B matrices of a LoRA it is LoRA+: Hayou et al. 2024 (arXiv:2402.12354).
+    """
+    (group,), moved = optimizer.param_groups, set(map(id, parameters))
+    group["params"] = [weight for weight in group["params"] if id(weight) not in moved]
+    optimizer.add_param_group({**group, "params": parameters, "lr": group["lr"] * ratio})
 
 
 def _import_optional(package: str, option: str):

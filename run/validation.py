@@ -30,7 +30,7 @@ from cogvideox.objective import NO_FLOOR, Masking, generator_for, preservation_l
 from cogvideox.sampling import encode_mp4, noise_generator, sample_video
 from dataset import Data
 from files import CannotContinue, at_least
-from run import trackers
+from run import stopping, trackers
 from run.run_directory import validation_folder, write_validation_videos
 from run.trackers import Video
 
@@ -53,6 +53,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     check("--validation_steps", type=positive, metavar="N", help="updates between further validations (default: none)")
     split = "videos to hold out for the validation loss: below 1 a share, from 1 a number; 0: none"
     check("--validation_split", type=float, default=0, metavar="P", help=split)
+    patience = "end the run once the loss on held-out clips has not fallen in N validations (default: never)"
+    check("--stop_patience", type=positive, metavar="N", help=patience)
     drift = "prompts to measure the drift from the base model on, beside the held-out captions without --id_token"
     check("--drift_prompt", metavar="TEXT", help=drift)
     switch = argparse.BooleanOptionalAction
@@ -112,13 +114,17 @@ class HeldOut(NamedTuple):
     masking: Masking = NO_FLOOR  # what a clip's mask does to its loss
 
 
-def held_out_losses(held_out: HeldOut, transformer) -> dict[str, float]:
+def held_out_losses(held_out: HeldOut, transformer, *, with_clips: bool = False) -> dict[str, float]:
     """Returns the mean loss over clips and timesteps, "validation_loss", and at each one, "validation_loss_t125" etc.
 
     Every rank must call it.
+
+    Args:
+        with_clips: add the mean loss of each clip, "validation_loss_clip0" etc.
     """
-    loss = partial(training_loss, transformer=transformer, masking=held_out.masking)
-    return _means("validation_loss", held_out, transformer, loss)
+    name, loss = "validation_loss", partial(training_loss, transformer=transformer, masking=held_out.masking)
+    losses = _losses(name, held_out, transformer, loss)
+    return _means(name, losses) | (_means_of_clips(losses) if with_clips else {})
 
 
 def drift(held_out: HeldOut, transformer, prompts: Sequence[str]) -> dict[str, float]:
@@ -141,12 +147,12 @@ def drift(held_out: HeldOut, transformer, prompts: Sequence[str]) -> dict[str, f
             losses.append(preservation_loss(batch=of_caption, generator=generator, **models, **options))
         return torch.stack(losses).mean()
 
-    return _means("drift", held_out, transformer, loss)
+    return _means("drift", _losses("drift", held_out, transformer, loss))
 
 
 @torch.no_grad()
-def _means(name: str, held_out: HeldOut, transformer, loss_of: Callable[..., torch.Tensor]) -> dict[str, float]:
-    """Returns the mean of a loss over clips and timesteps as `name`, and at each timestep as `name`_t125 etc.
+def _losses(name: str, held_out: HeldOut, transformer, loss_of: Callable[..., torch.Tensor]) -> dict[tuple, float]:
+    """Returns a loss by clip and timestep; `name` is what a message calls it.
 
     Each pair of clip and timestep is a batch of its own with its own fixed noise: equal weights give equal losses, on
     any number of ranks.
@@ -172,11 +178,23 @@ def _means(name: str, held_out: HeldOut, transformer, loss_of: Callable[..., tor
             f"the {what} on {len(wrong)} of {len(losses)} held-out pairs of clip and timestep is not finite, the first "
             f"one on {data.labels[clip]}, timestep {timestep}"
         )
-    means = {
-        f"{name}_t{timestep}": fmean(losses[clip, timestep] for clip in range(len(data.shapes)))
-        for timestep in timesteps
-    }
+    return losses
+
+
+def _means(name: str, losses: dict[tuple, float]) -> dict[str, float]:
+    """Returns the mean loss over clips and timesteps as `name`, and at each timestep as `name`_t125 etc."""
+    of_timestep = {}
+    for (_, timestep), loss in sorted(losses.items()):
+        of_timestep.setdefault(timestep, []).append(loss)
+    means = {f"{name}_t{timestep}": fmean(found) for timestep, found in of_timestep.items()}
     return {name: fmean(means.values())} | means
+
+
+def _means_of_clips(losses: dict[tuple, float]) -> dict[str, float]:
+    of_clip = {}
+    for (clip, _), loss in sorted(losses.items()):
+        of_clip.setdefault(clip, []).append(loss)
+    return {f"{stopping.OF_CLIP}{clip}": fmean(found) for clip, found in of_clip.items()}
 
 
 def remark_on_drift(rows: list[dict]) -> str | None:

@@ -33,6 +33,7 @@ OPTIONS = """
   id_token height width fps max_num_frames skip_frames_start skip_frames_end video_reshape_mode random_flip
   video_decoder allow_damaged check_all encode_only buckets clip_mode clips_per_video frame_sampling drop_unfit
   caption_prefix caption_suffix caption_dropout image_share max_tokens_per_batch bucket_group
+  timestep_sampling loraplus_lr_ratio stop_patience result
   preserve preserve_every preserve_prompt drift_prompt self_check regularization_data_root prior_loss_weight
   latents_cache_dir dataloader_num_workers enable_tiling enable_slicing rank lora_alpha lora_target_modules seed
   mixed_precision train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps gradient_checkpointing

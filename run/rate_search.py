@@ -1,0 +1,106 @@
+"""`--learning_rate auto`: short trials before a run find the learning rate that suits it.
+
+The rate that is best after few updates is too high for a long run: it leaves the weights jittering about what they
+could reach. The step size with which stochastic gradient descent comes closest in N updates falls as 1 / sqrt(N)
+(Nemirovski et al. 2009, Robust stochastic approximation approach to stochastic programming, section 2.2), so the best
+rate of the trials is divided by the square root of how many times as long the run is.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+AUTO = "auto"
+FIRST_RATES = {"lora": 1.8e-3, "sft": 1.8e-4}  # the middle of those that are tried
+SPACING = 3  # of the rates that are tried first; the best is refined by steps of its root
+NUM_FIRST = 5
+MOST_FURTHER = 2  # rates beyond the first ones, where the best is at their end
+TRIAL_UPDATES = 20
+MOST_TRIALS = NUM_FIRST + MOST_FURTHER + 2
+
+
+class Found(NamedTuple):
+    learning_rate: float
+    losses: dict[float, float]  # on held-out clips after a trial, by its rate in the order of the trials
+    updates: int  # of each trial
+
+    def as_json(self) -> dict:
+        losses = {f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in self.losses.items()}
+        return {"learning_rate": self.learning_rate, "updates_of_a_trial": self.updates, "loss_by_rate": losses}
+
+
+def option(text: str) -> float | str:
+    return AUTO if text == AUTO else float(text)
+
+
+def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
+    """Refuses to find the learning rate where something else decides it, or nothing can judge it."""
+    if args.learning_rate != AUTO:
+        return
+    reasons = {
+        "--optimizer prodigy: finds its own learning rate; leave one of them out": args.optimizer == "prodigy",
+        "--scale_lr: would change what was found; leave it out": args.scale_lr,
+        "--change learning_rate: it is found before the first update only; pass a number": "learning_rate"
+        in args.change,
+        "needs held-out clips to judge by; add --validation_split": not args.validation_split,
+    }
+    for reason, is_due in reasons.items():
+        if is_due:
+            refuse(f"--learning_rate auto: {reason}")
+
+
+def first_rates(training_type: str) -> list[float]:
+    middle = FIRST_RATES[training_type]
+    return [middle * SPACING**power for power in range(-(NUM_FIRST // 2), NUM_FIRST // 2 + 1)]
+
+
+def find(loss_of: Callable[[float], float], rates: list[float], *, trial_updates: int, total_updates: int) -> Found:
+    """Finds the learning rate for a run of `total_updates`; what all trials ask of `loss_of` is the same on all ranks.
+
+    Args:
+        loss_of: trains from the same start with a rate for `trial_updates`, and returns the loss on held-out clips;
+            infinite where the weights are no longer finite.
+        rates: those to try first, ascending.
+
+    Raises:
+        ValueError: no rate has a finite loss.
+    """
+    losses = {rate: loss_of(rate) for rate in rates}
+    for _ in range(MOST_FURTHER):
+        best = min(losses, key=losses.get)
+        beyond = {min(losses): best / SPACING, max(losses): best * SPACING}
+        if best not in beyond:
+            break
+        losses[beyond[best]] = loss_of(beyond[best])
+    best, step = min(losses, key=losses.get), math.sqrt(SPACING)
+    losses |= {rate: loss_of(rate) for rate in (best / step, best * step)}
+    best = min(losses, key=losses.get)
+    if not math.isfinite(losses[best]):
+        raise ValueError(
+            f"--learning_rate auto: the loss is not finite with any of {', '.join(f'{rate:.1e}' for rate in losses)}; "
+            "look at the clips and the precision of the run, or pass a number"
+        )
+    return Found(for_longer_run(best, trial_updates, total_updates), losses, trial_updates)
+
+
+def for_longer_run(rate: float, trial_updates: int, total_updates: int) -> float:
+    """Returns the learning rate for the whole run, in two digits, from the best rate of its first updates."""
+    return float(f"{rate * min(1, math.sqrt(trial_updates / total_updates)):.1e}")
+
+
+def describe_plan(total_updates: int) -> str:
+    updates = min(TRIAL_UPDATES, total_updates)
+    return (
+        f"learning rate auto: {NUM_FIRST + 2} to {MOST_TRIALS} trials of {updates} updates, each followed by the loss "
+        f"on held-out clips, then the run of {total_updates} updates from the start"
+    )
+
+
+def describe(found: Found) -> list[str]:
+    lines = [f"  {rate:.1e}: {loss:.4f}" for rate, loss in sorted(found.losses.items())]
+    return [
+        f"loss on held-out clips after {found.updates} updates, by learning rate:",
+        *lines,
+        f"learning rate {found.learning_rate:g}: the best of them, for the length of this run",
+    ]

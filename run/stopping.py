@@ -1,0 +1,89 @@
+"""When a run has learned what it can: the loss on held-out clips no longer falls."""
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from math import sqrt
+from statistics import fmean, stdev
+
+OF_CLIP = "validation_loss_clip"  # begins the names of single held-out clips' losses in metrics.jsonl
+
+
+def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
+    """Refuses options that need held-out clips where there are none; `refuse` ends the program with a message."""
+    given = {"--stop_patience": args.stop_patience is not None, "--result best": args.result == "best"}
+    if (named := [name for name, is_given in given.items() if is_given]) and not args.validation_split:
+        refuse(f"{named[0]}: is decided by the loss on held-out clips; add --validation_split")
+
+
+def of_each_clip(rows: Sequence[dict]) -> list[tuple[int, list[float]]]:
+    """Returns the steps of the validations so far, each with the losses of the held-out clips.
+
+    Args:
+        rows: of metrics.jsonl.
+    """
+    found = []
+    for row in rows:
+        losses = {int(match[1]): row[name] for name in row if (match := re.fullmatch(rf"{OF_CLIP}(\d+)", name))}
+        if losses and None not in losses.values():
+            found.append((row["step"], [losses[clip] for clip in sorted(losses)]))
+    return found
+
+
+def is_lower(losses: Sequence[float], than: Sequence[float]) -> bool:
+    """Whether losses of the same clips are lower by more than one standard error of their mean difference.
+
+    One clip has none: every lower loss counts.
+    """
+    gains = [before - now for now, before in zip(losses, than, strict=True)]
+    error = stdev(gains) / sqrt(len(gains)) if len(gains) > 1 else 0
+    return fmean(gains) > error
+
+
+def validations_without_gain(validations: Sequence[tuple[int, list[float]]]) -> int:
+    """Returns how many of the last validations were no better than the best one before them.
+
+    The losses are smoothed: of each clip, the mean of a validation and the one before it.
+
+    Args:
+        validations: from `of_each_clip`.
+    """
+    best, previous, count = None, None, 0
+    for _, losses in validations:
+        smoothed = losses if previous is None else [fmean(pair) for pair in zip(losses, previous, strict=True)]
+        if best is None or is_lower(smoothed, best):
+            best, count = smoothed, 0
+        else:
+            count += 1
+        previous = losses
+    return count
+
+
+def still_learned(validations: Sequence[tuple[int, list[float]]], count: int) -> list[int]:
+    """Returns the held-out clips whose loss is lower after the last validation than `count` validations before it."""
+    if len(validations) <= count:
+        return []
+    (_, before), (_, last) = validations[-1 - count], validations[-1]
+    return [clip for clip, (early, late) in enumerate(zip(before, last, strict=True)) if late < early]
+
+
+def reason(rows: Sequence[dict], patience: int | None, labels: Sequence[str] = ()) -> str | None:
+    """Returns why a run is at its end; None while it is not.
+
+    Args:
+        rows: of metrics.jsonl.
+        patience: validations without a gain that end it; None: nothing does.
+        labels: names of the held-out clips, for those whose loss still falls.
+    """
+    validations = of_each_clip(rows)
+    if patience is None or validations_without_gain(validations) < patience:
+        return None
+    falling = still_learned(validations, patience)
+    named = ", ".join(labels[clip] if labels else f"clip {clip}" for clip in falling)
+    of_clips = (
+        f"still falls on {len(falling)} of the {len(validations[-1][1])}: {named}" if falling else "falls on none"
+    )
+    return (
+        f"the loss on held-out clips has not fallen in {patience} validations (--stop_patience); compared with that "
+        f"long ago, it {of_clips}"
+    )

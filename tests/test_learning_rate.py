@@ -1,0 +1,196 @@
+"""The learning rate: LoRA+, and what short trials find."""
+
+import json
+import signal
+
+import pytest
+import torch
+from conftest import training_options
+from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load_file
+
+import train_cogvideox_lora
+from cogvideox.base_model import load_transformer, read_base_model
+from cogvideox.lora import Lora, add_lora, b_matrices, trained_parameters
+from run import course, optimizers, rate_search
+
+LORA = Lora(rank=4, lora_alpha=4, lora_target_modules=("to_q", "to_k", "to_v", "to_out.0"))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_lora_plus_has_the_rates_of_pefts(tiny_checkpoint, use_dora):
+    transformer = load_transformer(read_base_model(str(tiny_checkpoint)), torch.float32)
+    add_lora(transformer, LORA._replace(use_dora=use_dora), torch.float32)
+    optimizer = torch.optim.AdamW(trained_parameters(transformer), lr=1e-3)
+    optimizers.multiply_learning_rate(optimizer, b_matrices(transformer), 4.0)
+    pefts = create_loraplus_optimizer(transformer, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=4.0)
+
+    def rates(optimizer):
+        return {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+
+    assert rates(optimizer) == rates(pefts) and set(rates(optimizer).values()) == {1e-3, 4e-3}
+
+
+def test_a_resumed_run_of_lora_plus_equals_a_straight_one(tiny_checkpoint, tmp_path, train):
+    options = {"loraplus_lr_ratio": 4, "lr_scheduler": "cosine", "checkpointing_steps": 2}
+    straight = train(tiny_checkpoint, tmp_path / "a", max_train_steps=4, **options)
+    train(tiny_checkpoint, tmp_path / "b", max_train_steps=4, **options)
+    for folder in (tmp_path / "b").glob("checkpoint-4"):
+        folder.rename(tmp_path / "aside")
+    resumed = train(tiny_checkpoint, tmp_path / "b", max_train_steps=4, resume_from_checkpoint="latest", **options)
+
+    def losses(rows):
+        return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in rows if "loss" in row]
+
+    assert losses(resumed)[-2:] == losses(straight)[-2:]
+    plain = train(tiny_checkpoint, tmp_path / "c", max_train_steps=4, lr_scheduler="cosine")
+    assert losses(plain)[0][:2] == losses(straight)[0][:2] and losses(plain)[-1] != losses(straight)[-1]
+
+
+def test_a_new_learning_rate_keeps_the_ratio_of_lora_plus():
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3)
+    optimizers.multiply_learning_rate(optimizer, weights[1:], 4.0)
+    schedule = optimizers.make_lr_scheduler(optimizer, "constant", warmup_steps=0, total_steps=9)
+    course.set_learning_rate(optimizer, schedule, 5e-4)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([5e-4, 2e-3])
+    assert schedule.get_last_lr() == pytest.approx([5e-4, 2e-3])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"optimizer": "prodigy", "loraplus_lr_ratio": 4}, "--optimizer prodigy, which has one learning rate"),
+        ({"training_type": "sft", "loraplus_lr_ratio": 4}, "--training_type sft"),
+        ({"loraplus_lr_ratio": 0}, "--loraplus_lr_ratio 0.0: must be above 0"),
+    ],
+)
+def test_a_ratio_that_would_do_nothing_is_refused(options, expected, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train_cogvideox_lora.parse_args(training_options("base", "clips", "out", **options))
+    assert expected in capsys.readouterr().err
+
+
+# ---- --learning_rate auto --------------------------------------------------------------------------------------------
+
+
+def trials_of(best: float, *, diverges_above: float = float("inf")):
+    """Returns a loss with its minimum at `best`, and the list of the rates at which it was asked for."""
+    asked = []
+
+    def loss_of(rate: float) -> float:
+        asked.append(rate)
+        return float("inf") if rate > diverges_above else 0.1 + abs(torch.tensor(rate / best).log().item())
+
+    return loss_of, asked
+
+
+@pytest.mark.parametrize("best", [1e-5, 5e-5, 3e-4, 1.1e-3, 1.8e-3, 7e-3, 4e-2])
+def test_the_best_rate_is_found_within_half_a_step(best):
+    """The refined rates are a factor of 1.73 apart, so the nearest is at most a factor of 1.32 away."""
+    loss_of, asked = trials_of(best)
+    found = rate_search.find(loss_of, rate_search.first_rates("lora"), trial_updates=20, total_updates=20)
+    lowest, highest = min(asked), max(asked)
+    assert len(asked) == len(set(asked)) <= rate_search.MOST_TRIALS and list(found.losses) == asked
+    if lowest < best < highest:
+        assert 1 / 1.4 < found.learning_rate / best < 1.4
+    assert found.learning_rate == pytest.approx(min(found.losses, key=found.losses.get), rel=0.05)
+
+
+def test_rates_that_diverge_are_not_chosen_and_none_is_an_error():
+    loss_of, asked = trials_of(1.0, diverges_above=1e-3)
+    found = rate_search.find(loss_of, rate_search.first_rates("lora"), trial_updates=20, total_updates=20)
+    assert 5e-4 < found.learning_rate < 1e-3 and found.as_json()["loss_by_rate"]["0.0162"] is None
+    with pytest.raises(ValueError, match="the loss is not finite with any of"):
+        rate_search.find(
+            lambda rate: float("nan") if rate > 1 else float("inf"), [1.0, 2.0], trial_updates=1, total_updates=1
+        )
+
+
+def test_a_longer_run_has_a_lower_rate():
+    assert rate_search.for_longer_run(1e-2, 20, 20) == 1e-2
+    assert rate_search.for_longer_run(1e-2, 20, 2000) == 1e-3
+    assert rate_search.for_longer_run(1.234e-2, 20, 10) == 1.2e-2
+
+
+AUTO = {"learning_rate": "auto", "validation_split": 2}
+
+
+def test_a_run_with_the_rate_that_was_found_is_a_run_with_that_rate(tiny_checkpoint, tmp_path, train, capsys):
+    """The trials leave nothing behind: weights, optimizer, average, order and noise are those of a fresh run."""
+    options = {"max_train_steps": 3, "ema_decay": 0.9, "loraplus_lr_ratio": 2, "lr_scheduler": "cosine"}
+    rows = train(tiny_checkpoint, tmp_path / "auto", **AUTO | options)
+    said = capsys.readouterr().out
+    assert "learning rate auto: 7 to 9 trials of 3 updates, each" in said
+    found = json.loads((tmp_path / "auto" / "args.json").read_text())["learning_rate_found"]
+    assert f"learning rate {found['learning_rate']:g}: the best of them, for the length of this run" in said
+    assert 7 <= len(found["loss_by_rate"]) <= 9 and found["updates_of_a_trial"] == 3
+    assert "Learning rates that were tried" in (tmp_path / "auto" / "report.html").read_text()
+
+    options |= {"learning_rate": found["learning_rate"], "validation_split": 2}
+    given = train(tiny_checkpoint, tmp_path / "given", **options)
+    keys = ("step", "loss", "grad_norm", "lr", "validation_loss")
+    assert [[row.get(key) for key in keys] for row in rows] == [[row.get(key) for key in keys] for row in given]
+    weights = [load_file(tmp_path / run / "pytorch_lora_weights.safetensors") for run in ("auto", "given")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_a_resumed_run_takes_the_rate_that_its_checkpoint_has(tiny_checkpoint, tmp_path, train, capsys):
+    options = AUTO | {"checkpointing_steps": 2, "max_train_steps": 4, "lr_scheduler": "linear"}
+    straight = train(tiny_checkpoint, tmp_path / "a", **options)
+    train(tiny_checkpoint, tmp_path / "b", **options)
+    (tmp_path / "b" / "checkpoint-4").rename(tmp_path / "aside")
+    capsys.readouterr()
+    resumed = train(tiny_checkpoint, tmp_path / "b", resume_from_checkpoint="latest", **options)
+    assert "trials" not in capsys.readouterr().out
+    keys = ("step", "loss", "lr")
+    assert [[row.get(key) for key in keys] for row in resumed] == [[row.get(key) for key in keys] for row in straight]
+    found = [json.loads((tmp_path / run / "args.json").read_text())["learning_rate_found"] for run in ("a", "b")]
+    assert found[0] == found[1] is not None
+
+
+def test_a_trial_has_no_warm_up(tiny_checkpoint, tmp_path, train, monkeypatch):
+    seen = []
+    update = train_cogvideox_lora.update
+
+    def record(*args, **options):
+        measured = update(*args, **options)
+        seen.append(measured.learning_rate)
+        return measured
+
+    monkeypatch.setattr(train_cogvideox_lora, "update", record)
+    options = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2, "max_train_steps": 3}
+    train(tiny_checkpoint, tmp_path, **AUTO | options)
+    assert seen[:3] == [rate_search.first_rates("lora")[0]] * 3 and seen[-3] == 0 < seen[-2] < seen[-1]
+
+
+def test_a_signal_ends_the_trials(tiny_checkpoint, tmp_path, train, monkeypatch, capsys):
+    held_out_losses = train_cogvideox_lora.held_out_losses
+
+    def interrupted(run):
+        run.stop.number = signal.SIGTERM
+        return held_out_losses(run)
+
+    monkeypatch.setattr(train_cogvideox_lora, "held_out_losses", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        train(tiny_checkpoint, tmp_path, max_train_steps=3, **AUTO)
+    assert ended.value.code == 143
+    assert "the same command starts again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "needs held-out clips to judge by; add --validation_split"),
+        ({"validation_split": 2, "optimizer": "prodigy"}, "--optimizer prodigy: finds its own learning rate"),
+        ({"validation_split": 2, "scale_lr": True}, "--scale_lr: would change what was found"),
+        (
+            {"validation_split": 2, "resume_from_checkpoint": "auto", "change": "learning_rate"},
+            "--change learning_rate: it is found before the first update only; pass a number",
+        ),
+    ],
+)
+def test_what_cannot_be_found_is_refused(options, expected, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train_cogvideox_lora.parse_args(training_options("base", "clips", "out", learning_rate="auto", **options))
+    assert f"--learning_rate auto: {expected}" in capsys.readouterr().err
