@@ -181,8 +181,8 @@ def replayed_draws(records: list[dict], theirs: list[dict], folder: Path) -> Abs
 def learning_curve(curve: dict, updates: set[int]):
     """Copies the LoRA aside after some of the updates; the clock stands still while it does.
 
-    An update is a step of the optimizer that takes the last step of all: other optimizers before it, as in a search for
-    a learning rate, start the count again, and only "steps" counts theirs, too.
+    The count of updates starts again when the optimizer does, as in a search for a learning rate, so that what is left
+    are the updates of the run itself; "steps" counts all of them.
 
     Args:
         curve: receives "begin", the time of day of the first forward pass of training, "rows" with "update", "steps"
@@ -190,7 +190,7 @@ def learning_curve(curve: dict, updates: set[int]):
     """
     from diffusers import CogVideoXTransformer3DModel
 
-    transformer, current, update, steps, copying = None, None, 0, 0, 0.0
+    transformer, update, steps, copying = None, 0, 0, 0.0
 
     def forward(original, model, **inputs):
         nonlocal transformer
@@ -200,12 +200,13 @@ def learning_curve(curve: dict, updates: set[int]):
         return original(model, **inputs)
 
     def after_step(optimizer) -> None:
-        nonlocal current, update, steps, copying
+        nonlocal update, steps, copying
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         at = time.time()
-        if optimizer is not current:
-            current, update = optimizer, 0
+        weight = optimizer.param_groups[0]["params"][0]
+        if optimizer.state[weight]["step"] == 1:
+            update = 0
             curve.update(rows=[], weights=[])
         update, steps = update + 1, steps + 1
         if update in updates:

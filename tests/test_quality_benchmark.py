@@ -91,9 +91,9 @@ def test_the_judge_finds_the_loss_that_training_reports(tiny, train, tmp_path, m
     data, curve, labels, reported = make_film(tmp_path / "data", films=5, others=0, num_frames=9), {}, [], []
     held_out_losses = validation.held_out_losses
 
-    def noting(held_out, transformer):
+    def noting(held_out, transformer, **options):
         labels[:] = held_out.data.labels
-        return held_out_losses(held_out, transformer)
+        return held_out_losses(held_out, transformer, **options)
 
     options = {"rank": tiny.rank, "fps": tiny.fps, "validation_split": 2, "validation_steps": 2, "max_train_steps": 4}
     options |= {"seed": quality.JUDGE_SEED, "instance_data_root": data, "learning_rate": 0.01}
@@ -130,20 +130,26 @@ def optimizer_of(monkeypatch):
         weight = torch.nn.Parameter(torch.ones(1))
         weight.grad = torch.ones(1)
         monkeypatch.setattr(trial, "lora_weights", lambda _: {"weight": weight})
-        return torch.optim.SGD([weight], lr=1.0)
+        return torch.optim.AdamW([weight], lr=1.0, weight_decay=0)
 
     return make
 
 
-def test_updates_are_those_of_the_last_optimizer_and_steps_are_all(optimizer_of):
-    curve = {}
+@pytest.mark.parametrize("starts_again", ["another optimizer", "its state is cleared"])
+def test_updates_are_those_since_the_optimizer_started_again_and_steps_are_all(optimizer_of, starts_again):
+    curve, optimizer = {}, optimizer_of()
     with trial.learning_curve(curve, {1, 3}):
         for steps in (2, 3, 4):  # a search over two rates, then the run
-            optimizer = optimizer_of()
+            weight = optimizer.param_groups[0]["params"][0]
+            if starts_again == "another optimizer":
+                optimizer = optimizer_of()
+            else:
+                optimizer.state.clear()
+                weight.data.fill_(1)
             for _ in range(steps):
                 optimizer.step()
     assert [(row["update"], row["steps"]) for row in curve["rows"]] == [(1, 6), (3, 8)]
-    assert [weights["weight"].item() for weights in curve["weights"]] == [0.0, -2.0]
+    assert [weights["weight"].item() for weights in curve["weights"]] == pytest.approx([0, -2], abs=1e-6)
 
 
 def test_the_time_that_copying_takes_is_left_out(optimizer_of, monkeypatch):
