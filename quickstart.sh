@@ -10,14 +10,15 @@ world=examples/world
 rm -rf "$world"
 echo "2/5 clips of a new look, into $world/film"
 python examples/make_example.py --output_dir "$world"
-python dataset.py preview "$world/film" --height 64 --width 96 --max_num_frames 17 --output "$world/preview.html" \
-  --pretrained_model_name_or_path examples/small-cogvideox
+python dataset.py preview "$world/film" --id_token FILM --height 64 --width 96 --max_num_frames 17 \
+  --pretrained_model_name_or_path examples/small-cogvideox --output "$world/preview.html"
 
 # In float32: without AVX-512, a processor takes seconds per clip for bfloat16 convolutions.
 echo "3/5 training, with finetune_single_gpu.sh"
 MODEL_PATH=examples/small-cogvideox DATASET_PATH="$world/film" OUTPUT_PATH="$world/lora" bash finetune_single_gpu.sh \
-  --mixed_precision no --height 64 --width 96 --max_num_frames 17 --rank 16 --learning_rate 1e-3 --train_batch_size 4 \
-  --max_train_steps 400 --checkpointing_steps 200 --validation_split 5 --validation_steps 100 --guidance_scale 1.5 \
+  --mixed_precision no --height 64 --width 96 --max_num_frames 17 --rank 16 --learning_rate 4e-3 --train_batch_size 4 \
+  --max_train_steps 100 --validation_split 5 --validation_steps 50 --guidance_scale 1.5 \
+  --id_token FILM --preserve 5 --preserve_every 8 \
   --validation_prompt "FILM a red circle moves left over a dark ground:::a red circle moves left over a dark ground"
 
 echo "4/5 a video without the LoRA and one with it, with cli_demo.py"
@@ -28,7 +29,7 @@ demo() {
 demo --output_path "$world/without-lora.mp4"
 demo --output_path "$world/with-lora.mp4" --lora_path "$world/lora"
 
-echo "5/5 what it has learned, measured on 24 prompts, with and without the word FILM (a minute)"
+echo "5/5 what it has learned, measured on 24 prompts, with and without the word FILM"
 python examples/compare.py --lora_path "$world/lora" --output "$world/compare.png"
 echo
 echo "LoRA              $world/lora"

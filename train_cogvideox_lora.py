@@ -1152,13 +1152,22 @@ def train(run: Run, smoothed_loss: float | None) -> None:
 
 
 def updates_left(run: Run) -> Iterator[int]:
-    """Yields the numbers of the updates to make, up to the last one or until the run is over."""
-    args, timeline = run.args, run.timeline
+    """Yields the numbers of the updates to make, up to the last one or until the run is over.
+
+    After the second, says so if a GPU's memory is not as predicted.
+    """
+    args, timeline, device = run.args, run.timeline, run.accelerator.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # of validation
     for step in range(timeline.first_step + 1, timeline.total_steps + 1):
         is_validated = timeline.due(step - 1, args.validation_steps, args.validation_epochs)
         if (is_validated or step == timeline.first_step + 1) and is_over(run):
             return
         yield step
+        is_second = step == timeline.first_step + 2
+        peak_gib = run_directory.peak_memory_gib(device)
+        if device.type == "cuda" and is_second and (remark := budget.remark_on_peak(run.memory_plan, peak_gib)):
+            run.accelerator.print(f"\n{remark}")
 
 
 def is_over(run: Run) -> bool:

@@ -24,6 +24,9 @@ class Remedy(NamedTuple):
     peak_bytes: int
 
 
+MOST_DIFFERENCE = 0.1  # of a measured peak from the predicted one, as a share, that is nothing to speak of
+
+
 class MemoryPlan(NamedTuple):
     """The settings of a run, with "auto" options decided."""
 
@@ -181,6 +184,17 @@ def describe(plan: MemoryPlan) -> list[str]:
         if phase not in plan.impossible:
             lines.append(f"{phase.name} may not fit: {_rule(phase.peak_bytes, free)}; {_way_out(phase, plan)}")
     return lines
+
+
+def remark_on_peak(plan: MemoryPlan, measured_gib: float) -> str | None:
+    """Returns a sentence if the peak of training is farther from the prediction than `MOST_DIFFERENCE`."""
+    predicted = next((phase.peak_bytes / GIB for phase in plan.phases if phase.name == "training"), None)
+    if predicted is None or abs(measured_gib / predicted - 1) <= MOST_DIFFERENCE:
+        return None
+    return (
+        f"the first updates took {measured_gib:.1f} GiB at their peak, and {predicted:.1f} GiB were predicted; please "
+        "report it with args.json"
+    )
 
 
 def refusal(plan: MemoryPlan) -> str:

@@ -138,18 +138,19 @@ def make_clips(folder, count=6, num_frames=32, fps=24, height=96, width=128):
     return write_clips(folder, clips(), fps=fps)
 
 
-def make_film(folder, films=25, others=15, num_frames=34, fps=16, height=128, width=192, seed=7):
-    """Writes clips of a new look, whose captions begin with TOKEN, and plain ones in colour; returns the folder.
+def make_film(folder, films=25, others=15, num_frames=34, fps=16, height=128, width=192, seed=7, token=TOKEN):
+    """Writes clips of a new look, whose captions begin with a word, and plain ones in colour; returns the folder.
 
     Args:
         films, others: how many clips of the new look and in colour.
+        token: the word; empty: captions have none, for --id_token.
     """
     rng = np.random.default_rng(seed)
 
     def clips():
         for look in ["film"] * films + ["colour"] * others:
             scene = shapes.random_scene(rng)
-            caption = f"{TOKEN} {scene.caption}" if look == "film" else scene.caption
+            caption = f"{token} {scene.caption}".strip() if look == "film" else scene.caption
             frames = shapes.draw_clip(scene, num_frames, height, width, rng=rng, look=look)
             yield f"{look}-{scene.colour}-{scene.shape}", caption, frames
 
@@ -178,7 +179,8 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("examples/world"), help="folder to write into")
     parser.add_argument("--variant", choices=VARIANTS, default="2b", help="base model that the tiny one is like")
     args = parser.parse_args()
-    clips, film = make_clips(args.output_dir / "clips"), make_film(args.output_dir / "film")
+    clips = make_clips(args.output_dir / "clips")
+    film = make_film(args.output_dir / "film", films=30, others=0, token="")  # 5 of them are held out
     base_model = make_checkpoint(args.output_dir / "tiny-cogvideox", args.variant)
     print(f"clips: {clips} and {film}\nbase model: {base_model}")
 

@@ -112,3 +112,12 @@ def test_a_run_begins_with_what_it_needs_and_what_was_decided():
         "peak_gib": {"text": 9.1, "clips": 6.7, "training": 22.6, "validation": 27},
         "free_gib": 77,
     }
+
+
+@pytest.mark.parametrize(("measured", "is_said"), [(10, False), (10.9, False), (9.1, False), (11.2, True), (8.8, True)])
+def test_a_peak_that_is_not_as_predicted_is_said(measured, is_said):
+    phases = (Phase("text", 99 * GIB, 0), Phase("training", 10 * GIB, 0))
+    remark = budget.remark_on_peak(budget.MemoryPlan("full", False, False, phases), measured)
+    assert (remark is not None) == is_said
+    assert not is_said or f"took {measured:.1f} GiB at their peak, and 10.0 GiB were predicted" in remark
+    assert budget.remark_on_peak(budget.MemoryPlan("full", False, False), measured) is None

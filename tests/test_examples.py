@@ -11,7 +11,7 @@ import shapes
 import torch
 from conftest import reset_accelerate, training_options
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
-from make_example import make_film
+from make_example import TOKEN, make_film
 
 import train_cogvideox_lora as script
 from run.run_directory import read_metrics
@@ -68,9 +68,12 @@ def run(clips, output_dir, **options):
 
 @pytest.fixture(scope="module")
 def film_lora(tmp_path_factory):
-    """150 updates on the new look: less than half of what quickstart.sh does."""
+    """The LoRA of quickstart.sh, with its options."""
     folder = tmp_path_factory.mktemp("film")
-    run(make_film(folder / "clips"), folder / "run", max_train_steps=150, validate_first=False)
+    options = {"learning_rate": 4e-3, "id_token": TOKEN, "preserve": 5, "preserve_every": 8, "validate_first": False}
+    clips = make_film(folder / "clips", films=30, others=0, token="")
+    assert TOKEN not in (clips / "prompts.txt").read_text()
+    run(clips, folder / "run", max_train_steps=100, **options)
     return folder / "run"
 
 
@@ -87,6 +90,6 @@ def test_the_lora_lowers_the_loss_on_new_clips_of_the_look_at_every_part_of_the_
 
 def test_the_lora_takes_the_colour_away_and_keeps_shape_and_motion(film_lora):
     figures, _ = compare.compare(SMALL, film_lora, samples=6, seed=5)
-    assert figures["colour_lost_with_the_word"] > 0.65
-    assert figures["colour_kept_without_it"] > 0.7
+    assert figures["colour_lost_with_the_word"] > 0.7
+    assert figures["colour_kept_without_it"] > 0.85 and figures["right_without_it"]["motion"] >= 0.8
     assert figures["right_with_the_word"]["motion"] >= 0.8 and figures["right_with_the_word"]["shape"] >= 0.6

@@ -75,12 +75,6 @@ def test_clips_of_mixed_sizes_are_as_many_as_asked(tmp_path):
     assert sum(caption.startswith("FILM ") for caption in captions) == 3 + 3
 
 
-def test_the_word_is_left_to_the_option(tmp_path, monkeypatch):
-    monkeypatch.setattr(preservation, "FILMS", 1)
-    captions = (preservation.make_data(tmp_path) / "prompts.txt").read_text().splitlines()
-    assert len(captions) == 1 + preservation.HELD_OUT and not any("FILM" in caption for caption in captions)
-
-
 def test_the_drift_is_compared_with_the_colour_that_is_taken_by_rank():
     runs = [{"drift": drift, "colour kept without it": kept} for drift, kept in ((0.1, 0.9), (0.5, 0.3), (0.2, 0.4))]
     assert preservation.summary({"": {"seed 1": runs[0]}, "--preserve 1": {"seed 1": runs[1], "seed 2": runs[2]}}) == {
