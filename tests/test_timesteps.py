@@ -72,13 +72,13 @@ def drawn_in_training(tiny_checkpoint, clips, output_dir, monkeypatch, **options
     return drawn
 
 
-def test_training_takes_them_by_the_number_of_the_micro_batch_and_uniform_draws_its_own(
+def test_training_takes_them_by_the_number_of_the_micro_batch_and_by_default_they_are_drawn(
     tiny_checkpoint, clips, tmp_path, monkeypatch
 ):
     options = {"max_train_steps": 3, "train_batch_size": 2, "seed": 5}
-    drawn = drawn_in_training(tiny_checkpoint, clips, tmp_path / "a", monkeypatch, **options)
+    spread_evenly = options | {"timestep_sampling": "low_discrepancy"}
+    drawn = drawn_in_training(tiny_checkpoint, clips, tmp_path / "a", monkeypatch, **spread_evenly)
     assert drawn == [spread([number], 2, seed=5).tolist() for number in range(3)]
-    options |= {"timestep_sampling": "uniform"}
     independent = drawn_in_training(tiny_checkpoint, clips, tmp_path / "b", monkeypatch, **options)
     assert len(independent) == 3 and independent != drawn
 
@@ -86,8 +86,7 @@ def test_training_takes_them_by_the_number_of_the_micro_batch_and_uniform_draws_
 def test_a_checkpoint_of_an_earlier_version_says_that_its_timesteps_were_independent(
     tiny_checkpoint, clips, tmp_path, train, capsys
 ):
-    options = {"timestep_sampling": "uniform", "checkpointing_steps": 2}
-    train(tiny_checkpoint, tmp_path, max_train_steps=2, **options)
+    train(tiny_checkpoint, tmp_path, max_train_steps=2)
     state = tmp_path / "checkpoint-2" / STATE_FILE
     record = json.loads(state.read_text())
     for name in course.EARLIER:
@@ -95,5 +94,6 @@ def test_a_checkpoint_of_an_earlier_version_says_that_its_timesteps_were_indepen
     state.write_text(json.dumps(record))
     (state.parent / MANIFEST_FILE).unlink()
     write_manifest(state.parent)
-    train(tiny_checkpoint, tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
+    options = {"timestep_sampling": "low_discrepancy", "resume_from_checkpoint": "latest"}
+    train(tiny_checkpoint, tmp_path, max_train_steps=3, **options)
     assert "--timestep_sampling low_discrepancy (was uniform)" in capsys.readouterr().out
