@@ -224,7 +224,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     train("--gradient_accumulation_steps", type=positive, default=1, metavar="N", help=micro_batches)
     train("--num_train_epochs", type=positive, default=1, metavar="N", help="passes over the clips")
     train("--max_train_steps", type=positive, metavar="N", help="updates; overrides --num_train_epochs")
-    sampling = "timesteps of the noise; uniform: independent draws; low_discrepancy: a sequence that spreads them evenly"
+    sampling = "timesteps of the noise; uniform: independent draws; low_discrepancy: a sequence, evenly spread"
     train("--timestep_sampling", choices=["uniform", "low_discrepancy"], default="uniform", help=sampling)
     train("--ddp_timeout", type=positive, default=1800, metavar="SECONDS", help="longest wait for another process")
     preserve = "weight of what keeps the base model as it is without --id_token: its own predictions; 0: none"

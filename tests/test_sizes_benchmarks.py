@@ -1,7 +1,9 @@
-"""The benchmarks of buckets, sizes, preservation and masks: what they compute from what was measured."""
+"""The benchmarks of buckets, sizes, preservation, masks and learning rates: what they make of their measurements."""
 
 import sys
 
+import imageio
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -10,6 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import buckets
 import masks
 import preservation
+import rates
 import sizes
 
 from clips.facts import examine
@@ -90,3 +93,24 @@ def test_the_mask_of_the_benchmark_is_white_on_the_left_of_each_clip(tmp_path, m
     (facts,) = examine(clip, Selection(View(64, 96, 8, 17, 0, 0, "center", 0))).windows
     halves = masks.halves(read_mask(clip, facts.mask, facts.view, mirrored=False, file=facts.file).numpy()[..., None])
     assert halves["left"].mean() > 250 and halves["right"].mean() < 5 and halves["left"].shape == (17, 64, 48, 1)
+
+
+@pytest.mark.parametrize("look", rates.LOOKS)
+def test_the_clips_of_the_learning_rates_show_what_is_new(look, tmp_path, monkeypatch):
+    monkeypatch.setattr(rates, "LEARNED", 1)
+    monkeypatch.setattr(rates, "HELD_OUT", 1)
+    data = rates.make_clips(look, tmp_path)
+    captions = (data / "prompts.txt").read_text().splitlines()
+    assert len(captions) == 2 and all(caption.startswith(f"{look.upper()} a ") for caption in captions)
+    frames = np.stack(imageio.mimread(next((data / "videos").iterdir()))).astype(int)
+    assert len(frames) == 34
+    is_back = abs(frames[0] - frames[-1]).mean() < 0.2 * abs(frames[0] - frames[17]).mean()
+    assert is_back == (look == "bounce")
+
+
+def test_a_learning_rate_that_is_found_is_kept_beside_its_losses(tmp_path, monkeypatch):
+    monkeypatch.setattr(rates, "LEARNED", 1)
+    monkeypatch.setattr(rates, "HELD_OUT", 1)
+    found = rates.measure(rates.make_clips("film", tmp_path), "--learning_rate auto", seed=1, updates=1, every=1)
+    assert list(found["losses"]) == ["0", "1"] and found["losses"]["0"] != found["losses"]["1"]
+    assert found["found"]["updates_of_a_trial"] == 1

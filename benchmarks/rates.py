@@ -1,0 +1,115 @@
+"""Measures learning rates on three small data sets: a sweep, what `--learning_rate auto` finds, LoRA+ and Prodigy.
+
+    python benchmarks/rates.py sweep --seeds 1 --updates 400 --output benchmarks/results/rates-sweep.json
+    python benchmarks/rates.py ways --looks film --seeds 1 2 3 --updates 200 --output benchmarks/results/rates-ways.json
+
+Every run learns from 25 clips of one look on the small model; every few updates, its loss on 8 held-out clips is noted.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import numpy as np
+import shapes
+import torch
+from make_example import write_clips
+
+from files import at_least, expanded_path, write_json
+from run.run_directory import read_args, read_metrics
+
+ROOT = Path(__file__).parents[1]
+SMALL = ROOT / "examples" / "small-cogvideox"
+LEARNED, HELD_OUT = 25, 8  # clips
+LOOKS = {  # what is new in the clips: the look in which they are drawn, and what becomes of their frames
+    "film": ("film", lambda frames: frames),
+    "negative": ("colour", lambda frames: 255 - frames),
+    "bounce": ("colour", lambda frames: np.concatenate([frames[::2], frames[::-2]])),  # there and back
+}
+RATES = (3.5e-4, 5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3, 5.7e-3, 8e-3)
+PRODIGY = "--optimizer prodigy --prodigy_decouple --prodigy_use_bias_correction --prodigy_safeguard_warmup"
+KINDS = {  # ways to train: options of the training script
+    "sweep": (*(f"--learning_rate {rate:g}" for rate in RATES), "--learning_rate auto"),
+    "ways": (
+        "--learning_rate 1e-3",
+        "--learning_rate 1e-3 --loraplus_lr_ratio 4",
+        "--learning_rate 1e-3 --loraplus_lr_ratio 16",
+        "--learning_rate 2e-3",
+        "--learning_rate 2e-3 --loraplus_lr_ratio 4",
+        "--learning_rate 4e-3",
+        "--learning_rate 4e-3 --lr_scheduler cosine",
+        PRODIGY,
+        f"{PRODIGY} --lr_scheduler cosine",
+    ),
+    "timesteps": tuple(
+        f"--learning_rate {rate} --timestep_sampling {how}"
+        for rate in ("1e-3", "2e-3")
+        for how in ("uniform", "low_discrepancy")
+    ),
+}
+
+
+def make_clips(look: str, folder: Path) -> Path:
+    """Writes the clips of a look, whose captions begin with its name in capitals; returns the folder."""
+    drawn, change = LOOKS[look]
+    rng = np.random.default_rng(7)
+
+    def clips():
+        for _ in range(LEARNED + HELD_OUT):
+            scene = shapes.random_scene(rng)
+            frames = shapes.draw_clip(scene, 34, 128, 192, rng=rng, look=drawn)
+            yield look, f"{look.upper()} {scene.caption}", change(frames)
+
+    return write_clips(folder, clips(), fps=16, quality=9)
+
+
+def measure(data: Path, way: str, *, seed: int, updates: int, every: int) -> dict:
+    """Returns the loss on held-out clips by update, and what `--learning_rate auto` has found."""
+    with tempfile.TemporaryDirectory() as run:
+        line = [sys.executable, ROOT / "train_cogvideox_lora.py", "--pretrained_model_name_or_path", SMALL]
+        line += ["--instance_data_root", data, "--output_dir", run, "--mixed_precision", "no", "--seed", seed]
+        line += ["--height", 64, "--width", 96, "--max_num_frames", 17, "--rank", 16, "--train_batch_size", 4]
+        line += ["--max_train_steps", updates, "--checkpointing_steps", updates, "--validation_split", HELD_OUT]
+        line += ["--validation_steps", every, "--validation_epochs", updates, *way.split()]
+        subprocess.run([str(word) for word in line], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        rows = [row for row in read_metrics(Path(run)) if "validation_loss" in row]
+        found = read_args(Path(run))["learning_rate_found"]
+    losses = {str(row["step"]): round(row["validation_loss"], 5) for row in rows}
+    return {"losses": losses} | ({"found": found} if found else {})
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add, positive = parser.add_argument, at_least(1)
+    add("kind", choices=KINDS, help="what to compare")
+    add("--looks", nargs="+", choices=LOOKS, default=list(LOOKS), help="data sets (default: all)")
+    add("--seeds", type=at_least(0), nargs="+", default=[1], help="seeds of training (default: 1)")
+    add("--updates", type=positive, default=400, metavar="N", help="updates of each run (default: 400)")
+    add("--every", type=positive, default=20, metavar="N", help="updates between two losses (default: 20)")
+    add("--output", type=expanded_path, metavar="FILE", help="file to write the JSON to, besides printing it")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    results = {"kind": args.kind, "updates": args.updates, "torch": torch.__version__, "looks": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for look in args.looks:
+            data, ways = make_clips(look, Path(folder, look)), results["looks"].setdefault(look, {})
+            for seed in args.seeds:
+                for way in KINDS[args.kind]:
+                    found = measure(data, way, seed=seed, updates=args.updates, every=args.every)
+                    ways.setdefault(way, {})[f"seed {seed}"] = found
+                    print(look, way, f"seed {seed}", json.dumps(found), flush=True)
+                    if args.output:
+                        write_json(args.output, results)
+
+
+if __name__ == "__main__":
+    main()
