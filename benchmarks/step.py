@@ -43,7 +43,7 @@ from cogvideox import compute, quantized
 from cogvideox.base_model import BaseModel, check_training, empty_transformer
 from cogvideox.budget import GIB, MemoryPlan
 from cogvideox.lora import add_lora, count_trained, lora_of, trained_parameters
-from cogvideox.rehearsal import models_of, rehearse
+from cogvideox.rehearsal import Phase, models_of, rehearse
 from files import at_least, write_json
 from run import checkpoints, processes, run_directory
 from run.guard import Failures
@@ -322,17 +322,35 @@ def peak_tflops(device_name: str) -> float | None:
     return PEAK_TFLOPS.get(device_name.removeprefix("NVIDIA "))
 
 
+def rehearsals(
+    args: argparse.Namespace, base: BaseModel, dtype: torch.dtype, device: torch.device, num_processes: int
+) -> tuple[Phase, Phase]:
+    """Returns the rehearsal of a step with these options, and of one that computes nothing twice."""
+    make_optimizer = partial(train.make_optimizer, args, batches_per_step=1)
+    models = models_of(base, T5S[size_of(base.transformer)], make_optimizer)
+    settings = train.memory_settings(args, base, dtype, device, num_processes)
+    once = settings._replace(gradient_checkpointing="none", blocks_to_swap=0)
+    return rehearse("training", models, settings), rehearse("training", models, once)
+
+
+def peak_gib(phase: Phase) -> float:
+    return round(phase.peak_bytes / GIB, 3)
+
+
+def predicted_peak_gib(options: argparse.Namespace) -> float:
+    """Returns the `predicted_peak_gib` of a result from one GPU; needs none."""
+    options = argparse.Namespace(**vars(options) | {"mixed_precision": options.mixed_precision or "bf16"})
+    args, base = training_args(options), random_base_model(options.model, options.num_layers)
+    return peak_gib(rehearsals(args, base, train.DTYPES[args.mixed_precision], torch.device("cuda"), 1)[0])
+
+
 def rehearsed(run: train.Run, device_name: str, seconds: float) -> dict:
     """Returns predicted memory and FLOPs of one update in one process, and their share of the GPU's peak in `seconds`.
 
     The share is None where the peak is not known, and in float32, which tensor cores compute at other peaks or not at
     all.
     """
-    make_optimizer = partial(train.make_optimizer, run.args, batches_per_step=1)
-    models = models_of(run.base, T5S[size_of(run.base.transformer)], make_optimizer)
-    settings = train.memory_settings(run.args, run.base, run.dtype, run.accelerator.device, run.ranks.count)
-    hardware = rehearse("training", models, settings)
-    model = rehearse("training", models, settings._replace(gradient_checkpointing="none", blocks_to_swap=0))
+    hardware, model = rehearsals(run.args, run.base, run.dtype, run.accelerator.device, run.ranks.count)
     peak = None if run.dtype == torch.float32 else peak_tflops(device_name)
 
     def share(flops: int) -> float | None:
@@ -344,7 +362,7 @@ def rehearsed(run: train.Run, device_name: str, seconds: float) -> dict:
         "peak_tflops": peak,
         "mfu": share(model.flops),
         "hfu": share(hardware.flops),
-        "predicted_peak_gib": round(hardware.peak_bytes / GIB, 3),
+        "predicted_peak_gib": peak_gib(hardware),
     }
 
 

@@ -173,7 +173,7 @@ def known_options():
     mains += [check.parse_args, export.parse_args, clean.parse_args]
     parsers = [options_page.parser_of(main, []) for main in mains] + [parser_of_script(name) for name in scripts]
     known = {option for parser in [*parsers, launch_command_parser()] for option in parser._option_string_actions}
-    suite = set(re.findall(r"--\w+", read("benchmarks/gpu_suite.sh")))
+    suite = set(re.findall(r"--\w+", read("benchmarks/prove.sh")))
     return known | suite | {"--nodes"}  # sbatch's
 
 

@@ -31,7 +31,7 @@ def test_a_lora_is_trained_over_a_quantised_base(model, precision):
     check_steps(*TWO_LAYERS[model], "--mixed_precision", "bf16", "--base_precision", precision)
 
 
-@pytest.mark.parametrize("model", ["2b", "5b"])  # 1.5 takes a minute; benchmarks/gpu_suite.sh times it
+@pytest.mark.parametrize("model", ["2b", "5b"])  # 1.5 takes a minute; benchmarks/prove.sh times it
 @pytest.mark.parametrize("training_type", ["lora", "sft"])
 def test_full_size_takes_three_steps(model, training_type):
     if training_type == "sft" and model != "2b":
