@@ -70,10 +70,10 @@ def run(clips, output_dir, **options):
 def film_lora(tmp_path_factory):
     """The LoRA of quickstart.sh, with its options."""
     folder = tmp_path_factory.mktemp("film")
-    options = {"learning_rate": 4e-3, "id_token": TOKEN, "preserve": 5, "preserve_every": 8, "validate_first": False}
+    options = {"learning_rate": 4e-3, "id_token": TOKEN, "preserve": 5, "preserve_every": 8, "ema_decay": 0.95}
     clips = make_film(folder / "clips", films=30, others=0, token="")
     assert TOKEN not in (clips / "prompts.txt").read_text()
-    run(clips, folder / "run", max_train_steps=100, **options)
+    run(clips, folder / "run", max_train_steps=100, validate_first=False, **options)
     return folder / "run"
 
 
