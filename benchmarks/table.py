@@ -1,16 +1,22 @@
-"""Makes Markdown tables of the results of step.py and versus.py.
+"""Makes Markdown tables of the results of step.py and versus.py, by themselves or in the files of prove.sh.
 
     python benchmarks/table.py                                                   # all of benchmarks/results
     python benchmarks/table.py --results benchmarks/results/2b-*.json --update docs/hardware.md
 
-With --update, the tables replace the text between the lines <!-- results --> and <!-- /results --> of a file.
+With --update, the tables replace the text between the lines <!-- results --> and <!-- /results --> of a file. Between
+<!-- proof --> and <!-- /proof -->, where a file has these lines, a table compares what is predicted for the steps of
+prove.sh, computed when the table is made, with what prove.sh measured.
 """
 
 import argparse
 import json
+import os
 import re
+import shlex
 import statistics
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,11 +25,14 @@ from files import publish
 
 RESULTS = Path(__file__).with_name("results")
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+PROOF_BEGIN, PROOF_END = "<!-- proof -->", "<!-- /proof -->"
 STEP = ("step", "device", "seconds", "tokens per second", "MFU", "peak GiB", "versions")
 VERSUS = (
     "against diffusers' example", "device", "seconds, ours", "theirs", "ours / theirs", "to the first update",
     "peak memory", "versions",
 )  # fmt: skip
+PROOF = ("run", "options", "predicted peak, GiB", "measured peak, GiB", "seconds per step", "GPU")
+NOT_MEASURED = "not measured yet"
 STEP_DEFAULTS = {
     "train_batch_size": 1, "gradient_accumulation_steps": 1, "gradient_checkpointing": "none",
     "attention_backend": "auto", "base_precision": "bf16", "compile": False, "num_layers": None, "blocks_to_swap": 0,
@@ -122,10 +131,23 @@ def versions(result: dict) -> str:
     return ", ".join(f"{package} {result['versions'][package]}" for package in ("torch", "diffusers", "peft"))
 
 
+def results_in(content) -> list[dict]:
+    """Returns the results in a file: of prove.sh, those of the runs that have passed; of other scripts, the one."""
+    if not isinstance(content, dict):
+        return []
+    if not is_proof(content):
+        return [content]
+    runs = content["runs"].values()
+    return [run["result"] for run in runs if run["exit_code"] == 0 and "result" in run]
+
+
+def is_proof(content) -> bool:
+    return isinstance(content, dict) and {"gpu", "runs"} <= content.keys()
+
+
 def tables(files: list[Path]) -> str:
     """Returns both tables, or the only one that has rows, and a line about them; skips results of other scripts."""
-    results = [json.loads(file.read_text()) for file in files]
-    results = [result for result in results if isinstance(result, dict)]
+    results = [result for file in files for result in results_in(json.loads(file.read_text()))]
     step_rows = [step_row(result) for result in results if "seconds_per_step" in result]
     versus_rows = [versus_row(result) for result in results if "ours_over_theirs" in result]
     paragraphs, notes = [], [ABOUT]
@@ -142,13 +164,60 @@ def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows))
 
 
-def updated(file: Path, content: str) -> str:
-    """Returns the file's text with `content` between its markers; refuses one without exactly one pair of them."""
-    text = file.read_text(encoding="utf-8")
-    if [text.count(BEGIN), text.count(END)] != [1, 1] or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{file}: needs one line {BEGIN}, and one {END} below; put them where the tables belong")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{content}\n\n{END}{rest.split(END)[1]}"
+def proof_table(files: list[Path]) -> str:
+    """Returns a table of the steps of prove.sh, with what its files measured; says which were not measured."""
+    contents = [json.loads(file.read_text()) for file in files]
+    proofs = [content for content in contents if is_proof(content)]
+    return markdown(PROOF, [row for step in steps_of_suite() for row in proof_rows(*step, proofs)])
+
+
+def steps_of_suite() -> Iterator[tuple[str, str, float]]:
+    """Yields name, description and predicted peak in GiB of the steps that prove.sh times, in its order."""
+    import step  # imports torch, which the other tables do not need
+
+    line = ["bash", str(Path(__file__).with_name("prove.sh")), "--dry"]
+    environment = os.environ | {"PYTHON": sys.executable, "PROVE_MODEL": ""}
+    output = subprocess.run(line, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    for command in output.splitlines():
+        _, of_step, words = command.partition("benchmarks/step.py ")
+        if of_step:
+            options = step.parse_args([*shlex.split(words), "--mixed_precision", "bf16"])
+            values = vars(step.training_args(options)) | {"num_layers": options.num_layers, "compile": options.compile}
+            described = describe_step({"model": options.model, "options": values, "processes": 1})
+            yield options.output.stem, described, step.predicted_peak_gib(options)
+
+
+def proof_rows(name: str, described: str, predicted: float, proofs: list[dict]) -> list[tuple[str, ...]]:
+    """Returns a row for each GPU on which a step was tried, or one that says that there is none."""
+    start = (f"`{name}`", described, f"{predicted:.1f}")
+    rows = []
+    for proof in proofs:
+        run = proof["runs"].get(name)
+        if run is None:
+            continue
+        gpu = proof["gpu"].removeprefix("NVIDIA ")
+        if run["exit_code"] == 0:
+            result = run["result"]
+            rows.append((*start, f"{result['peak_memory_gib']:.1f}", f"{result['seconds_per_step']:.4g}", gpu))
+        else:
+            rows.append((*start, f"failed, exit code {run['exit_code']}", "-", gpu))
+    return rows or [(*start, NOT_MEASURED, NOT_MEASURED, "-")]
+
+
+def updated(file: Path, text: str, content: str, begin: str = BEGIN, end: str = END) -> str:
+    """Returns the file's text with `content` between the markers; refuses one without exactly one pair of them."""
+    if [text.count(begin), text.count(end)] != [1, 1] or text.index(begin) > text.index(end):
+        raise ValueError(f"{file}: needs one line {begin}, and one {end} below; put them where the tables belong")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+
+
+def updated_pages(pages: list[Path], results: list[Path], content: str) -> dict[Path, str]:
+    """Returns the new text of each page; all are checked before one is written."""
+    texts = {page: updated(page, page.read_text(encoding="utf-8"), content) for page in pages}
+    with_proof = [page for page, text in texts.items() if PROOF_BEGIN in text or PROOF_END in text]
+    proof = proof_table(results) if with_proof else ""
+    return texts | {page: updated(page, texts[page], proof, PROOF_BEGIN, PROOF_END) for page in with_proof}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -156,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         content = tables(args.results)
-        texts = {file: updated(file, content) for file in args.update}  # all are checked before one is written
+        texts = updated_pages(args.update, args.results, content)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     for file, text in texts.items():

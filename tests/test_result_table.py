@@ -1,5 +1,6 @@
 """benchmarks/table.py on files that step.py and versus.py wrote, or would have written."""
 
+import itertools
 import json
 
 import pytest
@@ -128,3 +129,51 @@ def test_files_without_a_row_are_refused(files, capsys):
         table.main(["--results", *map(str, files())])
     assert end.value.code == 2
     assert "2 files: none is a result of step.py or versus.py" in capsys.readouterr().err
+
+
+# ---- what is predicted beside what prove.sh measured -----------------------------------------------------------------
+
+PROOF = {
+    "gpu": "NVIDIA H100 80GB HBM3",
+    "runs": {
+        "2b-none": {"exit_code": 0, "result": STEP},
+        "5b-none": {"exit_code": 3, "last_lines": ["out of memory"]},
+        "tests": {"exit_code": 0},
+    },
+}
+STEPS = [("2b-none", "2b, bf16", 30.29), ("5b-none", "5b, bf16", 69.9), ("5b-full", "5b, full", 18.3)]
+
+
+def test_measured_values_are_beside_the_predicted_and_empty_cells_say_so(files, monkeypatch):
+    monkeypatch.setattr(table, "steps_of_suite", lambda: STEPS)
+    text = table.proof_table(files(PROOF))
+    assert row(text, "`2b-none`") == "| `2b-none` | 2b, bf16 | 30.3 | 32.1 | 0.8123 | H100 80GB HBM3 |"
+    assert row(text, "`5b-none`") == "| `5b-none` | 5b, bf16 | 69.9 | failed, exit code 3 | - | H100 80GB HBM3 |"
+    assert row(text, "`5b-full`") == "| `5b-full` | 5b, full | 18.3 | not measured yet | not measured yet | - |"
+
+
+def test_each_gpu_has_a_row(files, monkeypatch):
+    monkeypatch.setattr(table, "steps_of_suite", lambda: STEPS[:1])
+    text = table.proof_table(files(PROOF, PROOF | {"gpu": "NVIDIA L4"}))
+    assert [line.split(" | ")[-1] for line in text.splitlines()[2:]] == ["H100 80GB HBM3 |", "L4 |"]
+
+
+def test_what_has_passed_in_prove_is_in_the_table_of_steps_too(files):
+    rows = [line for line in table.tables(files(PROOF)).splitlines() if line.startswith("|")]
+    assert len(rows) == 3 and rows[2] == row(table.tables(files(STEP)), "2b")
+
+
+def test_a_page_with_a_place_for_it_gets_the_predictions(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "steps_of_suite", lambda: STEPS)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- proof -->old<!-- /proof -->\nbetween\n<!-- results --><!-- /results -->\n")
+    table.main(["--results", *map(str, files(STEP)), "--update", str(page)])
+    text = page.read_text()
+    assert "old" not in text and "\nbetween\n" in text and text.count("not measured yet") == 6
+    assert text.index("`2b-none`") < text.index("between") < text.index("21,884")
+
+
+def test_the_page_has_the_steps_of_the_suite_with_their_predictions():
+    page = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    for name, described, predicted in itertools.islice(table.steps_of_suite(), 3):  # all would take ten seconds
+        assert f"| `{name}` | {described} | {predicted:.1f} |" in page, "run benchmarks/table.py --update on the page"
