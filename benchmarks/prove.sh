@@ -9,8 +9,8 @@
 #
 # After each run, what became of it is written to benchmarks/results/prove-<gpu>.json, the one file for a pull request.
 # Ctrl-C stops; the same command continues. A run that has passed on this GPU, with this commit, driver and versions, is
-# not repeated; one that failed is. A table ends it. Exit code 0: all that was asked for has passed; 1: not all; 2: refused,
-# or no GPU; 130: stopped.
+# not repeated; one that failed is. A table ends it. Exit code 0: nothing has failed; 1: a run failed, or its part had no
+# time left for it; 2: refused, or no GPU; 130: stopped.
 #
 # --dry prints the commands; --tiny, or PROVE_MODEL=tiny, takes stand-ins that any CPU can do. PROVE_RESULTS is the folder
 # of the file (default: benchmarks/results, tiny: examples/world/prove). Needs the packages of requirements-dev.txt, and
