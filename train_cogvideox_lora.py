@@ -923,9 +923,9 @@ def find_learning_rate(run: Run) -> rate_search.Found:
                 return held_out_losses(run)["validation_loss"]
         return float("inf")
 
-    rates = rate_search.first_rates(args.training_type)
+    first = rate_search.FIRST_RATES[args.training_type]
     try:
-        found = rate_search.find(loss_of, rates, trial_updates=updates, total_updates=total)
+        found = rate_search.find(loss_of, first, trial_updates=updates, total_updates=total)
     except signals.Stopped as stopped:
         message = "stopped in the trials of learning rates; the same command starts again"
         raise signals.Stopped(stopped.number, message) from stopped

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 AUTO = "auto"
-FIRST_RATES = {"lora": 1.8e-3, "sft": 1.8e-4}  # the middle of those that are tried
-SPACING = 3  # of the rates that are tried first; the best is refined by steps of its root
-NUM_FIRST = 5
-MOST_FURTHER = 2  # rates beyond the first ones, where the best is at their end
-TRIAL_UPDATES = 20
-MOST_TRIALS = NUM_FIRST + MOST_FURTHER + 2
+FIRST_RATES = {"lora": 1.8e-3, "sft": 1.8e-4}
+SPACING = (
+    3  # of the rates that are tried until the best lies between two others; it is then refined by steps of its root
+)
+MOST_TRIALS = 9
+TRIAL_UPDATES = 15
 
 
 class Found(NamedTuple):
@@ -50,29 +50,23 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
             refuse(f"--learning_rate auto: {reason}")
 
 
-def first_rates(training_type: str) -> list[float]:
-    middle = FIRST_RATES[training_type]
-    return [middle * SPACING**power for power in range(-(NUM_FIRST // 2), NUM_FIRST // 2 + 1)]
-
-
-def find(loss_of: Callable[[float], float], rates: list[float], *, trial_updates: int, total_updates: int) -> Found:
-    """Finds the learning rate for a run of `total_updates`; what all trials ask of `loss_of` is the same on all ranks.
+def find(loss_of: Callable[[float], float], first: float, *, trial_updates: int, total_updates: int) -> Found:
+    """Finds the learning rate for a run of `total_updates`, from a first one upwards or downwards as the loss falls.
 
     Args:
         loss_of: trains from the same start with a rate for `trial_updates`, and returns the loss on held-out clips;
-            infinite where the weights are no longer finite.
-        rates: those to try first, ascending.
+            infinite where the weights are no longer finite. It must return the same on all ranks.
 
     Raises:
         ValueError: no rate has a finite loss.
     """
-    losses = {rate: loss_of(rate) for rate in rates}
-    for _ in range(MOST_FURTHER):
+    losses = {rate: loss_of(rate) for rate in (first, first * SPACING)}
+    factor = SPACING if losses[first * SPACING] < losses[first] else 1 / SPACING
+    while len(losses) < MOST_TRIALS - 2:
         best = min(losses, key=losses.get)
-        beyond = {min(losses): best / SPACING, max(losses): best * SPACING}
-        if best not in beyond:
+        if best * factor in losses:
             break
-        losses[beyond[best]] = loss_of(beyond[best])
+        losses[best * factor] = loss_of(best * factor)
     best, step = min(losses, key=losses.get), math.sqrt(SPACING)
     losses |= {rate: loss_of(rate) for rate in (best / step, best * step)}
     best = min(losses, key=losses.get)
@@ -92,7 +86,7 @@ def for_longer_run(rate: float, trial_updates: int, total_updates: int) -> float
 def describe_plan(total_updates: int) -> str:
     updates = min(TRIAL_UPDATES, total_updates)
     return (
-        f"learning rate auto: {NUM_FIRST + 2} to {MOST_TRIALS} trials of {updates} updates, each followed by the loss "
+        f"learning rate auto: 5 to {MOST_TRIALS} trials of {updates} updates, each followed by the loss "
         f"on held-out clips, then the run of {total_updates} updates from the start"
     )
 
