@@ -9,13 +9,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT, training_options
 from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
+from make_example import make_clips
 from safetensors.torch import load_file
 from test_distributed import launch, rows_of, torchrun
 
 from cogvideox import lora
 from cogvideox.lora_files import LORA_FILE
 from run import processes
-from run.run_directory import STATE_FOLDER, list_checkpoints
+from run.run_directory import STATE_FOLDER, list_checkpoints, read_args
 
 SCRIPT = ROOT / "train_cogvideox_lora.py"
 RUN = {"max_train_steps": 6, "lr_scheduler": "cosine", "checkpointing_steps": 3, "gradient_accumulation_steps": 2}
@@ -227,3 +228,22 @@ def test_kinds_of_sharding_that_are_not_supported_are_refused(monkeypatch, envir
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         processes._sharding(precision)
+
+
+def test_shards_find_the_learning_rate_that_one_process_finds(tiny_checkpoint, clips, tmp_path, train):
+    """With regularization clips beside the others, LoRA+ and an average: whatever the trials must put back."""
+    options = {
+        "learning_rate": "auto",
+        "validation_split": 2,
+        "max_train_steps": 2,
+        "gradient_checkpointing": "none",
+        "id_token": "FILM",
+    }
+    others = make_clips(tmp_path / "others", count=3, num_frames=16)
+    options |= {"regularization_data_root": others, "loraplus_lr_ratio": 2, "ema_decay": 0.5}
+    sharded_run(SCRIPT, *training_options(tiny_checkpoint, clips, tmp_path / "two", **options))
+    rows = train(tiny_checkpoint, tmp_path / "one", gradient_accumulation_steps=2, **options)
+    two, one = (read_args(tmp_path / run)["learning_rate_found"] for run in ("two", "one"))
+    assert two["learning_rate"] == one["learning_rate"] and two["loss_by_rate"] == pytest.approx(one["loss_by_rate"])
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert [row["loss"] for row in rows_of(tmp_path / "two") if "loss" in row] == pytest.approx(losses, rel=1e-5)
