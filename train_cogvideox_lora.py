@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 import dataset
@@ -903,13 +904,14 @@ def find_learning_rate(run: Run) -> rate_search.Found:
     args, accelerator, state, total = run.args, run.accelerator, run.state, run.timeline.total_steps
     accelerator.print(rate_search.describe_plan(total))
     updates = min(rate_search.TRIAL_UPDATES, total)
-    parameters = [weight for group in state.optimizer.param_groups for weight in group["params"]]
-    start = [weight.detach().clone() for weight in parameters]
+    # The shards of this rank, where the weights are sharded, and in CPU memory: the memory plan knows of no copy.
+    local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in trained_by(state.optimizer)]
+    start = [weight.detach().to("cpu", copy=True) for weight in local]
     scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
 
     @torch.no_grad()
     def start_with(rate: float) -> None:
-        for parameter, first in zip(parameters, start, strict=True):
+        for parameter, first in zip(local, start, strict=True):
             parameter.copy_(first)
         state.optimizer.state.clear()
         if scaler:
@@ -920,7 +922,7 @@ def find_learning_rate(run: Run) -> rate_search.Found:
         start_with(rate)
         with contextlib.suppress(validation.Failed):  # a loss that is not finite
             if train_on_trial(run, updates):
-                return held_out_losses(run)["validation_loss"]
+                return held_out_losses(run, with_drift=False)["validation_loss"]
         return float("inf")
 
     first = rate_search.FIRST_RATES[args.training_type]
@@ -950,6 +952,10 @@ def train_on_trial(run: Run, updates: int) -> bool:
             if not isfinite(measured.loss):
                 return False
     return True
+
+
+def trained_by(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 class Update(NamedTuple):
@@ -987,8 +993,7 @@ def update(
             loss = loss_of(run, transformer, number, batch, encode_images)
             accelerator.backward(loss)  # divides by the number of micro-batches
         losses[number] = loss.detach()
-    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
-    grad_norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+    grad_norm = accelerator.clip_grad_norm_(trained_by(optimizer), args.max_grad_norm)
     mean_loss = sum(loss / args.gradient_accumulation_steps for loss in losses.values())
 
     # Waits for the GPU: the next update's first kernels start a little later, which a test on a GPU has to measure.
@@ -1120,7 +1125,8 @@ def train(run: Run, smoothed_loss: float | None) -> None:
     ):
         for step in updates_left(run):
             is_late = args.save_minutes and time.perf_counter() > last_saved + 60 * args.save_minutes
-            measured = update(run, micro_batches, encode_images, requests=[run.stop.number, bool(is_late)])
+            with memory_compared(run, step):
+                measured = update(run, micro_batches, encode_images, requests=[run.stop.number, bool(is_late)])
             progress.update()
 
             signal, is_late = map(int, measured.requests)
@@ -1151,36 +1157,40 @@ def train(run: Run, smoothed_loss: float | None) -> None:
         save(run, step)
 
 
-def updates_left(run: Run) -> Iterator[int]:
-    """Yields the numbers of the updates to make, up to the last one or until the run is over.
+@contextlib.contextmanager
+def memory_compared(run: Run, step: int) -> Iterator[None]:
+    """Says so if a GPU's peak in the second update, once the optimizer has its state, is not as predicted."""
+    device = run.accelerator.device
+    if device.type != "cuda" or step != run.timeline.first_step + 2:
+        yield
+        return
+    torch.cuda.reset_peak_memory_stats(device)  # of validation
+    yield
+    if remark := budget.remark_on_peak(run.memory_plan, run_directory.peak_memory_gib(device)):
+        run.accelerator.print(f"\n{remark}")
 
-    After the second, says so if a GPU's memory is not as predicted.
-    """
-    args, timeline, device = run.args, run.timeline, run.accelerator.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # of validation
+
+def updates_left(run: Run) -> Iterator[int]:
+    """Yields the numbers of the updates to make, up to the last one or until the run is over."""
+    args, timeline = run.args, run.timeline
     for step in range(timeline.first_step + 1, timeline.total_steps + 1):
         is_validated = timeline.due(step - 1, args.validation_steps, args.validation_epochs)
         if (is_validated or step == timeline.first_step + 1) and is_over(run):
             return
         yield step
-        is_second = step == timeline.first_step + 2
-        peak_gib = run_directory.peak_memory_gib(device)
-        if device.type == "cuda" and is_second and (remark := budget.remark_on_peak(run.memory_plan, peak_gib)):
-            run.accelerator.print(f"\n{remark}")
 
 
 def is_over(run: Run) -> bool:
     """Whether the held-out loss has not fallen for as long as --stop_patience allows; says so. All ranks must call it.
 
-    metrics.jsonl decides, so a resumed run knows of earlier validations.
+    The records of the run decide, so a resumed one knows of earlier validations.
     """
-    args = run.args
-    if args.stop_patience is None:
+    output_dir = run.args.output_dir
+    if run.args.stop_patience is None:
         return False
 
     def why() -> str | None:
-        return stopping.reason(run_directory.read_metrics(args.output_dir), args.stop_patience, run.held_out.labels)
+        return stopping.reason(run_directory.read_metrics(output_dir), run_directory.read_args(output_dir))
 
     reason = processes.from_main(run.accelerator, why)
     if reason:
@@ -1301,7 +1311,7 @@ def validate(run: Run, step: int) -> int:
             if run.args.validation_prompt:
                 motion = sample_videos(run, step)
             if run.held_out.shapes:
-                losses = held_out_losses(run)
+                losses = held_out_losses(run, with_drift=measures_drift(run.args))
     except signals.Stopped as stopped:
         return stopped.number
     except validation.Failed as failed:
@@ -1358,8 +1368,8 @@ def agree(run: Run, error: Exception | None = None) -> None:
         raise validation.Failed(error or "on another process") from error
 
 
-def held_out_losses(run: Run) -> dict[str, float]:
-    """Returns the losses on held-out clips and, where the LoRA can be switched off, the drift from the base model."""
+def held_out_losses(run: Run, *, with_drift: bool) -> dict[str, float]:
+    """Returns the losses on held-out clips, and the drift from the base model."""
     args, transformer = run.args, run.state.transformer
     with run.image_encoder() as encode_images:
         held_out = validation.HeldOut(
@@ -1375,7 +1385,7 @@ def held_out_losses(run: Run) -> dict[str, float]:
         )
         with_clips = args.stop_patience is not None
         losses = validation.held_out_losses(held_out, transformer, with_clips=with_clips)
-        if measures_drift(args):
+        if with_drift:
             losses |= validation.drift(held_out, transformer, validation.drift_prompts(args))
     return losses
 

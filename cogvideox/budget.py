@@ -16,15 +16,13 @@ OUT_OF_MEMORY = (
     "Cuda failure 2 'out of memory'", "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
 )  # fmt: skip
+MOST_DIFFERENCE = 0.1  # largest relative difference between a measured and a predicted peak that is not reported
 
 
 class Remedy(NamedTuple):
     phase: str
     options: str  # of the command line, with which it would fit
     peak_bytes: int
-
-
-MOST_DIFFERENCE = 0.1  # of a measured peak from the predicted one, as a share, that is nothing to speak of
 
 
 class MemoryPlan(NamedTuple):

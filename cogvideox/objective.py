@@ -214,7 +214,7 @@ def generator_for(device: torch.device, *numbers: int) -> torch.Generator:
 def spread_timesteps(number: int, count: int, num_train_timesteps: int, generator: torch.Generator) -> torch.Tensor:
     """Returns the timesteps [count] of a micro-batch, which fill the schedule more evenly than independent draws do.
 
-    Those of a micro-batch are equally far apart, as in Kingma et al. 2021 (arXiv:2107.00630, appendix I.1), and each
+    Those of a micro-batch are equally far apart, as in Kingma et al. 2021 (arXiv:2107.00630), and each
     number moves them on by the golden ratio, the additive sequence of the least discrepancy. Over all offsets, every
     timestep has the same probability.
 

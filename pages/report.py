@@ -35,7 +35,7 @@ def write_report(output_dir: Path) -> Path:
         about=" · ".join(part for part in about if part),
         progress=progress(rows, run.get("options", {}).get("max_train_steps"), best),
         panels=panels(rows, best),
-        ended=stopping.reason(rows, run.get("options", {}).get("stop_patience"), run.get("held_out", ())),
+        ended=stopping.reason(rows, run),
         videos=video_grid(run_directory.read_validation_videos(output_dir), best.get("step")),
         run=run,
     )

@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     optim("--prodigy_decouple", action="store_true", help="decouple Prodigy's weight decay, as AdamW does")
     optim("--prodigy_use_bias_correction", action="store_true", help="apply Adam's bias correction in Prodigy")
     optim("--prodigy_safeguard_warmup", action="store_true", help="leave the warm-up out of Prodigy's estimate")
-    ratio = "learning rate of the LoRA's B matrices, as a multiple of that of its A (LoRA+); 1: the same"
+    ratio = "learning rate of the LoRA's B matrices as a multiple of the A matrices' (LoRA+); 1: the same"
     optim("--loraplus_lr_ratio", type=float, default=1.0, metavar="RATIO", help=ratio)
     norm = "largest norm of the gradient; larger ones are clipped to it"
     optim("--max_grad_norm", type=float, default=1.0, help=norm)

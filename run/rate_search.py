@@ -13,9 +13,7 @@ from typing import NamedTuple
 
 AUTO = "auto"
 FIRST_RATES = {"lora": 1.8e-3, "sft": 1.8e-4}
-SPACING = (
-    3  # of the rates that are tried until the best lies between two others; it is then refined by steps of its root
-)
+SPACING = 3  # of the rates that are tried until the best lies between two others; steps of its root then refine it
 MOST_TRIALS = 9
 TRIAL_UPDATES = 15
 
@@ -26,12 +24,16 @@ class Found(NamedTuple):
     updates: int  # of each trial
 
     def as_json(self) -> dict:
-        losses = {f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in self.losses.items()}
+        losses = sorted(self.losses.items())
+        losses = {f"{rate:.1e}": loss if math.isfinite(loss) else None for rate, loss in losses}
         return {"learning_rate": self.learning_rate, "updates_of_a_trial": self.updates, "loss_by_rate": losses}
 
 
 def option(text: str) -> float | str:
-    return AUTO if text == AUTO else float(text)
+    try:
+        return AUTO if text == AUTO else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number above 0, or auto") from error
 
 
 def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
@@ -63,19 +65,24 @@ def find(loss_of: Callable[[float], float], first: float, *, trial_updates: int,
     losses = {rate: loss_of(rate) for rate in (first, first * SPACING)}
     factor = SPACING if losses[first * SPACING] < losses[first] else 1 / SPACING
     while len(losses) < MOST_TRIALS - 2:
-        best = min(losses, key=losses.get)
+        best = _best(losses)
         if best * factor in losses:
             break
         losses[best * factor] = loss_of(best * factor)
-    best, step = min(losses, key=losses.get), math.sqrt(SPACING)
+    best, step = _best(losses), math.sqrt(SPACING)
     losses |= {rate: loss_of(rate) for rate in (best / step, best * step)}
-    best = min(losses, key=losses.get)
+    best = _best(losses)
     if not math.isfinite(losses[best]):
         raise ValueError(
             f"--learning_rate auto: the loss is not finite with any of {', '.join(f'{rate:.1e}' for rate in losses)}; "
             "look at the clips and the precision of the run, or pass a number"
         )
     return Found(for_longer_run(best, trial_updates, total_updates), losses, trial_updates)
+
+
+def _best(losses: dict[float, float]) -> float:
+    """Returns the rate with the lowest loss, of equal ones the lower: where all diverge, the way is down."""
+    return min(losses, key=lambda rate: (losses[rate], rate))
 
 
 def for_longer_run(rate: float, trial_updates: int, total_updates: int) -> float:
@@ -93,8 +100,10 @@ def describe_plan(total_updates: int) -> str:
 
 def describe(found: Found) -> list[str]:
     lines = [f"  {rate:.1e}: {loss:.4f}" for rate, loss in sorted(found.losses.items())]
+    if (best := _best(found.losses)) in (min(found.losses), max(found.losses)):
+        lines.append(f"the best, {best:.1e}, is at the end of what was tried: a rate beyond it may be better")
     return [
         f"loss on held-out clips after {found.updates} updates, by learning rate:",
         *lines,
-        f"learning rate {found.learning_rate:g}: the best of them, for the length of this run",
+        f"learning rate {found.learning_rate:g}: the best of them, scaled to the length of this run",
     ]

@@ -17,11 +17,7 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
 
 
 def of_each_clip(rows: Sequence[dict]) -> list[tuple[int, list[float]]]:
-    """Returns the steps of the validations so far, each with the losses of the held-out clips.
-
-    Args:
-        rows: of metrics.jsonl.
-    """
+    """Returns the step of each validation in rows of metrics.jsonl, with the losses of the held-out clips."""
     found = []
     for row in rows:
         losses = {int(match[1]): row[name] for name in row if (match := re.fullmatch(rf"{OF_CLIP}(\d+)", name))}
@@ -67,22 +63,24 @@ def still_learned(validations: Sequence[tuple[int, list[float]]], count: int) ->
     return [clip for clip, (early, late) in enumerate(zip(before, last, strict=True)) if late < early]
 
 
-def reason(rows: Sequence[dict], patience: int | None, labels: Sequence[str] = ()) -> str | None:
-    """Returns why a run is at its end; None while it is not.
+def reason(rows: Sequence[dict], record: dict) -> str | None:
+    """Returns why a run is at its end, by rows of metrics.jsonl; None while it is not.
 
     Args:
-        rows: of metrics.jsonl.
-        patience: validations without a gain that end it; None: nothing does.
-        labels: names of the held-out clips, for those whose loss still falls.
+        record: what args.json holds. Validations before the last start with other clips (--change data) do not count:
+            other clips may have been held out.
     """
-    validations = of_each_clip(rows)
+    patience, labels = record.get("options", {}).get("stop_patience"), record.get("held_out", ())
+    changed = [start["step"] for start in record.get("lineage", ()) if "data: " in " ".join(start["changed"])]
+    since = max(changed, default=-1)
+    validations = of_each_clip([row for row in rows if row["step"] > since])
     if patience is None or validations_without_gain(validations) < patience:
         return None
     falling = still_learned(validations, patience)
-    named = ", ".join(labels[clip] if labels else f"clip {clip}" for clip in falling)
-    of_clips = (
-        f"still falls on {len(falling)} of the {len(validations[-1][1])}: {named}" if falling else "falls on none"
-    )
+    of_clips = "falls on none"
+    if falling:
+        named = ", ".join(labels[clip] for clip in falling)
+        of_clips = f"still falls on {len(falling)} of the {len(validations[-1][1])}: {named}"
     return (
         f"the loss on held-out clips has not fallen in {patience} validations (--stop_patience); compared with that "
         f"long ago, it {of_clips}"

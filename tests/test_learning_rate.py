@@ -103,9 +103,28 @@ def test_the_best_rate_is_found_within_half_a_step(best):
 def test_rates_that_diverge_are_not_chosen_and_none_is_an_error():
     loss_of, asked = trials_of(1.0, diverges_above=1e-3)
     found = rate_search.find(loss_of, FIRST, trial_updates=20, total_updates=20)
-    assert 5e-4 < found.learning_rate < 1e-3 and found.as_json()["loss_by_rate"]["0.0018"] is None
+    assert 5e-4 < found.learning_rate < 1e-3 and found.as_json()["loss_by_rate"]["1.8e-03"] is None
     with pytest.raises(ValueError, match="the loss is not finite with any of"):
         rate_search.find(lambda _: float("inf"), FIRST, trial_updates=1, total_updates=1)
+
+
+def test_the_search_goes_on_downwards_where_the_first_rates_all_diverge():
+    loss_of, asked = trials_of(3e-5, diverges_above=1e-4)
+    found = rate_search.find(loss_of, FIRST, trial_updates=20, total_updates=20)
+    assert len(asked) == rate_search.MOST_TRIALS and 1 / 1.4 < found.learning_rate / 3e-5 < 1.4
+
+
+@pytest.mark.parametrize(("best", "is_said"), [(1e-9, True), (1e9, True), (1e-3, False)])
+def test_a_best_rate_at_the_end_of_what_was_tried_is_said(best, is_said):
+    loss_of, _ = trials_of(best)
+    found = rate_search.find(loss_of, FIRST, trial_updates=20, total_updates=20)
+    assert any("at the end of what was tried" in line for line in rate_search.describe(found)) == is_said
+
+
+def test_what_is_no_learning_rate_is_named(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train_cogvideox_lora.parse_args(training_options("base", "clips", "out", learning_rate="fast"))
+    assert "'fast': must be a number above 0, or auto" in capsys.readouterr().err
 
 
 def test_a_longer_run_has_a_lower_rate():
@@ -124,7 +143,7 @@ def test_a_run_with_the_rate_that_was_found_is_a_run_with_that_rate(tiny_checkpo
     said = capsys.readouterr().out
     assert "learning rate auto: 5 to 9 trials of 3 updates, each" in said
     found = json.loads((tmp_path / "auto" / "args.json").read_text())["learning_rate_found"]
-    assert f"learning rate {found['learning_rate']:g}: the best of them, for the length of this run" in said
+    assert f"learning rate {found['learning_rate']:g}: the best of them, scaled to the length of this run" in said
     assert 5 <= len(found["loss_by_rate"]) <= 9 and found["updates_of_a_trial"] == 3
     assert "Learning rates that were tried" in (tmp_path / "auto" / "report.html").read_text()
 
@@ -168,9 +187,10 @@ def test_a_trial_has_no_warm_up(tiny_checkpoint, tmp_path, train, monkeypatch):
 def test_a_signal_ends_the_trials(tiny_checkpoint, tmp_path, train, monkeypatch, capsys):
     held_out_losses = train_cogvideox_lora.held_out_losses
 
-    def interrupted(run):
+    def interrupted(run, **options):
+        assert options == {"with_drift": False}
         run.stop.number = signal.SIGTERM
-        return held_out_losses(run)
+        return held_out_losses(run, **options)
 
     monkeypatch.setattr(train_cogvideox_lora, "held_out_losses", interrupted)
     with pytest.raises(SystemExit) as ended:

@@ -49,7 +49,7 @@ def test_rows_without_losses_of_clips_are_left_out():
     rows = [{"step": 1, "loss": 0.5}, {"step": 2, "validation_loss": 1.0, "validation_loss_t125": 1.0}]
     rows.append({"step": 3, "validation_loss_clip1": 2.0, "validation_loss_clip0": 1.0})
     assert stopping.of_each_clip(rows) == [(3, [1.0, 2.0])]
-    assert reason(rows, patience=None) is None and reason(rows, patience=1) is None
+    assert reason(rows, {}) is None and reason(rows, {"options": {"stop_patience": 1}}) is None
 
 
 def test_the_reason_names_the_clips_that_are_still_learned():
@@ -58,7 +58,19 @@ def test_the_reason_names_the_clips_that_are_still_learned():
     ]
     rows = [{**row, "validation_loss_clip0": 1.0 + 0.1 * row["step"]} for row in rows]
     assert still_learned(stopping.of_each_clip(rows), count=2) == [1]
-    assert "still falls on 1 of the 2: b.mp4" in reason(rows, patience=2, labels=["a.mp4", "b.mp4"])
+    record = {"options": {"stop_patience": 2}, "held_out": ["a.mp4", "b.mp4"]}
+    assert "still falls on 1 of the 2: b.mp4" in reason(rows, record)
+
+
+def test_validations_on_other_clips_are_forgotten():
+    """After --change data, as many clips or others may be held out: only validations since then are compared."""
+    rows = [{"step": step, "validation_loss_clip0": 1.0, "validation_loss_clip1": 1.0} for step in (1, 2, 3)]
+    rows += [{"step": 4, "validation_loss_clip0": 2.0}, {"step": 5, "validation_loss_clip0": 2.5}]
+    lineage = [{"checkpoint": "checkpoint-3", "step": 3, "changed": {"data: clips": ["a", "b"]}}]
+    record = {"options": {"stop_patience": 1}, "held_out": ["a.mp4"], "lineage": lineage}
+    assert "has not fallen in 1 validations" in reason(rows, record) and reason(rows[:4], record) is None
+    unchanged = [{"checkpoint": "checkpoint-1", "step": 1, "changed": {"learning_rate": [1, 2]}}]
+    assert reason(rows[:3], record | {"lineage": unchanged}) is not None
 
 
 def with_losses(monkeypatch, losses):
