@@ -325,13 +325,13 @@ def test_it_ends_the_run_in_a_validation_too(tiny_checkpoint, tmp_path, train, m
     def refuse(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def damage_and_validate(run):
+    def damage_and_validate(run, **options):
         for path in (run.held_out.clips.latents if kind == "latents" else run.held_out.clips.captions)[0]:
             flip(path)
         for video in folder.rglob("*.mp4"):
             video.unlink()
         monkeypatch.setattr("cogvideox.encoders.encode_captions", refuse)
-        return losses(run)
+        return losses(run, **options)
 
     monkeypatch.setattr(train_cogvideox_lora, "held_out_losses", damage_and_validate)
     options = {"instance_data_root": folder, "validation_split": 1, "validation_steps": 1, "validate_first": False}
