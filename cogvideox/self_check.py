@@ -93,7 +93,7 @@ def check(
     inputs = _inputs_of(blocks, numbers, forward)
     for number in numbers:
         block, device = blocks[number], inputs[number][0].device
-        with _with_values(block, number), _autocast(device, dtype, autocast), attention():
+        with _comparable(block, number), _autocast(device, dtype, autocast), attention():
             own = _computed(partial(_called, transformer, block), block, inputs[number])
             state, held = _state_of(base, block, number, lora, dtype), _weights_of(block)
         plain = _plain_block(base, lora, state, device)
@@ -102,7 +102,8 @@ def check(
         del plain
         wide = _wider(dtype, inputs[number], base)
         exact_block = _plain_block(base, lora, {name: value.to(wide) for name, value in state.items()}, device).to(wide)
-        exact = _computed(exact_block, exact_block, [_cast(value, wide) for value in inputs[number]])
+        with torch.autograd.graph.save_on_cpu():  # they could take more than an update does
+            exact = _computed(exact_block, exact_block, [_cast(value, wide) for value in inputs[number]])
         compared += _compare(number, own, theirs, exact, is_wider=wide != dtype)
         compared += [
             Compared(number, name, _relative_error(held[name], weight), 0.0)
@@ -112,18 +113,27 @@ def check(
     return Report(compared, time.perf_counter() - begin)
 
 
-@torch.no_grad()
 def _inputs_of(blocks, numbers: list[int], forward: Callable[[], object]) -> dict[int, list]:
-    """Returns hidden states, text, time embedding and rotary tables that the transformer gives to some blocks."""
+    """Returns hidden states, text, time embedding and rotary tables that the transformer gives to some blocks.
+
+    Hidden states and text require gradients where they do in training: in the first block they need not, and a compiled
+    block is then another one.
+    """
     inputs = {}
 
     def keep(number: int, block, args: tuple, options: dict) -> None:
         names = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb")
-        inputs[number] = list(args[:4]) if args else [options[name] for name in names]
+        hidden, text, *others = args[:4] if args else [options[name] for name in names]
+        needed = [number > 0 or value.requires_grad for value in (hidden, text)]
+        hidden, text = (value.detach().requires_grad_(need) for value, need in zip((hidden, text), needed))
+        inputs[number] = [hidden, text, *others]
+        torch.set_grad_enabled(False)  # all that follows would keep its activations
 
     hooks = [blocks[n].register_forward_pre_hook(partial(keep, n), with_kwargs=True) for n in numbers]
     try:
-        forward()
+        # Not compiled: without gradients it would be another compilation, which takes minutes.
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            forward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -131,16 +141,24 @@ def _inputs_of(blocks, numbers: list[int], forward: Callable[[], object]) -> dic
 
 
 @contextlib.contextmanager
-def _with_values(block, number: int) -> Iterator[None]:
-    """Gives a LoRA's B values for the length of a `with` block: it starts as zeros, in which no error could be seen."""
+def _comparable(block, number: int) -> Iterator[None]:
+    """Gives a LoRA's B values, and leaves out dropout, for the length of a `with` block.
+
+    B starts as zeros, in which no error could be seen, and each pass would drop out others.
+    """
     generator, before = torch.Generator().manual_seed(number), {}
     for name, weight in block.named_parameters():
         if "lora_B" in name:
             before[name] = weight.data.clone()
             weight.data += 0.02 * torch.randn(weight.shape, generator=generator).to(weight.device, weight.dtype)
+    dropouts = [module for module in block.modules() if isinstance(module, torch.nn.Dropout) and module.p]
+    for module in dropouts:
+        module.eval()
     try:
         yield
     finally:
+        for module in dropouts:
+            module.train()
         for name, weight in block.named_parameters():
             if name in before:
                 weight.data = before[name]
@@ -159,17 +177,15 @@ def _called(transformer, block, *inputs):
 
 
 def _computed(call: Callable, block, inputs: list) -> dict[str, torch.Tensor]:
-    """Returns a block's outputs, and the gradients of what is trained for a fixed random gradient of the outputs."""
-    hidden, text, *others = inputs
-    hidden, text = hidden.detach().requires_grad_(), text.detach().requires_grad_()
-    outputs = call(hidden, text, *others)
+    """Returns a block's outputs, and the gradients for a fixed random gradient of the outputs."""
+    outputs = call(*inputs)
     trained = {name: weight for name, weight in block.named_parameters() if weight.requires_grad}
     generator = torch.Generator().manual_seed(0)
     seeds = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
-    gradients = torch.autograd.grad(outputs, [*trained.values(), hidden], seeds)
+    trained |= {name: value for name, value in zip(("its input", "its text"), inputs) if value.requires_grad}
+    gradients = torch.autograd.grad(outputs, trained.values(), seeds)
     computed = dict(zip(("output", "text output"), (output.detach() for output in outputs)))
-    names = [f"gradient of {name}" for name in trained] + ["gradient of its input"]
-    return computed | dict(zip(names, gradients))
+    return computed | {f"gradient of {name}": gradient for name, gradient in zip(trained, gradients)}
 
 
 def _state_of(base: BaseModel, block, number: int, lora: Lora | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -245,7 +261,7 @@ def _wider(dtype: torch.dtype, inputs: list, base: BaseModel) -> torch.dtype:
 def _cast(value, dtype: torch.dtype):
     if isinstance(value, tuple):
         return tuple(tensor.to(dtype) for tensor in value)
-    return value if value is None else value.to(dtype)
+    return value if value is None else value.detach().to(dtype).requires_grad_(value.requires_grad)
 
 
 def _compare(number: int, own: dict, theirs: dict, exact: dict, *, is_wider: bool) -> list[Compared]:

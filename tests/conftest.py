@@ -2,6 +2,7 @@
 
 import gc
 import os
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test may reach for the network
@@ -130,3 +131,12 @@ def page(tmp_path_factory):
         pytest.skip("no chromium, chromium-browser or google-chrome: cannot look at the page")
     with browser.opened(tmp_path_factory.mktemp("chromium")) as page:
         yield page
+
+
+@pytest.fixture
+def compiled_without_a_compiler(monkeypatch):
+    """All of torch.compile but its last stage, which needs a C++ compiler and half a minute."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    yield
+    torch._dynamo.reset()

@@ -3,7 +3,6 @@
 import shutil
 import sys
 import types
-from functools import partial
 
 import pytest
 import step as benchmark
@@ -277,15 +276,6 @@ def test_samples_are_those_of_peft_bit_for_bit(tiny_checkpoint):
 
 
 # ---- compiled --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def compiled_without_a_compiler(monkeypatch):
-    """All of torch.compile but its last stage, which needs a C++ compiler and half a minute."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("level", ["none", "attention", "full"])
