@@ -61,6 +61,7 @@ from run import (
     validation,
 )
 from run.checkpoints import Start
+from run.shards import reshard
 
 REGULARIZATION = "regularization"  # kind of micro-batch
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -122,7 +123,7 @@ def check_regularization(args: argparse.Namespace, refuse: Callable[[str], None]
 
 
 def changes_base(args: argparse.Namespace) -> str | None:
-    """Returns the option with which the base model is not there any more in training; None if it is."""
+    """Returns the option that changes the base model in training; None if none does."""
     if args.training_type != "lora":
         return f"--training_type {args.training_type}"
     return f"--init_lora_weights {args.init_lora_weights}" if args.init_lora_weights.startswith(CHANGES_BASE) else None
@@ -136,19 +137,18 @@ def measures_drift(args: argparse.Namespace) -> bool:
 
 def check_preservation(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
     """Refuses to preserve where there is nothing to preserve, or nothing that names what is new; likewise drift."""
-    changed = changes_base(args)
-    if changed and args.drift_prompt:
-        refuse(f"--drift_prompt: the base model is not there any more with {changed}; leave one of them out")
-    if changed and args.mask_preserve:
-        refuse(f"--mask_preserve: the base model is not there any more with {changed}; leave one of them out")
+    if changed := changes_base(args):
+        given = {
+            "--drift_prompt": args.drift_prompt,
+            f"--mask_preserve {args.mask_preserve:g}": args.mask_preserve,
+            f"--preserve {args.preserve:g}": args.preserve,
+        }
+        for option in (name for name, value in given.items() if value):
+            refuse(f"{option}: {changed} changes the base model, with which it compares; leave one of them out")
     if not args.preserve:
         if args.preserve_every != 1 or args.preserve_prompt is not None:
             refuse("--preserve_every and --preserve_prompt: do nothing without --preserve; pass a weight, such as 1")
         return
-    if changed:
-        refuse(
-            f"--preserve {args.preserve:g}: the base model is not there any more with {changed}; leave one of them out"
-        )
     if not args.id_token and args.preserve_prompt is None:
         refuse(
             f"--preserve {args.preserve:g}: needs --id_token, whose absence means the base model, or --preserve_prompt"
@@ -281,8 +281,7 @@ def start(args: argparse.Namespace) -> tuple[Accelerator, Ranks]:
         output_dir=args.output_dir,
         logging_dir=args.logging_dir,
         ddp_timeout=args.ddp_timeout,
-        # Autocast only where most weights are float32: it also runs and stores the LayerNorms in float32.
-        autocast=args.training_type == "sft" or args.use_dora,
+        autocast=lora.needs_autocast(lora.lora_of(args)),
     )
     if accelerator.is_fsdp2:
         check_sharding(args)
@@ -401,7 +400,7 @@ def memory_settings(
     return Settings(
         **options,
         largest_batch=largest_batch(args, base, chosen),
-        lora=lora.lora_of(args) if args.training_type == "lora" else None,
+        lora=lora.lora_of(args),
         dtype=dtype,
         ema=args.ema_decay is not None,
         regularized=bool(args.regularization_data_root),
@@ -831,7 +830,7 @@ def prepare_run(
     # No variable may hold the weights: FSDP2 would keep them whole on every GPU, beside its shards.
     optimizer = make_optimizer(args, lora.trained_parameters(transformer), timeline.batches_per_step)
     if args.loraplus_lr_ratio != 1:
-        optimizers.multiply_learning_rate(optimizer, lora.b_matrices(transformer), args.loraplus_lr_ratio)
+        optimizers.multiply_learning_rate(optimizer, lora.loraplus_parameters(transformer), args.loraplus_lr_ratio)
     lr_scheduler = make_lr_scheduler(args, optimizer, timeline.total_steps)
     # The schedule is not prepared: accelerate would advance it once per rank.
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
@@ -859,9 +858,11 @@ def prepare_run(
     )
     is_due = args.self_check == "always" or (args.self_check == "auto" and accelerator.device.type == "cuda")
     if is_due and not accelerator.is_fsdp2:
-        run = run._replace(self_checked=check_computation(run))
+        with memory_explained(lambda: f"{training_advice(run)}; --self_check never leaves out the check"):
+            run = run._replace(self_checked=check_computation(run))
     if args.learning_rate == rate_search.AUTO and not starting.checkpoint:
-        run = run._replace(rate_found=find_learning_rate(run))
+        with memory_explained(partial(training_advice, run)):
+            run = run._replace(rate_found=find_learning_rate(run))
     return run
 
 
@@ -878,10 +879,10 @@ def check_computation(run: Run) -> dict:
         report = self_check.check(
             run.base,
             model,
-            lora.lora_of(args) if args.training_type == "lora" else None,
+            lora.lora_of(args),
             partial(loss_of, run, model, number, clip, encode_images),
             dtype=run.dtype,
-            autocast=args.training_type == "sft" or args.use_dora,
+            autocast=lora.needs_autocast(lora.lora_of(args)),
             attention=partial(compute.attention_kernel, args.attention_backend),
         )
     figures = report.as_json()
@@ -900,10 +901,11 @@ def find_learning_rate(run: Run) -> rate_search.Found:
 
     Raises:
         Stopped: a signal has arrived.
+        CannotContinue: no rate has a finite loss, or the loss on held-out clips cannot be computed.
     """
     args, accelerator, state, total = run.args, run.accelerator, run.state, run.timeline.total_steps
     accelerator.print(rate_search.describe_plan(total))
-    updates = min(rate_search.TRIAL_UPDATES, total)
+    updates, number = min(rate_search.TRIAL_UPDATES, total), itertools.count(1)
     # The shards of this rank, where the weights are sharded, and in CPU memory: the memory plan knows of no copy.
     local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in trained_by(state.optimizer)]
     start = [weight.detach().to("cpu", copy=True) for weight in local]
@@ -913,6 +915,7 @@ def find_learning_rate(run: Run) -> rate_search.Found:
     def start_with(rate: float) -> None:
         for parameter, first in zip(local, start, strict=True):
             parameter.copy_(first)
+        reshard(state.transformer)
         state.optimizer.state.clear()
         if scaler:
             accelerator.scaler.load_state_dict(scaler)
@@ -920,10 +923,12 @@ def find_learning_rate(run: Run) -> rate_search.Found:
 
     def loss_of(rate: float) -> float:
         start_with(rate)
-        with contextlib.suppress(validation.Failed):  # a loss that is not finite
+        loss = float("inf")
+        with contextlib.suppress(validation.NotFinite):
             if train_on_trial(run, updates):
-                return held_out_losses(run, with_drift=False)["validation_loss"]
-        return float("inf")
+                loss = held_out_losses(run, with_drift=False)["validation_loss"]
+        accelerator.print(f"trial {next(number)}: learning rate {rate:.1e}, loss {loss:.4f}")
+        return loss
 
     first = rate_search.FIRST_RATES[args.training_type]
     try:
@@ -931,6 +936,9 @@ def find_learning_rate(run: Run) -> rate_search.Found:
     except signals.Stopped as stopped:
         message = "stopped in the trials of learning rates; the same command starts again"
         raise signals.Stopped(stopped.number, message) from stopped
+    except validation.Failed as failed:
+        cause = validation.cause(failed, partial(memory_advice, run, "training"))
+        raise CannotContinue(f"the trials of learning rates have failed: {cause}") from failed
     start_with(found.learning_rate)
     state.average.restart(0)
     accelerator.print(*rate_search.describe(found), sep="\n")
@@ -945,7 +953,7 @@ def train_on_trial(run: Run, updates: int) -> bool:
     constant = optimizers.make_lr_scheduler(optimizer, "constant", warmup_steps=0, total_steps=updates)
     trial = run._replace(state=run.state._replace(lr_scheduler=constant, average=optimizers.WeightAverage([], None)))
     with contextlib.closing(run.micro_batches()) as micro_batches, run.image_encoder() as encode_images:
-        for _ in range(updates):
+        for _ in progress_bar(run.accelerator, range(updates), "Trial", "update", leave=False):
             measured = update(trial, micro_batches, encode_images, requests=[run.stop.number])
             if signal := int(measured.requests[0]):
                 raise signals.Stopped(signal, "stopped in a trial")
@@ -1166,7 +1174,10 @@ def memory_compared(run: Run, step: int) -> Iterator[None]:
         return
     torch.cuda.reset_peak_memory_stats(device)  # of validation
     yield
-    if remark := budget.remark_on_peak(run.memory_plan, run_directory.peak_memory_gib(device)):
+    # A rehearsal is of the largest size, and of blocks that are not compiled.
+    is_largest = len(set(run.order.shapes)) == 1 and not run.args.compile
+    peak_gib = run_directory.peak_memory_gib(device)
+    if remark := budget.remark_on_peak(run.memory_plan, peak_gib, is_largest=is_largest):
         run.accelerator.print(f"\n{remark}")
 
 
@@ -1190,7 +1201,10 @@ def is_over(run: Run) -> bool:
         return False
 
     def why() -> str | None:
-        return stopping.reason(run_directory.read_metrics(output_dir), run_directory.read_args(output_dir))
+        try:
+            return stopping.reason(run_directory.read_metrics(output_dir), run_directory.read_args(output_dir))
+        except ValueError as error:
+            raise CannotContinue(f"--stop_patience: {error}") from error
 
     reason = processes.from_main(run.accelerator, why)
     if reason:
@@ -1307,7 +1321,7 @@ def validate(run: Run, step: int) -> int:
     """
     motion, losses, failures = {}, {}, run.failures
     try:
-        with run.state.average.applied(), validation.failing_together(partial(agree, run)):
+        with run.state.average.applied(run.state.transformer), validation.failing_together(partial(agree, run)):
             if run.args.validation_prompt:
                 motion = sample_videos(run, step)
             if run.held_out.shapes:
@@ -1319,7 +1333,7 @@ def validate(run: Run, step: int) -> int:
         cause = validation.cause(failed, partial(memory_advice, run, "validation"))
         message = f"the validation after update {step} has failed: {cause}"
         if failures.validations_in_a_row == validation.MOST_FAILURES:
-            raise CannotContinue(f"{message}; it is the {validation.MOST_FAILURES}rd in a row") from failed
+            raise CannotContinue(f"{message}; {validation.MOST_FAILURES} have failed in a row") from failed
         run.accelerator.print(f"\n{message}; training continues")
         return 0
     failures.validations_in_a_row = 0
@@ -1339,15 +1353,29 @@ def keep_measures(run: Run, step: int, motion: dict[str, float], losses: dict[st
     if losses:
         run.accelerator.print(f"\nupdate {step}: loss on held-out clips {losses['validation_loss']:.4f}")
     if step and run.accelerator.is_main_process:
-        remarks = []
-        if motion:
-            base = run_directory.base_motion(run.args.output_dir)
-            remarks.append(validation.remark_on_motion(motion["validation_motion"], base, motion.get("data_motion")))
-        if "drift" in losses:
-            rows = [row for row in run_directory.read_metrics(run.args.output_dir) if "drift" in row]
-            remarks.append(validation.remark_on_drift(rows))
-        for remark in filter(None, remarks):
+        try:
+            remarks = remarks_on(run.args.output_dir, motion, losses)
+        except ValueError as error:
+            remarks = [f"no remarks on this validation: {error}"]
+        for remark in remarks:
             print(f"\nupdate {step}: {remark}")
+
+
+def remarks_on(output_dir: Path, motion: dict[str, float], losses: dict[str, float]) -> list[str]:
+    """Returns sentences on what a validation shows beside those before it.
+
+    Raises:
+        ValueError: a record in `output_dir` is damaged.
+    """
+    remarks = []
+    if motion:
+        base = run_directory.base_motion(output_dir)
+        remarks.append(validation.remark_on_motion(motion["validation_motion"], base, motion.get("data_motion")))
+    if "drift" in losses:
+        since = stopping.clips_changed_at(run_directory.read_args(output_dir))
+        rows = [row for row in run_directory.read_metrics(output_dir) if "drift" in row and row["step"] > since]
+        remarks.append(validation.remark_on_drift(rows))
+    return list(filter(None, remarks))
 
 
 def agree(run: Run, error: Exception | None = None) -> None:
@@ -1386,7 +1414,10 @@ def held_out_losses(run: Run, *, with_drift: bool) -> dict[str, float]:
         with_clips = args.stop_patience is not None
         losses = validation.held_out_losses(held_out, transformer, with_clips=with_clips)
         if with_drift:
-            losses |= validation.drift(held_out, transformer, validation.drift_prompts(args))
+            try:
+                losses |= validation.drift(held_out, transformer, validation.drift_prompts(args))
+            except validation.NotFinite as error:  # the losses are
+                run.accelerator.print(f"\n{error}; no drift is recorded")
     return losses
 
 
@@ -1410,26 +1441,36 @@ def sample_videos(run: Run, step: int) -> dict[str, float]:
         seeds=range(args.seed, args.seed + args.num_validation_videos),
         fps=args.fps,
         video_options=options,
-        command=demo_command(run, step, options),
+        comment_of=how_to_repeat(run, step, options),
         agree=partial(agree, run),
     )
     of_data = run.data.motion(args.fps)
     return motion | {"data_motion": of_data} if motion and of_data is not None else motion
 
 
-def demo_command(run: Run, step: int, video_options: dict) -> list[str]:
-    """Returns words of the command line that makes a validation video of this step again, where its result is saved."""
+def how_to_repeat(run: Run, step: int, video_options: dict) -> Callable[[str, int, Path | None], str]:
+    """Returns the command that makes a validation video of this step again, by prompt, seed and its first image's path.
+
+    Every rank must call it.
+    """
     args, dtype = run.args, str(run.dtype).removeprefix("torch.")
-    result = args.output_dir
-    if step < run.timeline.total_steps:
-        result = run_directory.checkpoint_folder(args.output_dir, step) if step else args.lora_path
+    result = run_directory.checkpoint_folder(args.output_dir, step) if step else args.lora_path
+    if step and not processes.from_main(run.accelerator, result.is_dir):
+        return lambda *_: f"update {step} of {args.output_dir}, whose weights were not saved"
+    if step == run.timeline.total_steps and args.result == "last":
+        result = args.output_dir
     options = {"model_path": run.base.name}
     options |= {"lora_path" if args.training_type == "lora" else "transformer_path": result} if result else {}
     options |= video_options | {"fps": args.fps, "dtype": dtype, "enable_tiling": run.memory_plan.tile_decoding}
     words = ["python", "cli_demo.py"]
     for name, value in options.items():
         words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    return words
+
+    def command(prompt: str, seed: int, image: Path | None) -> str:
+        of_image = ["--image_or_video_path", str(image)] if image else []
+        return shlex.join([*words, "--prompt", prompt, "--seed", str(seed), *of_image])
+
+    return command
 
 
 def announce(run: Run, on_data: list[str], start: Start, changed: dict) -> float | None:
@@ -1448,6 +1489,8 @@ def announce(run: Run, on_data: list[str], start: Start, changed: dict) -> float
         num_trained=num_trained,
         learning_rate=run.state.lr_scheduler.base_lrs[0] if is_auto else args.learning_rate,
     )
+    if remark := stopping.remark_on_patience(args.stop_patience, count_validations(run)):
+        lines.append(remark)
     accelerator.print(*lines, sep="\n")
     record = {
         "step": timeline.first_step,
@@ -1466,6 +1509,13 @@ def announce(run: Run, on_data: list[str], start: Start, changed: dict) -> float
     )
     run.failures.skipped = run_directory.skipped_updates(args.output_dir)
     return run_directory.smoothed_loss(args.output_dir)
+
+
+def count_validations(run: Run) -> int:
+    """Returns how many validations there are before the last update, if the options have always been these."""
+    args, timeline = run.args, run.timeline
+    due = partial(timeline.due, every_steps=args.validation_steps, every_epochs=args.validation_epochs)
+    return args.validate_first + sum(map(due, range(1, timeline.total_steps)))
 
 
 def found_before(run: Run, start: Start) -> dict | None:

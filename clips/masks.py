@@ -41,6 +41,8 @@ def check_weights(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
     for name, value in {"mask_floor": args.mask_floor, "mask_preserve": args.mask_preserve}.items():
         if value and not args.mask_column:
             refuse(f"--{name} {value:g}: does nothing without --mask_column, which names masks; pass both, or neither")
+    if args.mask_floor == 1 and not args.mask_preserve:
+        refuse(f"{floor}: with it, black counts as white does, and masks do nothing; pass a smaller one")
 
 
 def refuse_misfit(mask: File, clip: File) -> None:

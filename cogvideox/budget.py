@@ -184,10 +184,17 @@ def describe(plan: MemoryPlan) -> list[str]:
     return lines
 
 
-def remark_on_peak(plan: MemoryPlan, measured_gib: float) -> str | None:
-    """Returns a sentence if the peak of training is farther from the prediction than `MOST_DIFFERENCE`."""
+def remark_on_peak(plan: MemoryPlan, measured_gib: float, *, is_largest: bool) -> str | None:
+    """Returns a sentence if the peak of training is farther from the prediction than `MOST_DIFFERENCE`.
+
+    Args:
+        is_largest: whether the update that was measured is the one that was predicted: others may take less.
+    """
     predicted = next((phase.peak_bytes / GIB for phase in plan.phases if phase.name == "training"), None)
-    if predicted is None or abs(measured_gib / predicted - 1) <= MOST_DIFFERENCE:
+    if predicted is None:
+        return None
+    difference = measured_gib / predicted - 1
+    if difference <= MOST_DIFFERENCE and not (is_largest and difference < -MOST_DIFFERENCE):
         return None
     return (
         f"the first updates took {measured_gib:.1f} GiB at their peak, and {predicted:.1f} GiB were predicted; please "

@@ -114,16 +114,27 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
         refuse(f"--lora_dropout {args.lora_dropout}: must be from 0 to below 1")
 
 
-def lora_of(args: argparse.Namespace) -> Lora:
+def lora_of(args: argparse.Namespace) -> Lora | None:
+    """Returns the LoRA that the options describe; None if all weights are trained."""
+    if args.training_type != "lora":
+        return None
     options = {name: getattr(args, name) for name in Lora._fields}
     return Lora(**options | {"lora_target_modules": tuple(args.lora_target_modules)})
+
+
+def needs_autocast(lora: Lora | None) -> bool:
+    """Whether products have operands of two dtypes: where all weights are trained in float32, and with DoRA.
+
+    Elsewhere autocast would only cost memory: it also computes and keeps the LayerNorms in float32.
+    """
+    return lora is None or lora.use_dora
 
 
 def trained_parameters(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [weight for weight in transformer.parameters() if weight.requires_grad]
 
 
-def b_matrices(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
+def loraplus_parameters(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Returns what LoRA+ trains faster: the B matrices, which start at 0, and DoRA's magnitudes, as PEFT does."""
     named = transformer.named_parameters()
     return [weight for name, weight in named if weight.requires_grad and ("lora_B" in name or weight.ndim == 1)]

@@ -21,14 +21,14 @@ from cogvideox.base_model import BaseModel
 
 
 class Masking(NamedTuple):
-    """What counts in the loss where a mask is 0; where it is 1, only the squared error does, with weight 1."""
+    """How the loss treats the black areas of a mask; white ones count with weight 1, by the squared error only."""
 
     floor: float = 0.0  # weight of the squared error
     preserve: float = 0.0  # weight of the squared difference from what the base model predicts, on latents of its own
     teacher: Callable | None = None  # the base model, which `lora.base_of` returns, if it is to be preserved
 
 
-NO_FLOOR = Masking()
+DEFAULT_MASKING = Masking()
 
 
 def training_loss(
@@ -40,7 +40,7 @@ def training_loss(
     encode=None,
     timesteps=None,
     teacher=None,
-    masking: Masking = NO_FLOOR,
+    masking: Masking = DEFAULT_MASKING,
 ) -> torch.Tensor:
     """Velocity loss of a batch from the cache, computed on the generator's device; nothing else in it is random.
 
@@ -69,7 +69,8 @@ def training_loss(
     mask = None
     if "mask" in batch:
         mask = pad_latent_frames(batch["mask"][:, :, None], base.transformer["patch_size_t"])
-        if masking.preserve:  # what is black shows what the base model would: it meets no other there, where it is kept
+        if masking.preserve:
+            # Black areas show the base model's own prediction, so that what is preserved there is compared on it.
             kept = predicted_latents(
                 masking.teacher, base.scheduler, latents, generator=generator, dtype=dtype, **conditions
             )
@@ -95,7 +96,7 @@ def preservation_loss(
 
     It keeps what is learned to the captions that name it: prior preservation (Ruiz et al. 2022, arXiv:2208.12242), with
     the model's own predictions in place of sampled videos. They are compared on the latents that the teacher predicts
-    for the caption: a clip's own latents show what is new, and the model meets none such where the word is absent.
+    for the caption: a clip's own latents show what is new, which does not occur where the word is absent.
     Masks do not apply: what a clip shows beside its subject is to be kept as well.
 
     Args:
@@ -156,7 +157,7 @@ def velocity_loss(
     timesteps=None,
     teacher=None,
     mask=None,
-    masking: Masking = NO_FLOOR,
+    masking: Masking = DEFAULT_MASKING,
 ) -> torch.Tensor:
     """Mean squared error between predicted and true velocity v = sqrt(a) noise - sqrt(1 - a) x0.
 
@@ -205,9 +206,9 @@ def _masked_loss(transformer, inputs: dict, velocity, mask, masking: Masking) ->
     return loss
 
 
-def generator_for(device: torch.device, *numbers: int) -> torch.Generator:
-    """Returns a generator seeded with the numbers, so that nothing depends on what was drawn before."""
-    digest = hashlib.sha256(repr(numbers).encode()).digest()
+def generator_for(device: torch.device, *parts: int | str) -> torch.Generator:
+    """Returns a generator seeded with the parts, so that nothing depends on what was drawn before."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big"))
 
 

@@ -27,9 +27,9 @@ from transformers import T5EncoderModel
 
 from cogvideox import compute, encoders, quantized, swapping
 from cogvideox.base_model import BaseModel, empty_text_encoder, empty_transformer, empty_vae
-from cogvideox.lora import Lora, add_lora, base_of, count_trained, trained_parameters
+from cogvideox.lora import Lora, add_lora, base_of, count_trained, needs_autocast, trained_parameters
 from cogvideox.meter import Meter, bytes_of, module_bytes
-from cogvideox.objective import NO_FLOOR, ofs_of, pad_latent_frames, rotary_embedding, training_loss
+from cogvideox.objective import Masking, ofs_of, pad_latent_frames, rotary_embedding, training_loss
 from cogvideox.sampling import NUM_INFERENCE_STEPS
 
 REHEARSED_LAYERS = 4  # at most; and one fewer, to see what a block adds
@@ -52,8 +52,8 @@ class Settings(NamedTuple):
     gradient_accumulation_steps: int = 1
     preserve: float = 0  # whether, and
     preserve_every: int = 1  # how often the base model's predictions are preserved
-    mask_preserve: float = 0  # whether they are where a mask is black
-    regularized: bool = False  # whether there is a batch of regularization clips beside each other one
+    mask_preserve: float = 0  # above 0, the base model predicts each micro-batch with masks, too
+    regularized: bool = False  # whether each micro-batch is paired with one of regularization clips
     gradient_checkpointing: str = "none"
     attention_backend: str = "auto"
     blocks_to_swap: int = 0
@@ -78,7 +78,7 @@ class Settings(NamedTuple):
     @property
     def autocast(self) -> bool:
         """Whether float32 weights compute in another dtype; the forward pass of a plain LoRA has a single dtype."""
-        return (self.lora is None or self.lora.use_dora) and self.dtype != torch.float32
+        return needs_autocast(self.lora) and self.dtype != torch.float32
 
     @property
     def gradients_in_forward(self) -> bool:
@@ -375,7 +375,7 @@ def _count_update(models: Models, settings: Settings, num_layers: int) -> dict[s
     encode = partial(encoders.encode_images, vae) if vae else None
     batch, peaks, preserving = _batch(base, settings), {}, 0
     teacher = base_of(transformer)
-    masking = NO_FLOOR._replace(preserve=settings.mask_preserve, teacher=teacher)
+    masking = Masking(preserve=settings.mask_preserve, teacher=teacher)
     if settings.preserve:
         with Meter() as meter:  # its peak is lower than that of the training loss, when gradients are there, too
             training_loss(base, transformer, batch, MetaGenerator(), settings.dtype, encode, teacher=teacher).backward()

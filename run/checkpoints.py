@@ -32,7 +32,7 @@ from cogvideox.base_model import BaseModel
 from cogvideox.lora import Export
 from cogvideox.lora_files import LORA_FILE, TRANSFORMER_FOLDER
 from files import TEMPORARY, CannotContinue, publish, publish_folder, restore_folder, write_json
-from run import course, guard
+from run import course, guard, rate_search, stopping
 from run.manifest import read_manifest, write_manifest
 from run.optimizers import WeightAverage
 from run.processes import from_main, of_each_rank
@@ -47,6 +47,7 @@ from run.run_directory import (
     check_writable,
     checkpoint_folder,
     list_checkpoints,
+    read_args,
     read_best,
 )
 from run.shards import INDEX_FILE, load_shards, save_shards
@@ -362,7 +363,9 @@ def load_checkpoint(accelerator, state: State, start: Start, changes: list[str])
     )
     state.lr_scheduler.load_state_dict(saved["lr_scheduler"])
     if changes:
-        is_new_peak = not {"learning_rate", "batch"}.isdisjoint(changes)
+        # What trials have found is in the schedule of the checkpoint only.
+        is_found = saved["options"].get("learning_rate") == rate_search.AUTO and "learning_rate" not in changes
+        is_new_peak = not is_found and not {"learning_rate", "batch"}.isdisjoint(changes)
         course.set_learning_rate(state.optimizer, state.lr_scheduler, peak if is_new_peak else None)
     if accelerator.scaler and saved["scaler"]:
         accelerator.scaler.load_state_dict(saved["scaler"])
@@ -386,7 +389,7 @@ def save_best(accelerator, state: State, export: Export, output_dir: Path, *, st
     Args:
         losses: of held-out clips; "validation_loss" decides.
     """
-    lowest = from_main(accelerator, lambda: read_best(output_dir).get("validation_loss", math.inf))
+    lowest = from_main(accelerator, partial(_lowest_loss, output_dir))
     if not losses["validation_loss"] < lowest:  # NaN is not lower
         return
     weights, best = result_weights(state), output_dir / BEST_FOLDER
@@ -405,6 +408,13 @@ def save_best(accelerator, state: State, export: Export, output_dir: Path, *, st
         from_main(accelerator, write)
 
 
+def _lowest_loss(output_dir: Path) -> float:
+    """Returns the loss of checkpoint-best; infinity if there is none, or if it is that of other held-out clips."""
+    best = read_best(output_dir)
+    is_comparable = best.get("step", -1) > stopping.clips_changed_at(read_args(output_dir))
+    return best["validation_loss"] if is_comparable else math.inf
+
+
 def save_result(
     accelerator, state: State, export: Export, output_dir: Path, *, total_limit: int | None, kind: str
 ) -> Path:
@@ -413,14 +423,16 @@ def save_result(
     Args:
         kind: "last": the weights as they are; "best": those of checkpoint-best, if there is one.
     """
+    best = output_dir / BEST_FOLDER
+    is_best = kind == "best" and from_main(accelerator, best.is_dir)
 
     def write() -> Path:
         _prune(output_dir, total_limit)  # a run that was killed after its last checkpoint may not have
-        best = output_dir / BEST_FOLDER
-        return _copy_result(best, output_dir) if kind == "best" and best.is_dir() else export(weights, output_dir)
+        return _copy_result(best, output_dir) if is_best else export(weights, output_dir)
 
-    weights = result_weights(state)
-    _check_finite(accelerator, weights, "the result")
+    if not is_best:
+        weights = result_weights(state)
+        _check_finite(accelerator, weights, "the result")
     with full_disk_explained(output_dir, "the result"):
         return from_main(accelerator, write)
 
@@ -514,7 +526,7 @@ def full_weights(transformer) -> dict[str, torch.Tensor]:
 
 def result_weights(state: State) -> dict[str, torch.Tensor]:
     """Returns the weights of a result, by `full_weights`: the moving average, if there is one."""
-    with state.average.applied():
+    with state.average.applied(state.transformer):
         weights = full_weights(state.transformer)
         if state.average.decay is None:
             return weights

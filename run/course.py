@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 
 from cogvideox import lora
-from run import optimizers
+from run import optimizers, rate_search
 
 # What --change allows, with the options that are then free to differ.
 CHANGES = {
@@ -75,6 +75,11 @@ def check_options_of_checkpoint(
     needed = _needed_changes(saved, options, differing.keys() - follows)
     missing = {change: found for change, found in needed.items() if change not in allowed}
     refused = [*kept, *(option for found in missing.values() for option in found)]
+    if "learning_rate" in missing.get("learning_rate", ()) and options["learning_rate"] == rate_search.AUTO:
+        raise ValueError(
+            f"--learning_rate auto: it is found before the first update only, and {name} was trained with "
+            f"{saved['learning_rate']}; pass that, or another number and --change learning_rate"
+        )
     if refused:
         ways_out = []
         if kept:
@@ -173,7 +178,9 @@ def set_learning_rate(optimizer, lr_scheduler: torch.optim.lr_scheduler.LambdaLR
         peak: new peak of the first group, in proportion to which those of others change; None keeps the checkpoint's.
     """
     if peak is not None:
-        lr_scheduler.base_lrs = [peak * (base / lr_scheduler.base_lrs[0]) for base in lr_scheduler.base_lrs]
+        # Rounded to 12 digits, since a quotient may be 3.0000000000000004.
+        ratios = [round(base / lr_scheduler.base_lrs[0], 12) for base in lr_scheduler.base_lrs]
+        lr_scheduler.base_lrs = [peak * ratio for ratio in ratios]
     rates = [
         base * factor(lr_scheduler.last_epoch) for base, factor in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas)
     ]

@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 
 from files import at_least
 from run import rate_search
+from run.shards import reshard
 
 KINDS = ["adamw", "adam", "prodigy"]
 # Checkpoints record them, and are refused by a version that has others: a new name here ends older runs.
@@ -51,8 +52,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
     """Refuses combinations in which an option would do nothing; `refuse` ends the program with a message."""
     for name in ("learning_rate", "max_grad_norm", "loraplus_lr_ratio"):
-        if getattr(args, name) != rate_search.AUTO and not getattr(args, name) > 0:
-            refuse(f"--{name} {getattr(args, name)}: must be above 0; leave it out for the default")
+        value = getattr(args, name)
+        if value != rate_search.AUTO and not 0 < value < float("inf"):
+            refuse(f"--{name} {value}: must be above 0 and finite; leave it out for the default")
     rate_search.check_options(args, refuse)
     is_prodigy = args.optimizer == "prodigy"
     given = [name for name, value in vars(args).items() if name.startswith("prodigy_") and value]
@@ -170,14 +172,16 @@ class WeightAverage:
             self._ema.step(self.parameters)
 
     @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Puts the average into the model for the length of a `with` block."""
+    def applied(self, transformer: torch.nn.Module) -> Iterator[None]:
+        """Puts the average into the transformer for the length of a `with` block."""
         if self.decay is None:
             yield
             return
         self._ema.store(self.parameters)
         self._ema.copy_to(self.parameters)
+        reshard(transformer)
         try:
             yield
         finally:
             self._ema.restore(self.parameters)
+            reshard(transformer)

@@ -11,10 +11,12 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from files import CannotContinue
+
 AUTO = "auto"
 FIRST_RATES = {"lora": 1.8e-3, "sft": 1.8e-4}
-SPACING = 3  # of the rates that are tried until the best lies between two others; steps of its root then refine it
-MOST_TRIALS = 9
+SPACING = 3  # factor between rates, until the best has a neighbour on both sides; one more is half a step from it
+MOST_TRIALS = 8
 TRIAL_UPDATES = 15
 
 
@@ -40,40 +42,39 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
     """Refuses to find the learning rate where something else decides it, or nothing can judge it."""
     if args.learning_rate != AUTO:
         return
-    reasons = {
-        "--optimizer prodigy: finds its own learning rate; leave one of them out": args.optimizer == "prodigy",
-        "--scale_lr: would change what was found; leave it out": args.scale_lr,
-        "--change learning_rate: it is found before the first update only; pass a number": "learning_rate"
-        in args.change,
-        "needs held-out clips to judge by; add --validation_split": not args.validation_split,
-    }
-    for reason, is_due in reasons.items():
+    is_changed = "learning_rate" in args.change
+    for is_due, reason in (
+        (args.optimizer == "prodigy", "--optimizer prodigy: finds its own learning rate; leave one of them out"),
+        (args.scale_lr, "--scale_lr: would change what was found; leave it out"),
+        (is_changed, "--change learning_rate: it is found before the first update only; pass a number"),
+        (not args.validation_split, "needs held-out clips to judge by; add --validation_split"),
+    ):
         if is_due:
             refuse(f"--learning_rate auto: {reason}")
 
 
 def find(loss_of: Callable[[float], float], first: float, *, trial_updates: int, total_updates: int) -> Found:
-    """Finds the learning rate for a run of `total_updates`, from a first one upwards or downwards as the loss falls.
+    """Finds the learning rate for a run of `total_updates`: up or down from a first one, then between the best two.
 
     Args:
         loss_of: trains from the same start with a rate for `trial_updates`, and returns the loss on held-out clips;
             infinite where the weights are no longer finite. It must return the same on all ranks.
 
     Raises:
-        ValueError: no rate has a finite loss.
+        CannotContinue: no rate has a finite loss.
     """
     losses = {rate: loss_of(rate) for rate in (first, first * SPACING)}
     factor = SPACING if losses[first * SPACING] < losses[first] else 1 / SPACING
-    while len(losses) < MOST_TRIALS - 2:
+    while len(losses) < MOST_TRIALS - 1:
         best = _best(losses)
         if best * factor in losses:
             break
         losses[best * factor] = loss_of(best * factor)
-    best, step = _best(losses), math.sqrt(SPACING)
-    losses |= {rate: loss_of(rate) for rate in (best / step, best * step)}
+    last = _between(losses)
+    losses[last] = loss_of(last)
     best = _best(losses)
     if not math.isfinite(losses[best]):
-        raise ValueError(
+        raise CannotContinue(
             f"--learning_rate auto: the loss is not finite with any of {', '.join(f'{rate:.1e}' for rate in losses)}; "
             "look at the clips and the precision of the run, or pass a number"
         )
@@ -85,6 +86,18 @@ def _best(losses: dict[float, float]) -> float:
     return min(losses, key=lambda rate: (losses[rate], rate))
 
 
+def _between(losses: dict[float, float]) -> float:
+    """Returns the rate half a step from the best, towards its better neighbour or past the end of what was tried.
+
+    A parabola through the three has its minimum on that side.
+    """
+    rates, best = sorted(losses), _best(losses)
+    place, past = rates.index(best), float("-inf")
+    lower = losses[rates[place - 1]] if place > 0 else past
+    higher = losses[rates[place + 1]] if place + 1 < len(rates) else past
+    return best / math.sqrt(SPACING) if lower <= higher else best * math.sqrt(SPACING)
+
+
 def for_longer_run(rate: float, trial_updates: int, total_updates: int) -> float:
     """Returns the learning rate for the whole run, in two digits, from the best rate of its first updates."""
     return float(f"{rate * min(1, math.sqrt(trial_updates / total_updates)):.1e}")
@@ -93,17 +106,13 @@ def for_longer_run(rate: float, trial_updates: int, total_updates: int) -> float
 def describe_plan(total_updates: int) -> str:
     updates = min(TRIAL_UPDATES, total_updates)
     return (
-        f"learning rate auto: 5 to {MOST_TRIALS} trials of {updates} updates, each followed by the loss "
+        f"learning rate auto: 4 to {MOST_TRIALS} trials of {updates} updates, each followed by the loss "
         f"on held-out clips, then the run of {total_updates} updates from the start"
     )
 
 
 def describe(found: Found) -> list[str]:
-    lines = [f"  {rate:.1e}: {loss:.4f}" for rate, loss in sorted(found.losses.items())]
-    if (best := _best(found.losses)) in (min(found.losses), max(found.losses)):
+    lines, best = [], _best(found.losses)
+    if best in (min(found.losses), max(found.losses)):
         lines.append(f"the best, {best:.1e}, is at the end of what was tried: a rate beyond it may be better")
-    return [
-        f"loss on held-out clips after {found.updates} updates, by learning rate:",
-        *lines,
-        f"learning rate {found.learning_rate:g}: the best of them, scaled to the length of this run",
-    ]
+    return [*lines, f"learning rate {found.learning_rate:g}: the best of them, {best:.1e}, scaled to this run's length"]

@@ -1,4 +1,4 @@
-"""The shards of a whole transformer's training state, written by all ranks; they are read without running code.
+"""Shards of weights, and of a whole transformer's training state, which is read without running code.
 
 torch 2.13's distributed checkpoints are tensors, which it reads safely, and two kinds of pickles, which it does not:
 an index of what is in which file, and each value that is no tensor. A checkpoint may come from somebody else.
@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.fsdp import FSDPModule
 
 INDEX_FILE = ".metadata"
 IN_AN_INDEX = {
@@ -49,6 +50,17 @@ def load_shards(tensors: dict, folder: Path) -> None:
             f"{folder}: holds something that is neither a tensor nor a number, and that could run code "
             f"({str(refused[0]).splitlines()[0]}); resume from another checkpoint"
         ) from error
+
+
+def reshard(transformer: torch.nn.Module) -> None:
+    """Frees the whole weights that FSDP2 keeps after a forward pass, since the next one would use them.
+
+    To be called after a change of the shards. It keeps those of the outermost module, and all of them with
+    fsdp_reshard_after_forward: false.
+    """
+    for module in transformer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def check_index(path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from math import sqrt
 from statistics import fmean, stdev
 
-OF_CLIP = "validation_loss_clip"  # begins the names of single held-out clips' losses in metrics.jsonl
+CLIP_PREFIX = "validation_loss_clip"  # of the names of single held-out clips' losses in metrics.jsonl
 
 
 def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
@@ -20,10 +20,24 @@ def of_each_clip(rows: Sequence[dict]) -> list[tuple[int, list[float]]]:
     """Returns the step of each validation in rows of metrics.jsonl, with the losses of the held-out clips."""
     found = []
     for row in rows:
-        losses = {int(match[1]): row[name] for name in row if (match := re.fullmatch(rf"{OF_CLIP}(\d+)", name))}
+        losses = {int(match[1]): row[name] for name in row if (match := re.fullmatch(rf"{CLIP_PREFIX}(\d+)", name))}
         if losses and None not in losses.values():
             found.append((row["step"], [losses[clip] for clip in sorted(losses)]))
     return found
+
+
+def remark_on_patience(patience: int | None, count: int) -> str | None:
+    """Returns a sentence if a run has too few validations for `patience` to end it.
+
+    Args:
+        count: validations before the last update.
+    """
+    if patience is None or count > patience:
+        return None
+    return (
+        f"--stop_patience {patience}: cannot end this run, which has {count} validations before its last update; it "
+        f"takes {patience + 1}, with a lower --validation_steps or --validation_epochs"
+    )
 
 
 def is_lower(losses: Sequence[float], than: Sequence[float]) -> bool:
@@ -63,16 +77,26 @@ def still_learned(validations: Sequence[tuple[int, list[float]]], count: int) ->
     return [clip for clip, (early, late) in enumerate(zip(before, last, strict=True)) if late < early]
 
 
+def clips_changed_at(record: dict) -> int:
+    """Returns the step of the last start with other clips (--change data), -1 if there was none.
+
+    Other clips may have been held out, so validations up to that step cannot be compared with later ones.
+
+    Args:
+        record: what args.json holds.
+    """
+    changed = [start["step"] for start in record.get("lineage", ()) if "data: " in " ".join(start["changed"])]
+    return max(changed, default=-1)
+
+
 def reason(rows: Sequence[dict], record: dict) -> str | None:
     """Returns why a run is at its end, by rows of metrics.jsonl; None while it is not.
 
     Args:
-        record: what args.json holds. Validations before the last start with other clips (--change data) do not count:
-            other clips may have been held out.
+        record: what args.json holds.
     """
     patience, labels = record.get("options", {}).get("stop_patience"), record.get("held_out", ())
-    changed = [start["step"] for start in record.get("lineage", ()) if "data: " in " ".join(start["changed"])]
-    since = max(changed, default=-1)
+    since = clips_changed_at(record)
     validations = of_each_clip([row for row in rows if row["step"] > since])
     if patience is None or validations_without_gain(validations) < patience:
         return None

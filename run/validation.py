@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import io
 import itertools
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -26,7 +25,7 @@ from clips.order import Item, Ranks
 from cogvideox.base_model import BaseModel
 from cogvideox.budget import is_out_of_memory
 from cogvideox.lora import base_of
-from cogvideox.objective import NO_FLOOR, Masking, generator_for, preservation_loss, training_loss
+from cogvideox.objective import Masking, generator_for, preservation_loss, training_loss
 from cogvideox.sampling import encode_mp4, noise_generator, sample_video
 from dataset import Data
 from files import CannotContinue, at_least
@@ -111,7 +110,7 @@ class HeldOut(NamedTuple):
     seed: int
     dtype: torch.dtype
     agree: Callable[[], None]  # called before each batch, on all ranks equally often; an exception ends the validation
-    masking: Masking = NO_FLOOR  # what a clip's mask does to its loss
+    masking: Masking = Masking()  # what a clip's mask does to its loss
 
 
 def held_out_losses(held_out: HeldOut, transformer, *, with_clips: bool = False) -> dict[str, float]:
@@ -174,7 +173,7 @@ def _losses(name: str, held_out: HeldOut, transformer, loss_of: Callable[..., to
     if wrong := sorted(pair for pair, loss in losses.items() if not isfinite(loss)):
         clip, timestep = wrong[0]
         what = name.replace("validation_loss", "loss")
-        raise Failed(
+        raise NotFinite(
             f"the {what} on {len(wrong)} of {len(losses)} held-out pairs of clip and timestep is not finite, the first "
             f"one on {data.labels[clip]}, timestep {timestep}"
         )
@@ -194,7 +193,7 @@ def _means_of_clips(losses: dict[tuple, float]) -> dict[str, float]:
     of_clip = {}
     for (clip, _), loss in sorted(losses.items()):
         of_clip.setdefault(clip, []).append(loss)
-    return {f"{stopping.OF_CLIP}{clip}": fmean(found) for clip, found in of_clip.items()}
+    return {f"{stopping.CLIP_PREFIX}{clip}": fmean(found) for clip, found in of_clip.items()}
 
 
 def remark_on_drift(rows: list[dict]) -> str | None:
@@ -218,6 +217,10 @@ def remark_on_drift(rows: list[dict]) -> str | None:
 
 class Failed(RuntimeError):
     """A validation has failed on one of the ranks; the cause is known on that one."""
+
+
+class NotFinite(Failed):
+    """A loss on held-out clips is not finite; all ranks know."""
 
 
 def cause(failed: Failed, memory_advice: Callable[[], str]) -> str:
@@ -289,7 +292,7 @@ def sample_videos(
     seeds: Iterable[int],
     fps: int,
     video_options: dict,
-    command: list[str],
+    comment_of: Callable[[str, int, Path | None], str],
     agree: Callable[[], None],
 ) -> dict[str, float]:
     """Samples every case with every seed, each rank its share; the main rank writes and logs the videos.
@@ -303,7 +306,7 @@ def sample_videos(
         cases: (prompt, first image, uint8 [H, W, C], or None).
         prompt_embeds: embeddings [L, D] of the prompts and of "", the unconditional prompt of guidance.
         video_options: of `sample_video`.
-        command: words of the command line that makes such videos, without prompt, seed and image, for their metadata.
+        comment_of: returns what a video's metadata say, by prompt, seed and the path of its first image.
         agree: called before each sampling step, on all ranks equally often; ends the validation by an exception.
     """
     jobs = [(i, prompt, image, seed) for i, (prompt, image) in enumerate(cases) for seed in seeds]
@@ -324,9 +327,8 @@ def sample_videos(
                 before_each=agree,
                 **video_options,
             )
-            words = [*command, "--prompt", prompt, "--seed", str(seed)]
-            words += [] if image is None else ["--image_or_video_path", str(folder / _image_name(i))]
-            mp4 = encode_mp4(frames, fps, comment=shlex.join(words))
+            image_path = None if image is None else folder / _image_name(i)
+            mp4 = encode_mp4(frames, fps, comment=comment_of(prompt, seed, image_path))
             videos.append(Video(f"prompt-{i:02d}_seed-{seed}.mp4", prompt, mp4))
             motions[i, seed] = motion(torch.from_numpy(np.stack(frames)), fps)
     # Gathered as bytes: the main rank, which writes them, need not share a disk with the others.

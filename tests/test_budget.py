@@ -114,10 +114,16 @@ def test_a_run_begins_with_what_it_needs_and_what_was_decided():
     }
 
 
-@pytest.mark.parametrize(("measured", "is_said"), [(10, False), (10.9, False), (9.1, False), (11.2, True), (8.8, True)])
-def test_a_peak_that_is_not_as_predicted_is_said(measured, is_said):
+@pytest.mark.parametrize(
+    ("measured", "is_largest", "is_said"),
+    [(10, True, False), (10.9, True, False), (9.1, True, False), (11.2, True, True), (8.8, True, True),
+     (11.2, False, True), (8.8, False, False), (2, False, False)],
+)  # fmt: skip
+def test_a_peak_that_is_not_as_predicted_is_said(measured, is_largest, is_said):
+    """A peak below the prediction only where the update is the one that was predicted."""
     phases = (Phase("text", 99 * GIB, 0), Phase("training", 10 * GIB, 0))
-    remark = budget.remark_on_peak(budget.MemoryPlan("full", False, False, phases), measured)
+    remark = budget.remark_on_peak(budget.MemoryPlan("full", False, False, phases), measured, is_largest=is_largest)
     assert (remark is not None) == is_said
     assert not is_said or f"took {measured:.1f} GiB at their peak, and 10.0 GiB were predicted" in remark
-    assert budget.remark_on_peak(budget.MemoryPlan("full", False, False), measured) is None
+    without_phases = budget.MemoryPlan("full", False, False)
+    assert budget.remark_on_peak(without_phases, measured, is_largest=is_largest) is None

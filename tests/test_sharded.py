@@ -27,11 +27,14 @@ OF_TYPE["lora"] |= {"ema_decay": 0.5, "id_token": "FILM", "preserve": 1, "preser
 RESULT = {"lora": LORA_FILE, "sft": "transformer/diffusion_pytorch_model.safetensors"}
 
 
-def sharded_run(script, *options, expected=0):
+CONFIG = ROOT / "accelerate_config_machine_multi_fsdp.yaml"
+
+
+def sharded_run(script, *options, expected=0, config=CONFIG):
     """Two ranks by `accelerate launch`, as finetune_sft_multi_gpus.sh starts them."""
     command = [
-        "accelerate.commands.launch", "--config_file", ROOT / "accelerate_config_machine_multi_fsdp.yaml",
-        "--num_processes", 2, "--main_process_port", 0, script, *options,
+        "accelerate.commands.launch", "--config_file", config, "--num_processes", 2, "--main_process_port", 0,
+        script, *options,
     ]  # fmt: skip
     environment = {"PYTHONPATH": str(ROOT / "tests" / "fsdp_on_cpu"), "ACCELERATE_TORCH_DEVICE": "cpu"}
     return launch(command, expected, ACCELERATE_USE_CPU="false", **environment)
@@ -231,17 +234,25 @@ def test_kinds_of_sharding_that_are_not_supported_are_refused(monkeypatch, envir
 
 
 def test_shards_find_the_learning_rate_that_one_process_finds(tiny_checkpoint, clips, tmp_path, train):
-    """With regularization clips beside the others, LoRA+ and an average: whatever the trials must put back."""
+    """With regularization clips beside the others, LoRA+ and an average: whatever the trials must put back.
+
+    FSDP2 keeps whole weights between passes here, which would hide what is put back into the shards.
+    """
+    config = tmp_path / "config.yaml"
+    kept = CONFIG.read_text().replace("fsdp_reshard_after_forward: true", "fsdp_reshard_after_forward: false")
+    assert "forward: false" in kept
+    config.write_text(kept)
     options = {
         "learning_rate": "auto",
         "validation_split": 2,
+        "validation_steps": 1,  # with the average, before the second update
         "max_train_steps": 2,
         "gradient_checkpointing": "none",
         "id_token": "FILM",
     }
     others = make_clips(tmp_path / "others", count=3, num_frames=16)
     options |= {"regularization_data_root": others, "loraplus_lr_ratio": 2, "ema_decay": 0.5}
-    sharded_run(SCRIPT, *training_options(tiny_checkpoint, clips, tmp_path / "two", **options))
+    sharded_run(SCRIPT, *training_options(tiny_checkpoint, clips, tmp_path / "two", **options), config=config)
     rows = train(tiny_checkpoint, tmp_path / "one", gradient_accumulation_steps=2, **options)
     two, one = (read_args(tmp_path / run)["learning_rate_found"] for run in ("two", "one"))
     assert two["learning_rate"] == one["learning_rate"] and two["loss_by_rate"] == pytest.approx(one["loss_by_rate"])

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from conftest import training_options
+from make_example import make_clips
 from safetensors.torch import load_file
 
 import train_cogvideox_lora
 from run import stopping, validation
-from run.run_directory import read_metrics
+from run.run_directory import read_best, read_metrics
 from run.stopping import is_lower, reason, still_learned, validations_without_gain
 
 HELD_OUT = {"validation_split": 2, "validation_steps": 1}
@@ -73,13 +74,22 @@ def test_validations_on_other_clips_are_forgotten():
     assert reason(rows[:3], record | {"lineage": unchanged}) is not None
 
 
+@pytest.mark.parametrize(
+    ("patience", "count", "is_said"), [(None, 0, False), (2, 2, True), (2, 3, False), (4, 1, True)]
+)
+def test_a_patience_that_cannot_run_out_is_said(patience, count, is_said):
+    remark = stopping.remark_on_patience(patience, count)
+    assert (remark is not None) == is_said
+    assert not is_said or f"has {count} validations before its last update; it takes {patience + 1}" in remark
+
+
 def with_losses(monkeypatch, losses):
     """Replaces the losses of two held-out clips by those given for each update."""
     measure = validation.held_out_losses
 
     def found(held_out, transformer, **options):
         measured, value = measure(held_out, transformer, **options), losses.pop(0)
-        clips = {f"{stopping.OF_CLIP}{clip}": value + 0.01 * clip for clip in range(2)}
+        clips = {f"{stopping.CLIP_PREFIX}{clip}": value + 0.01 * clip for clip in range(2)}
         return measured | {"validation_loss": value} | clips
 
     monkeypatch.setattr(validation, "held_out_losses", found)
@@ -110,10 +120,27 @@ def test_a_run_ends_when_nothing_more_is_learned_and_its_best_weights_are_the_re
     assert "the run ends here" in capsys.readouterr().out
 
 
-def test_a_run_that_still_learns_is_not_ended(tiny_checkpoint, tmp_path, train, monkeypatch):
+def test_a_run_that_still_learns_is_not_ended(tiny_checkpoint, tmp_path, train, monkeypatch, capsys):
     with_losses(monkeypatch, [1 - 0.1 * step for step in range(7)])
     rows = train(tiny_checkpoint, tmp_path, stop_patience=1, max_train_steps=6, **HELD_OUT)
     assert max(row["step"] for row in rows) == 6
+    assert "cannot end this run" not in capsys.readouterr().out
+
+
+def test_too_few_validations_for_the_patience_are_said_at_the_start(tiny_checkpoint, tmp_path, train, capsys):
+    train(tiny_checkpoint, tmp_path, stop_patience=2, max_train_steps=2, **HELD_OUT)
+    assert "--stop_patience 2: cannot end this run, which has 2 validations before its last" in capsys.readouterr().out
+
+
+def test_the_best_on_other_clips_is_no_best(tiny_checkpoint, tmp_path, train, monkeypatch):
+    """After --change data, other clips may be held out, on which every loss may be higher."""
+    with_losses(monkeypatch, [1.0, 0.1, 0.9, 0.7, 0.8])
+    options = HELD_OUT | {"result": "best", "checkpointing_steps": 1}
+    train(tiny_checkpoint, tmp_path / "run", max_train_steps=1, **options)
+    others = make_clips(tmp_path / "others", count=7)
+    options |= {"resume_from_checkpoint": "latest", "change": ["data", "steps"], "instance_data_root": others}
+    train(tiny_checkpoint, tmp_path / "run", max_train_steps=4, **options)
+    assert read_best(tmp_path / "run")["step"] == 3
 
 
 def test_the_losses_of_clips_have_the_mean_that_is_logged(tiny_checkpoint, tmp_path, train):

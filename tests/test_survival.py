@@ -220,7 +220,7 @@ def test_three_failed_validations_in_a_row_end_the_run(tiny_checkpoint, tmp_path
     error = capsys.readouterr().err
     assert (
         "the validation after update 2 has failed: RuntimeError: a codec is missing" in error
-        and "3rd in a row" in error
+        and "3 have failed in a row" in error
     )
     assert list_checkpoints(tmp_path / "run")[-1].name == "checkpoint-2"
 

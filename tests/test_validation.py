@@ -268,9 +268,13 @@ def test_the_smoothed_loss_is_a_mean_at_first(tiny_checkpoint, tmp_path, train):
 # ---- videos
 
 
+def told_comment(video):
+    return iio.immeta(video, plugin="pyav")["comment"]
+
+
 def told_command(video):
     """What the metadata of a video says, as arguments of cli_demo.py."""
-    words = shlex.split(iio.immeta(video, plugin="pyav")["comment"])
+    words = shlex.split(told_comment(video))
     assert words[:2] == ["python", "cli_demo.py"]
     return words[2:]
 
@@ -296,6 +300,16 @@ def test_the_command_in_a_validation_video_makes_it_again_bit_for_bit(
         words = ["--num_inference_steps", "2", "--output_path", str(tmp_path / "again.mp4")]
         cli_demo.main(cli_demo.parse_args([*told_command(video), *words]))
         assert np.array_equal(iio.imread(tmp_path / "again.mp4"), made[video]), video
+
+
+def test_the_command_in_a_video_names_weights_that_are_saved(tiny_checkpoint, tmp_path, train, monkeypatch):
+    """Where the best is the result, the last weights are in a checkpoint only; at other validations nowhere."""
+    monkeypatch.setattr("cogvideox.sampling.NUM_INFERENCE_STEPS", 2)
+    options = {"validation_steps": 1, "checkpointing_steps": 3, "max_train_steps": 2, "validation_split": 2}
+    train(tiny_checkpoint, tmp_path, validation_prompt="a cat", result="best", **options)
+    _, first, last = sorted((tmp_path / "validation").glob("step-*/*.mp4"))
+    assert str(tmp_path / "checkpoint-2") in told_command(last)
+    assert told_comment(first) == f"update 1 of {tmp_path}, whose weights were not saved"
 
 
 def test_the_last_validation_is_what_cli_demo_makes_of_the_run_directory(tiny_checkpoint, tmp_path, train, monkeypatch):
