@@ -1,7 +1,10 @@
-"""Measures learning rates on three small data sets: a sweep, what `--learning_rate auto` finds, LoRA+ and Prodigy.
+r"""Measures learning rates on three small data sets: a sweep, what `--learning_rate auto` finds, LoRA+ and Prodigy.
 
     python benchmarks/rates.py sweep --seeds 1 --updates 400 --output benchmarks/results/rates-sweep.json
-    python benchmarks/rates.py ways --looks film --seeds 1 2 3 --updates 200 --output benchmarks/results/rates-ways.json
+    python benchmarks/rates.py ways --looks film --seeds 1 2 3 --updates 200 --every 50 \
+      --output benchmarks/results/rates-ways.json
+    python benchmarks/rates.py timesteps --looks film --seeds 1 2 3 4 5 --updates 200 --every 50 \
+      --output benchmarks/results/rates-timesteps.json
 
 Every run learns from 25 clips of one look on the small model; every few updates, its loss on 8 held-out clips is noted.
 """
@@ -34,18 +37,22 @@ LOOKS = {  # what is new in the clips: the look in which they are drawn, and wha
 }
 RATES = (3.5e-4, 5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3, 5.7e-3, 8e-3)
 PRODIGY = "--optimizer prodigy --prodigy_decouple --prodigy_use_bias_correction --prodigy_safeguard_warmup"
+SPREAD = "--timestep_sampling low_discrepancy"
 KINDS = {  # ways to train: options of the training script
-    "sweep": (*(f"--learning_rate {rate:g}" for rate in RATES), "--learning_rate auto"),
-    "ways": (
-        "--learning_rate 1e-3",
-        "--learning_rate 1e-3 --loraplus_lr_ratio 4",
-        "--learning_rate 1e-3 --loraplus_lr_ratio 16",
-        "--learning_rate 2e-3",
-        "--learning_rate 2e-3 --loraplus_lr_ratio 4",
-        "--learning_rate 4e-3",
-        "--learning_rate 4e-3 --lr_scheduler cosine",
-        PRODIGY,
-        f"{PRODIGY} --lr_scheduler cosine",
+    "sweep": (*(f"--learning_rate {rate:g} {SPREAD}" for rate in RATES), "--learning_rate auto"),
+    "ways": tuple(
+        f"{way} {SPREAD}"
+        for way in (
+            "--learning_rate 1e-3",
+            "--learning_rate 1e-3 --loraplus_lr_ratio 4",
+            "--learning_rate 1e-3 --loraplus_lr_ratio 16",
+            "--learning_rate 2e-3",
+            "--learning_rate 2e-3 --loraplus_lr_ratio 4",
+            "--learning_rate 4e-3",
+            "--learning_rate 4e-3 --lr_scheduler cosine",
+            PRODIGY,
+            f"{PRODIGY} --lr_scheduler cosine",
+        )
     ),
     "timesteps": tuple(
         f"--learning_rate {rate} --timestep_sampling {how}"
