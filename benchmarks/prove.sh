@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Proves on a GPU what benchmarks/GPU_TODO.md lists, in seven parts of at most 9 minutes, what decides most first:
+# Proves on a GPU what benchmarks/GPU_TODO.md lists, in seven parts of at most 9 minutes, most decisive first:
 #
 #     bash benchmarks/prove.sh [1-7 ...] [--dry] [--tiny]      # without a number: all parts
 #
