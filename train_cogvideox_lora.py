@@ -183,7 +183,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     root = "folder with the clips and their captions, or several; FOLDER=2 shows its clips twice an epoch"
     source("--instance_data_root", type=listing.folder_option, nargs="+", metavar="FOLDER", help=root)
     source("--dataset_name", metavar="NAME", help="dataset repository on the hub, downloaded and read like a folder")
-    kept = "folders with clips of what the model is to keep, without --id_token: a batch of them beside each other one"
+    kept = "folders with clips of what the model is to keep, without --id_token; a batch of them is added to each batch"
     regularization = {"type": listing.regularization_folder, "nargs": "+", "default": [], "metavar": "FOLDER"}
     group.add_argument("--regularization_data_root", **regularization, help=kept)
     data = group.add_argument

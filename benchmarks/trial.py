@@ -179,7 +179,7 @@ def replayed_draws(records: list[dict], theirs: list[dict], folder: Path) -> Abs
 
 @contextlib.contextmanager
 def learning_curve(curve: dict, updates: set[int]):
-    """Copies the LoRA aside after some of the updates; the clock stands still while it does.
+    """Copies the LoRA aside after some of the updates; the clock is stopped meanwhile.
 
     The count of updates starts again when the optimizer does, as in a search for a learning rate, so that what is left
     are the updates of the run itself; "steps" counts all of them.
