@@ -145,9 +145,19 @@ def check_preservation(args: argparse.Namespace, refuse: Callable[[str], None]) 
         }
         for option in (name for name, value in given.items() if value):
             refuse(f"{option}: {changed} changes the base model, with which it compares; leave one of them out")
+    for option, prompts in {
+        "--preserve_prompt": [args.preserve_prompt or ""],
+        "--drift_prompt": validation.drift_prompts(args),
+    }.items():
+        for prompt in filter(listing.words_of(args).has_word, prompts):
+            refuse(
+                f"{option} {prompt!r}: has --id_token {args.id_token} in it, which is not to change there; remove it"
+            )
     if not args.preserve:
-        if args.preserve_every != 1 or args.preserve_prompt is not None:
-            refuse("--preserve_every and --preserve_prompt: do nothing without --preserve; pass a weight, such as 1")
+        every = f"--preserve_every {args.preserve_every}" if args.preserve_every != 1 else None
+        given = [every, "--preserve_prompt" if args.preserve_prompt is not None else None]
+        for option in filter(None, given):
+            refuse(f"{option}: does nothing without --preserve; pass a weight with it, such as --preserve 1")
         return
     if not args.id_token and args.preserve_prompt is None:
         refuse(
@@ -1208,7 +1218,8 @@ def is_over(run: Run) -> bool:
 
     reason = processes.from_main(run.accelerator, why)
     if reason:
-        run.accelerator.print(f"\nthe run ends here: {reason}")
+        on = "--resume_from_checkpoint auto with a larger --stop_patience continues"
+        run.accelerator.print(f"\nthe run ends here: {reason}; {on}")
     return reason is not None
 
 
@@ -1489,8 +1500,10 @@ def announce(run: Run, on_data: list[str], start: Start, changed: dict) -> float
         num_trained=num_trained,
         learning_rate=run.state.lr_scheduler.base_lrs[0] if is_auto else args.learning_rate,
     )
-    if remark := stopping.remark_on_patience(args.stop_patience, count_validations(run)):
-        lines.append(remark)
+    found = run.rate_found.as_json() if run.rate_found else found_before(run, start)
+    remarks = [patience_remark(args, timeline)]
+    remarks += [rate_search.remark_on_length(found, timeline.total_steps)] if is_auto else []
+    lines += filter(None, remarks)
     accelerator.print(*lines, sep="\n")
     record = {
         "step": timeline.first_step,
@@ -1501,7 +1514,7 @@ def announce(run: Run, on_data: list[str], start: Start, changed: dict) -> float
         "memory_plan": run.memory_plan.as_json(),
         "self_check": run.self_checked,
         "held_out": run.held_out.labels,
-        "learning_rate_found": run.rate_found.as_json() if run.rate_found else found_before(run, start),
+        "learning_rate_found": found,
         "options": vars(args),
     }
     run_directory.start_records(
@@ -1511,11 +1524,11 @@ def announce(run: Run, on_data: list[str], start: Start, changed: dict) -> float
     return run_directory.smoothed_loss(args.output_dir)
 
 
-def count_validations(run: Run) -> int:
-    """Returns how many validations there are before the last update, if the options have always been these."""
-    args, timeline = run.args, run.timeline
+def patience_remark(args: argparse.Namespace, timeline: Timeline) -> str | None:
+    """Returns a sentence if --stop_patience cannot end the run, supposing that its options have always been these."""
     due = partial(timeline.due, every_steps=args.validation_steps, every_epochs=args.validation_epochs)
-    return args.validate_first + sum(map(due, range(1, timeline.total_steps)))
+    count = args.validate_first + sum(map(due, range(1, timeline.total_steps)))
+    return stopping.remark_on_patience(args.stop_patience, count)
 
 
 def found_before(run: Run, start: Start) -> dict | None:
@@ -1597,6 +1610,7 @@ def report_dry_run(
     )
     if args.learning_rate == rate_search.AUTO:
         lines.append(rate_search.describe_plan(timeline.total_steps))
+    lines += filter(None, [patience_remark(args, timeline)])
     accelerator.print(*lines, *dry_run.describe(outlook, memory_plan.phases), sep="\n")
 
 
@@ -1659,6 +1673,7 @@ def main(args: argparse.Namespace) -> None:
         result = checkpoints.save_result(
             accelerator, run.state, run.export, args.output_dir, total_limit=limit, kind=args.result
         )
+        write_report(run)
         accelerator.print(*describe_result(args, result), sep="\n")
         end(accelerator)
     if uploads and accelerator.is_main_process:  # the other ranks do not wait for the upload

@@ -86,6 +86,10 @@ class Words(NamedTuple):
     with_plain: bool = False  # whether to add each clip's captions without id_token
     plain_prompt: str | None = None  # in their place; None: the captions without it
 
+    def has_word(self, text: str) -> bool:
+        """Whether a text has `id_token` in it, as a word of its own."""
+        return bool(self.id_token and re.search(rf"(?<!\w){re.escape(self.id_token)}(?!\w)", text))
+
     def around(self, clip: Clip) -> Clip:
         """Returns the clip with these words around its captions."""
         plain = [_ended(_joined(self.caption_prefix, caption), self.caption_suffix) for caption in clip.captions]
@@ -239,7 +243,28 @@ def read_listing(folders: list[Folder], columns: Columns = NONE_NAMED, words: Wo
         listing.problems.extend(problems)
         of_folder = {"repeats": folder.repeats, "is_regularization": folder.is_regularization}
         listing.clips.extend(clip._replace(**of_folder) for clip in clips)
+    _check_words(listing, words)
     return listing._replace(clips=[words.around(clip) for clip in listing.clips])
+
+
+def _check_words(listing: Listing, words: Words) -> None:
+    """Adds to a listing what is said about captions that have the new word already.
+
+    It is a problem where the absence of the word means the base model.
+    """
+    found = [clip for clip in listing.clips if any(map(words.has_word, clip.captions))]
+    kept = [clip for clip in found if clip.is_regularization]
+    if kept:
+        shows = f"{len(kept)} captions of --regularization_data_root have --id_token {words.id_token} in them"
+        rule = "these clips show what is to stay as it is; remove it from their captions"
+        listing.problems.append(f"{shows}, the first that of {kept[0].named}: {rule}")
+    if learned := [clip for clip in found if not clip.is_regularization]:
+        has = f"{len(learned)} captions have --id_token {words.id_token} in them, the first that of {learned[0].named}"
+        if words.with_plain and words.plain_prompt is None:
+            rule = "without it, a caption has to mean what the base model knows; remove it there, since it is added"
+            listing.problems.append(f"{has}: {rule} before each caption")
+        else:
+            listing.remarks.append(f"{has}: it is added before these, too")
 
 
 def _in_folder(folder: Path, problem: str) -> str:

@@ -59,7 +59,8 @@ class Report(NamedTuple):
         """Returns what is wrong, and the options that make this run compute in a way of its own."""
         wrong = [one for one in self.compared if one.is_wrong]
         first = max(wrong, key=lambda one: one.error / max(one.plain_error, ROUNDING))
-        leave = f"leave out {', '.join(options)}, one after the other, or " if options else ""
+        in_turn = ", one after the other," if len(options) > 1 else ""
+        leave = f"leave out {', '.join(options)}{in_turn} or " if options else ""
         remedy = f"{leave}train all the same with --self_check never"
         return (
             f"--self_check: block {first.block} computes something else here than diffusers and PEFT do: the relative "

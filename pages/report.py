@@ -181,7 +181,7 @@ def _drift_panel(measured: list[dict]) -> dict:
         note += f" Now, {remark}."
     mean = curve(measured, "drift", "drift")
     curves = [curve(measured, name, f"t = {timestep}") for timestep, name in _by_timestep(measured, "drift")]
-    return _panel("Drift from the base model", note, [mean, *curves], zero=True)
+    return _panel("Drift from the base model", note, [*curves, mean], zero=True)  # timesteps in the colours of above
 
 
 def _by_timestep(rows: list[dict], name: str) -> list[tuple[int, str]]:

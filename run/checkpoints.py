@@ -273,6 +273,8 @@ def check_course(
             "--pretrained_model_name_or_path; pass the base model that args.json beside it names"
         )
     saved = course.EARLIER | start.saved["options"] | {"processes": start.saved.get("processes", 1)}
+    if saved.get("learning_rate") == rate_search.AUTO != options["learning_rate"]:  # it is compared with what was found
+        saved["learning_rate"] = start.saved["lr_scheduler"]["base_lrs"][0]
     return course.check_options_of_checkpoint(start.name, saved, options, allowed=allowed, derived=derived)
 
 

@@ -70,7 +70,7 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
         )
     if args.loraplus_lr_ratio != 1 and (is_prodigy or args.training_type == "sft"):
         why = "--optimizer prodigy, which has one learning rate" if is_prodigy else "--training_type sft"
-        refuse(f"--loraplus_lr_ratio: does nothing with {why}; leave it out")
+        refuse(f"--loraplus_lr_ratio {args.loraplus_lr_ratio:g}: does nothing with {why}; leave it out")
     if args.training_type == "sft" and args.ema_decay is not None:
         refuse("--ema_decay: does nothing with --training_type sft, which trains no LoRA; leave it out")
     if args.ema_decay is not None and not 0 < args.ema_decay < 1:

@@ -24,11 +24,23 @@ class Found(NamedTuple):
     learning_rate: float
     losses: dict[float, float]  # on held-out clips after a trial, by its rate in the order of the trials
     updates: int  # of each trial
+    total_updates: int  # of the run that it is for
+
+    @property
+    def best(self) -> float:
+        """The rate of the best trial."""
+        return _best(self.losses)
 
     def as_json(self) -> dict:
         losses = sorted(self.losses.items())
         losses = {f"{rate:.1e}": loss if math.isfinite(loss) else None for rate, loss in losses}
-        return {"learning_rate": self.learning_rate, "updates_of_a_trial": self.updates, "loss_by_rate": losses}
+        return {
+            "learning_rate": self.learning_rate,
+            "best_trial": f"{self.best:.1e}",
+            "updates_of_a_trial": self.updates,
+            "updates_of_the_run": self.total_updates,
+            "loss_by_rate": losses,
+        }
 
 
 def option(text: str) -> float | str:
@@ -44,9 +56,9 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
         return
     is_changed = "learning_rate" in args.change
     for is_due, reason in (
-        (args.optimizer == "prodigy", "--optimizer prodigy: finds its own learning rate; leave one of them out"),
-        (args.scale_lr, "--scale_lr: would change what was found; leave it out"),
-        (is_changed, "--change learning_rate: it is found before the first update only; pass a number"),
+        (args.optimizer == "prodigy", "--optimizer prodigy finds its own learning rate; leave one of them out"),
+        (args.scale_lr, "--scale_lr would change what was found; leave it out"),
+        (is_changed, "it is found before the first update only; with --change learning_rate, pass a number"),
         (not args.validation_split, "needs held-out clips to judge by; add --validation_split"),
     ):
         if is_due:
@@ -78,7 +90,7 @@ def find(loss_of: Callable[[float], float], first: float, *, trial_updates: int,
             f"--learning_rate auto: the loss is not finite with any of {', '.join(f'{rate:.1e}' for rate in losses)}; "
             "look at the clips and the precision of the run, or pass a number"
         )
-    return Found(for_longer_run(best, trial_updates, total_updates), losses, trial_updates)
+    return Found(for_longer_run(best, trial_updates, total_updates), losses, trial_updates, total_updates)
 
 
 def _best(losses: dict[float, float]) -> float:
@@ -112,7 +124,27 @@ def describe_plan(total_updates: int) -> str:
 
 
 def describe(found: Found) -> list[str]:
-    lines, best = [], _best(found.losses)
+    """Returns lines on what the trials have found."""
+    lines, best = [], found.best
     if best in (min(found.losses), max(found.losses)):
         lines.append(f"the best, {best:.1e}, is at the end of what was tried: a rate beyond it may be better")
-    return [*lines, f"learning rate {found.learning_rate:g}: the best of them, {best:.1e}, scaled to this run's length"]
+    scaled, times = "", found.total_updates / found.updates
+    if times > 1:
+        scaled = f" {best:.1e}, divided by the root of {times:.4g}: the run has so many times the updates of a trial"
+    return [*lines, f"learning rate {found.learning_rate:g}: the best of the trials{scaled}"]
+
+
+def remark_on_length(found: dict | None, total_updates: int) -> str | None:
+    """Returns a sentence if a resumed run has another length than the one for which its learning rate was found.
+
+    Args:
+        found: "learning_rate_found" of args.json; None if it was given.
+    """
+    before = found.get("updates_of_the_run", total_updates) if found else total_updates
+    if before == total_updates:
+        return None
+    rate = for_longer_run(float(found["best_trial"]), found["updates_of_a_trial"], total_updates)
+    return (
+        f"learning rate {found['learning_rate']:g} was found for a run of {before} updates; for {total_updates} it "
+        f"would be {rate:g}: --learning_rate {rate:g} --change learning_rate continues with that"
+    )

@@ -11,7 +11,7 @@ CLIP_PREFIX = "validation_loss_clip"  # of the names of single held-out clips' l
 
 def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
     """Refuses options that need held-out clips where there are none; `refuse` ends the program with a message."""
-    given = {"--stop_patience": args.stop_patience is not None, "--result best": args.result == "best"}
+    given = {f"--stop_patience {args.stop_patience}": args.stop_patience, "--result best": args.result == "best"}
     if (named := [name for name, is_given in given.items() if is_given]) and not args.validation_split:
         refuse(f"{named[0]}: is decided by the loss on held-out clips; add --validation_split")
 
@@ -101,11 +101,10 @@ def reason(rows: Sequence[dict], record: dict) -> str | None:
     if patience is None or validations_without_gain(validations) < patience:
         return None
     falling = still_learned(validations, patience)
-    of_clips = "falls on none"
+    count, of_clips = len(validations[-1][1]), "is lower on none of them"
     if falling:
-        named = ", ".join(labels[clip] for clip in falling)
-        of_clips = f"still falls on {len(falling)} of the {len(validations[-1][1])}: {named}"
+        of_clips = f"is lower on {len(falling)} of them: {', '.join(labels[clip] for clip in falling)}"
     return (
-        f"the loss on held-out clips has not fallen in {patience} validations (--stop_patience); compared with that "
-        f"long ago, it {of_clips}"
+        f"in {patience} validations (--stop_patience), the loss on held-out clips has fallen by no more than its "
+        f"standard error over the {count} clips; since then it {of_clips}"
     )

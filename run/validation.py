@@ -38,6 +38,7 @@ MOST_FAILURES = 3  # in a row
 # around the mean of their prompt, and a validation always has the same prompts and seeds.
 WELL_BELOW = 0.5
 VALIDATIONS_WITHOUT_GAIN = 2  # a single one may be worse by chance
+DRIFT_GROWTH = 1.1  # times what it was, below which a drift is taken to stay as it is
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     check("--validation_steps", type=positive, metavar="N", help="updates between further validations (default: none)")
     split = "videos to hold out for the validation loss: below 1 a share, from 1 a number; 0: none"
     check("--validation_split", type=float, default=0, metavar="P", help=split)
-    patience = "end the run once the loss on held-out clips has not fallen in N validations (default: never)"
+    patience = "end the run once N validations in a row bring no clear fall of the held-out loss (default: never)"
     check("--stop_patience", type=positive, metavar="N", help=patience)
     drift = "prompts to measure the drift from the base model on, beside the held-out captions without --id_token"
     check("--drift_prompt", metavar="TEXT", help=drift)
@@ -206,7 +207,7 @@ def remark_on_drift(rows: list[dict]) -> str | None:
         return None
     best, last = min(rows, key=itemgetter("validation_loss")), rows[-1]
     since = sum(row["step"] > best["step"] for row in rows)
-    if since < VALIDATIONS_WITHOUT_GAIN or last["drift"] <= best["drift"]:
+    if since < VALIDATIONS_WITHOUT_GAIN or last["drift"] <= DRIFT_GROWTH * best["drift"]:
         return None
     return (
         f"without the new word, the model drifts away from the base model ({last['drift']:.4g}, {best['drift']:.4g} at "

@@ -126,7 +126,7 @@ def rows(*pairs):
         ([(1.0, 0.0), (0.9, 0.1), (0.8, 0.2)], False),  # the loss falls
         ([(1.0, 0.0), (0.8, 0.1), (0.9, 0.2)], False),  # once may be chance
         ([(1.0, 0.0), (0.8, 0.1), (0.9, 0.2), (0.85, 0.2)], True),
-        ([(1.0, 0.0), (0.8, 0.1), (0.9, 0.2), (0.85, 0.1)], False),  # it does not grow
+        ([(1.0, 0.0), (0.8, 0.1), (0.9, 0.2), (0.85, 0.109)], False),  # it hardly grows
     ],
 )
 def test_a_drift_that_grows_while_nothing_is_gained_is_said(history, is_said):
@@ -141,11 +141,11 @@ def test_a_drift_that_grows_while_nothing_is_gained_is_said(history, is_said):
     [
         ({"drift_prompt": "a cat"}, "--drift_prompt: the drift is measured on held-out clips; add --validation_split"),
         ({"drift_prompt": "a:::", "validation_split": 1}, "a prompt is empty"),
+        ({"drift_prompt": "a", "validation_split": 1, "training_type": "sft"}, "--drift_prompt: --training_type sft"),
         (
-            {"drift_prompt": "a", "validation_split": 1, "training_type": "sft"},
-            "--drift_prompt: .* --training_type sft",
+            {"drift_prompt": "a", "validation_split": 1, "init_lora_weights": "pissa"},
+            "--drift_prompt: --init_lora_weights pissa",
         ),
-        ({"drift_prompt": "a", "validation_split": 1, "init_lora_weights": "pissa"}, "--drift_prompt: .* pissa"),
     ],
 )
 def test_a_drift_that_cannot_be_measured_is_refused(tiny_checkpoint, clips, tmp_path, capsys, options, message):

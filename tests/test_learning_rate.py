@@ -148,7 +148,7 @@ def test_a_run_with_the_rate_that_was_found_is_a_run_with_that_rate(tiny_checkpo
     said = capsys.readouterr().out
     assert "learning rate auto: 4 to 8 trials of 3 updates, each" in said
     found = json.loads((tmp_path / "auto" / "args.json").read_text())["learning_rate_found"]
-    assert f"learning rate {found['learning_rate']:g}: the best of them, " in said
+    assert f"learning rate {found['learning_rate']:g}: the best of the trials" in said
     assert f"trial {len(found['loss_by_rate'])}: learning rate" in said
     assert 4 <= len(found["loss_by_rate"]) <= 8 and found["updates_of_a_trial"] == 3
     assert "Learning rates that were tried" in (tmp_path / "auto" / "report.html").read_text()
@@ -182,6 +182,23 @@ def test_other_batches_of_a_resumed_run_leave_the_rate_that_was_found(tiny_check
     options = AUTO | {"max_train_steps": 4, "train_batch_size": 2, "change": ["batch", "steps"]}
     rows = train(tiny_checkpoint, tmp_path, resume_from_checkpoint="latest", **options)
     assert found != FIRST and [row["lr"] for row in rows if row["step"] > 2 and "lr" in row] == [found, found]
+
+
+def test_a_run_that_is_made_longer_says_which_rate_it_would_have(tiny_checkpoint, tmp_path, train, capsys):
+    """The checkpoint's rate is kept; passed as a number, it is no change."""
+    train(tiny_checkpoint, tmp_path, max_train_steps=2, **AUTO)
+    found = json.loads((tmp_path / "args.json").read_text())["learning_rate_found"]
+    capsys.readouterr()
+    again = {"resume_from_checkpoint": "latest", "change": "steps"}
+    rates = [row["lr"] for row in train(tiny_checkpoint, tmp_path, max_train_steps=4, **AUTO | again) if "lr" in row]
+    longer = rate_search.for_longer_run(float(found["best_trial"]), 2, 4)
+    said = f"{found['learning_rate']:g} was found for a run of 2 updates; for 4 it would be {longer:g}: --learning_rate"
+    assert said in capsys.readouterr().out and set(rates) == {found["learning_rate"]}
+    options = AUTO | again | {"learning_rate": found["learning_rate"], "max_train_steps": 5}
+    assert {row["lr"] for row in train(tiny_checkpoint, tmp_path, **options) if "lr" in row} == set(rates)
+    with pytest.raises(SystemExit, match="2"):
+        train(tiny_checkpoint, tmp_path, **options | {"learning_rate": 1e-5})
+    assert f"--learning_rate 1e-05: checkpoint-5 was trained with {found['learning_rate']}" in capsys.readouterr().err
 
 
 def test_auto_is_refused_where_another_rate_was_trained_with(tiny_checkpoint, tmp_path, train, capsys):
@@ -256,11 +273,11 @@ def test_a_signal_ends_the_trials(tiny_checkpoint, tmp_path, train, monkeypatch,
     ("options", "expected"),
     [
         ({}, "needs held-out clips to judge by; add --validation_split"),
-        ({"validation_split": 2, "optimizer": "prodigy"}, "--optimizer prodigy: finds its own learning rate"),
-        ({"validation_split": 2, "scale_lr": True}, "--scale_lr: would change what was found"),
+        ({"validation_split": 2, "optimizer": "prodigy"}, "--optimizer prodigy finds its own learning rate"),
+        ({"validation_split": 2, "scale_lr": True}, "--scale_lr would change what was found"),
         (
             {"validation_split": 2, "resume_from_checkpoint": "auto", "change": "learning_rate"},
-            "--change learning_rate: it is found before the first update only; pass a number",
+            "it is found before the first update only; with --change learning_rate, pass a number",
         ),
     ],
 )

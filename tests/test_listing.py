@@ -83,6 +83,29 @@ def test_words_are_put_around_captions_with_a_space_but_none_before_a_comma(suff
     assert clip.captions == (f"DISNEY a cartoon: a cat{end}", f"DISNEY a cartoon: a dog{end}")
 
 
+@pytest.mark.parametrize(
+    ("words", "is_problem", "is_said"),
+    [
+        (Words("circle"), False, True), (Words("circle", with_plain=True), True, True),
+        (Words("circle", with_plain=True, plain_prompt="a shape"), False, True),
+        (Words("circ", with_plain=True), False, False), (Words(None, with_plain=True), False, False),
+    ],
+)  # fmt: skip
+def test_captions_that_have_the_new_word_already_are_said(drawn, tmp_path, words, is_problem, is_said):
+    """A problem where captions without the word stand for what the base model knows: they would have it."""
+    folder = lay_out("metadata.jsonl", drawn, tmp_path / "clips")
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    first, *others = (json.loads(line) for line in lines)
+    found = [first | {"text": "a red circle, moving"}, *(row | {"text": "a square"} for row in others)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, found)))
+    listed = read_listing([Folder(folder)], words=words)
+    said = listed.problems if is_problem else listed.remarks
+    assert any("1 captions have --id_token circle in them, the first that of" in line for line in said) == is_said
+    assert bool(listed.problems) == is_problem
+    kept = read_listing([Folder(folder, is_regularization=True)], words=words)
+    assert any("--regularization_data_root have --id_token" in line for line in kept.problems) == is_said
+
+
 def test_a_parquet_table_is_read(drawn, tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is optional: the message says how to install it")
     parquet = pytest.importorskip("pyarrow.parquet")

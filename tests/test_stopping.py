@@ -60,7 +60,7 @@ def test_the_reason_names_the_clips_that_are_still_learned():
     rows = [{**row, "validation_loss_clip0": 1.0 + 0.1 * row["step"]} for row in rows]
     assert still_learned(stopping.of_each_clip(rows), count=2) == [1]
     record = {"options": {"stop_patience": 2}, "held_out": ["a.mp4", "b.mp4"]}
-    assert "still falls on 1 of the 2: b.mp4" in reason(rows, record)
+    assert "over the 2 clips; since then it is lower on 1 of them: b.mp4" in reason(rows, record)
 
 
 def test_validations_on_other_clips_are_forgotten():
@@ -69,7 +69,7 @@ def test_validations_on_other_clips_are_forgotten():
     rows += [{"step": 4, "validation_loss_clip0": 2.0}, {"step": 5, "validation_loss_clip0": 2.5}]
     lineage = [{"checkpoint": "checkpoint-3", "step": 3, "changed": {"data: clips": ["a", "b"]}}]
     record = {"options": {"stop_patience": 1}, "held_out": ["a.mp4"], "lineage": lineage}
-    assert "has not fallen in 1 validations" in reason(rows, record) and reason(rows[:4], record) is None
+    assert "in 1 validations (--stop_patience), the loss" in reason(rows, record) and reason(rows[:4], record) is None
     unchanged = [{"checkpoint": "checkpoint-1", "step": 1, "changed": {"learning_rate": [1, 2]}}]
     assert reason(rows[:3], record | {"lineage": unchanged}) is not None
 
@@ -104,7 +104,10 @@ def test_a_run_ends_when_nothing_more_is_learned_and_its_best_weights_are_the_re
     last = max(row["step"] for row in rows)
     assert last < 20 and (tmp_path / f"checkpoint-{last}").is_dir()
     said = capsys.readouterr().out
-    assert "the run ends here: the loss on held-out clips has not fallen in 2 validations" in said
+    assert (
+        "the run ends here: in 2 validations (--stop_patience), the loss on held-out clips has fallen by no more"
+        in said
+    )
     assert "(update 2, the lowest loss on held-out clips)" in said
     result, best = (load_file(tmp_path / place / LORA_FILE) for place in ("", "checkpoint-best"))
     assert all(torch.equal(result[name], best[name]) for name in best) and best.keys() == result.keys()
@@ -112,7 +115,7 @@ def test_a_run_ends_when_nothing_more_is_learned_and_its_best_weights_are_the_re
     assert any(not torch.equal(result[name], at_end[name]) for name in result)
     assert "held_out" in json.loads((tmp_path / "args.json").read_text())
     page = (tmp_path / "report.html").read_text()
-    assert "has not fallen in 2 validations" in page
+    assert "in 2 validations (--stop_patience), the loss on held-out clips has fallen by no more than its" in page
 
     # The same command with --resume_from_checkpoint makes no further update.
     resumed = train(tiny_checkpoint, tmp_path, resume_from_checkpoint="auto", **options)
