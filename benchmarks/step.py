@@ -19,6 +19,7 @@ reports its own times, FLOPs and memory; tokens are those of all.
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
 import sys
@@ -119,6 +120,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     warmup = "updates before them, for kernels and memory to settle"
     profile = "updates after them, to tell the time of each kernel"
     what("--warmup", type=at_least(0), default=3, metavar="N", help=warmup)
+    seconds = "seconds after which no further update is measured, but at least two are (default: no limit)"
+    what("--max_seconds", type=float, default=math.inf, metavar="SECONDS", help=seconds)
     what("--profile", type=at_least(0), default=0, metavar="N", help=profile)
     what("--output", type=Path, metavar="FILE", help="also write the JSON there")
 
@@ -281,14 +284,20 @@ class Measured(NamedTuple):
     kernels: list[dict]
 
 
-def measure(run: train.Run, warmup: int, steps: int, profiled: int = 0) -> Measured:
-    """Times updates, and then profiles some more."""
+def measure(run: train.Run, *, warmup: int, steps: int, max_seconds: float = math.inf, profiled: int = 0) -> Measured:
+    """Times updates, and then profiles some more.
+
+    Args:
+        steps: the most updates to measure; once two or more have taken `max_seconds` together, no further one begins.
+    """
     on_gpu = run.accelerator.device.type == "cuda"
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     seconds, losses = [], []
     with run.image_encoder() as encode_images:
         update = partial(train.update, run, run.micro_batches(), encode_images)
         for step in range(warmup + steps):
+            if step >= warmup + 2 and sum(seconds[warmup:]) >= max_seconds:
+                break
             if on_gpu and step == warmup:
                 torch.cuda.reset_peak_memory_stats()
             synchronize()
@@ -344,6 +353,30 @@ def predicted_peak_gib(options: argparse.Namespace) -> float:
     return peak_gib(rehearsals(args, base, train.DTYPES[args.mixed_precision], torch.device("cuda"), 1)[0])
 
 
+def without_room(options: argparse.Namespace) -> dict[str, float] | None:
+    """Returns the predicted peak of a step on this GPU and the memory that it has, in GiB; None where that may do.
+
+    None, too, without a GPU, and in one of several processes, which may share the weights out.
+    """
+    if not torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return None
+    predicted = predicted_peak_gib(options)
+    gpu = round(torch.cuda.get_device_properties("cuda").total_memory / GIB, 3)
+    return {"predicted_peak_gib": predicted, "gpu_gib": gpu} if predicted > gpu else None
+
+
+def check_memory(options: argparse.Namespace, output: Path | None = None) -> None:
+    """Refuses a step that does not fit into this GPU, as predicted, and writes that to `output` as its result."""
+    found = without_room(options)
+    if found:
+        if output:
+            write_json(output, {"does_not_fit": found})
+        raise ValueError(
+            f"a step needs {found['predicted_peak_gib']:.1f} GiB, as predicted, and this GPU has "
+            f"{found['gpu_gib']:.1f}: pass --gradient_checkpointing, or what else docs/hardware.md lists"
+        )
+
+
 def rehearsed(run: train.Run, device_name: str, seconds: float) -> dict:
     """Returns predicted memory and FLOPs of one update in one process, and their share of the GPU's peak in `seconds`.
 
@@ -371,7 +404,7 @@ def report(run: train.Run, options: argparse.Namespace, measured: Measured) -> d
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}"
     tokens, median = run.base.num_tokens(*run.data.shapes[0][1:]), statistics.median(seconds)
     clips = run.timeline.batches_per_step * run.args.train_batch_size
-    own = {name: getattr(options, name) for name in ("num_layers", "steps", "warmup", "compile")}
+    own = {name: getattr(options, name) for name in ("num_layers", "warmup", "compile")} | {"steps": len(seconds)}
     packages = ("torch", "diffusers", "peft", "accelerate", "transformers")
     return {
         "model": options.model,
@@ -397,8 +430,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         with processes.explained():
+            check_memory(options, options.output)
             run = prepare(options, Path(folder))
-        measured = measure(run, options.warmup, options.steps, options.profile)
+        measured = measure(
+            run, warmup=options.warmup, steps=options.steps, max_seconds=options.max_seconds, profiled=options.profile
+        )
     if not all(map(math.isfinite, measured.losses)):
         rule = "must be finite for the times to mean anything; pass --mixed_precision bf16 or no"
         sys.exit(f"losses {measured.losses}: {rule}")

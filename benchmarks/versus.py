@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import make_example
+import step
 from reference import sha256
-from step import TINY
 
 import train_cogvideox_lora as train
 from files import at_least, write_json
@@ -70,12 +70,12 @@ class Size(NamedTuple):
     warmup: int
 
 
-SMALL = TINY | {
+SMALL = step.TINY | {
     "num_layers": 4, "num_attention_heads": 8, "attention_head_dim": 64, "time_embed_dim": 512,
     "sample_height": 16, "sample_width": 24, "sample_frames": 17,
 }  # fmt: skip
 SIZES = {  # TINY is the transformer of examples/make_example.py
-    "overhead": Size(TINY, 64, 96, 9, rank=8, steps=300, warmup=20),
+    "overhead": Size(step.TINY, 64, 96, 9, rank=8, steps=300, warmup=20),
     "compute": Size(SMALL, 128, 192, 17, rank=32, steps=20, warmup=4),
     "2b": Size({}, 480, 720, 49, rank=128, steps=20, warmup=4),
 }
@@ -109,6 +109,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         setattr(args, name, getattr(args, name) or getattr(SIZES[args.size], name))
     check_ours_options(args, parser.error)
     return args
+
+
+def check_memory(args: argparse.Namespace) -> None:
+    """Refuses what does not fit into this GPU, as `step.check_memory` predicts it for our script."""
+    if args.size == "2b":
+        line = ["--model", "2b", "--rank", str(args.rank), "--train_batch_size", str(args.train_batch_size)]
+        line += ["--mixed_precision", args.mixed_precision]
+        line += ["--gradient_checkpointing"] if args.gradient_checkpointing else []
+        step.check_memory(step.parse_args(line), args.output)
 
 
 def check_ours_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
@@ -378,6 +387,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = args.work_dir or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         try:
+            check_memory(args)
             result = compare(args, folder)
         except (RuntimeError, ValueError) as error:
             sys.exit(f"versus.py: error: {error}")

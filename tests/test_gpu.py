@@ -36,8 +36,10 @@ def test_a_lora_is_trained_over_a_quantised_base(model, precision):
 def test_full_size_takes_three_steps(model, training_type):
     if training_type == "sft" and model != "2b":
         pytest.skip("16 bytes for each of 5.6 billion weights are 83 GiB before activations: that is what FSDP2 is for")
-    options = ["--training_type", training_type, "--gradient_checkpointing", "--mixed_precision", "bf16"]
-    check_steps("--model", model, *options, steps=3)
+    options = ["--model", model, "--training_type", training_type, "--gradient_checkpointing"]
+    if found := step.without_room(step.parse_args(options)):
+        pytest.skip(f"does not fit, predicted: {found}")
+    check_steps(*options, "--mixed_precision", "bf16", steps=3)
 
 
 @pytest.mark.parametrize("level", ["attention", "full"])
@@ -96,7 +98,7 @@ def bytes_of_a_step(*switch):
     options = step.parse_args([*TWO_LAYERS["2b"], "--num_layers", "6", "--steps", "1", "--warmup", "1", *switch])
     run = step.prepare(options)
     before = torch.cuda.memory_allocated()
-    step.measure(run, options.warmup, options.steps)
+    step.measure(run, warmup=options.warmup, steps=options.steps)
     return torch.cuda.max_memory_allocated() - before
 
 

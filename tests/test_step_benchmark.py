@@ -3,6 +3,7 @@
 import json
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def check_steps(*argv, steps=4, folder=None):
     run = step.prepare(options, folder)
     before = {name: weight.detach().clone() for name, weight in trained(run).items()}
 
-    losses = step.measure(run, options.warmup, options.steps).losses
+    losses = step.measure(run, warmup=options.warmup, steps=options.steps).losses
 
     assert all(map(math.isfinite, losses))
     after = trained(run)
@@ -147,6 +148,38 @@ def test_prints_json_and_writes_the_same(switch, tmp_path, capsys):
     assert result["model_flops"] > 0 and result["mfu"] is None  # the peak of a CPU is not known
     assert result["options"]["gradient_checkpointing"] == ("full" if switch else "none")
     assert result["trainable_weights"] == 2 * 4 * 2 * 4 * 64  # layers, targets, A and B, rank, width
+
+
+def test_measuring_ends_after_its_seconds_but_not_before_two_updates(tmp_path):
+    line, file = ["--model", "tiny", "--rank", "4", "--warmup", "1", "--profile", "1"], tmp_path / "tiny.json"
+    step.main([*line, "--steps", "5", "--max_seconds", "0", "--output", str(file)])
+    result = json.loads(file.read_text())
+    assert len(result["losses"]) == len(result["seconds_of_each_step"]) == result["options"]["steps"] == 2
+    assert result["kernels"]
+
+
+def on_a_gpu_of(monkeypatch, gib):
+    properties = SimpleNamespace(total_memory=int(gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+def test_what_does_not_fit_into_the_gpu_is_refused_and_recorded_as_that(monkeypatch, tmp_path, capsys):
+    on_a_gpu_of(monkeypatch, 23.6)
+    file = tmp_path / "2b.json"
+    with pytest.raises(SystemExit) as end:
+        step.main(["--model", "2b", "--output", str(file)])
+    assert end.value.code == 2
+    assert "a step needs 30.3 GiB, as predicted, and this GPU has 23.6" in capsys.readouterr().err
+    assert json.loads(file.read_text()) == {"does_not_fit": {"predicted_peak_gib": 30.294, "gpu_gib": 23.6}}
+
+
+def test_only_what_does_not_fit_by_itself_is_refused(monkeypatch):
+    on_a_gpu_of(monkeypatch, 23.6)
+    none, full = (step.parse_args(["--model", "2b", *words]) for words in ([], ["--gradient_checkpointing"]))
+    assert step.without_room(none) and not step.without_room(full)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not step.without_room(none)  # two processes may share the weights out
 
 
 def test_a_profile_tells_what_takes_the_time_of_an_update(capsys):

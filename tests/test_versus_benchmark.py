@@ -11,6 +11,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -328,6 +329,17 @@ def test_options_for_ours_alone_reach_its_runs_and_no_other(precision, lines, tm
         assert train_cogvideox_lora.parse_args(lines[name][1:]).compile == (name != "gate-float32")
     assert result["ours_options"] == options
     assert "--compile" in result["command_lines"]["ours"] and "--compile" not in result["command_lines"]["theirs"]
+
+
+def test_what_does_not_fit_into_the_gpu_is_not_begun(lines, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=24 << 30))
+    file = tmp_path / "versus.json"
+    words = ["--reference", __file__, "--size", "2b", "--mixed_precision", "bf16", "--output", str(file)]
+    with pytest.raises(SystemExit, match="a step needs 30.3 GiB, as predicted, and this GPU has 24.0"):
+        versus.main(words)
+    assert json.loads(file.read_text())["does_not_fit"]["gpu_gib"] == 24 and not lines
+    versus.check_memory(versus.parse_args([*words, "--gradient_checkpointing"]))
 
 
 def test_what_was_measured_before_a_run_fails_is_kept(lines, tmp_path, monkeypatch):
