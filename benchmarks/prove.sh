@@ -9,14 +9,24 @@
 #
 # After each run, what became of it is written to benchmarks/results/prove-<gpu>.json, the one file for a pull request.
 # Ctrl-C stops; the same command continues. A run that has passed on this GPU, with this commit, driver and versions, is
-# not repeated; one that failed is. A table ends it. Exit code 0: nothing has failed; 1: a run failed, or its part had no
-# time left for it; 2: refused, or no GPU; 130: stopped.
+# not repeated, nor is one that does not fit into its memory, as predicted; one that failed is. A table ends it. Exit
+# code 0: nothing has failed; 1: a run failed, or its part had no time left for it; 2: refused, or no GPU; 130: stopped.
 #
 # --dry prints the commands; --tiny, or PROVE_MODEL=tiny, takes stand-ins that any CPU can do. PROVE_RESULTS is the folder
 # of the file (default: benchmarks/results, tiny: examples/world/prove). Needs the packages of requirements-dev.txt, and
-# installs nothing.
+# 5b-full-nf4, which is skipped without it, bitsandbytes (pip install bitsandbytes). Installs nothing.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+
+# absolute PATH: an empty one stays empty.
+absolute() {
+  [[ -z $1 || $1 == /* ]] && echo "$1" || echo "$PWD/$1"
+}
+
+python=${PYTHON:-python}
+[[ $python != */* ]] || python=$(absolute "$python") # otherwise found in PATH
+reference=$(absolute "${VERSUS_REFERENCE:-}")
+results=$(absolute "${PROVE_RESULTS:-}")
+cd "$(dirname "$0")/.." || exit 2
 
 parts="" dry="" tiny=""
 for word; do
@@ -34,8 +44,7 @@ case ${PROVE_MODEL:-} in
   *) echo "PROVE_MODEL=$PROVE_MODEL: only tiny; leave it out for the real models" >&2; exit 2 ;;
 esac
 
-python=${PYTHON:-python}
-results=${PROVE_RESULTS:-${tiny:+examples/world/prove}}
+results=${results:-${tiny:+examples/world/prove}}
 results=${results:-benchmarks/results}
 scratch=$results/.prove # what the runs write; git ignores it
 part_seconds=${PROVE_PART_SECONDS:-540}
@@ -44,32 +53,37 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")') ||
 [[ $gpu != cpu || $tiny || $dry ]] || { echo "no GPU here; try --tiny or --dry" >&2; exit 2; }
 file=$(sed -E 's/^nvidia //; s/[^a-z0-9]+/-/g; s/^-|-$//g' <<< "${gpu,,}")
 file=$results/${tiny:+tiny-}prove-$file.json
+slow=3 # what the limits of other GPUs are multiplied by: an A100 has a third of an H100's TFLOPS, an RTX 4090 a sixth
+[[ $gpu =~ H[12]00|B[23]00 ]] && slow=1
 mode=list all=() seconds=(0 0 0 0 0 0 0 0) left=(0 0 0 0 0 0 0 0) failed=0
 
 # run NAME SECONDS COMMAND...: within its own limit and that of the part; what it writes to $scratch/NAME.json is recorded.
+# SECONDS are for an H100; on another GPU, it begins if so many are left in the part, and may take `slow` times as many.
 run() {
-  local name=$1 limit=$2
+  local name=$1 limit=$2 remaining
   shift 2
   if [[ $mode == list ]]; then
     all+=("$name")
-    [[ " $passed " != *" $name "* ]] || return 0
-    seconds[number]=$((seconds[number] + limit)) left[number]=$((left[number] + 1))
+    [[ " $finished " != *" $name "* ]] || return 0
+    seconds[number]=$((seconds[number] + slow * limit)) left[number]=$((left[number] + 1))
+    ((seconds[number] < part_seconds)) || seconds[number]=$part_seconds
     return
   fi
   if [[ $mode == dry ]]; then
-    echo "timeout $limit $*"
+    echo "timeout $((slow * limit))$(printf ' %q' "$@")"
     return
   fi
-  if [[ " $passed " == *" $name "* ]]; then
-    echo "== $name has passed already"
+  if [[ " $finished " == *" $name "* ]]; then
+    echo "== $name is done already"
     return
   fi
-  ((limit < part_seconds - SECONDS)) || limit=$((part_seconds - SECONDS))
-  if ((limit < 5)); then
+  remaining=$((part_seconds - SECONDS))
+  if ((remaining < 5 || remaining + 5 < limit)); then
     echo "== $name: not run, the $part_seconds seconds of the part are over; the same command continues"
     failed=1
     return
   fi
+  limit=$((slow * limit < remaining ? slow * limit : remaining))
   echo "== $name"
   "$python" benchmarks/proof.py run --gpu "$gpu" --limit "$limit" --output "$scratch/$name.json" "$file" "$name" "$@"
   case $? in
@@ -85,9 +99,17 @@ stop() {
 }
 
 finish() {
-  trap '' INT TERM
+  trap '' INT TERM HUP
   "$python" benchmarks/proof.py table "$file" "${all[@]}"
   exit "$1"
+}
+
+skip() { # NAME REASON
+  if [[ $mode == list ]]; then
+    all+=("$1")
+  else
+    echo "skipped $1: $2"
+  fi
 }
 
 # step NAME SECONDS MODEL OPTIONS...
@@ -104,17 +126,15 @@ step() {
 versus() {
   local name=$1 limit=$2
   shift 2
-  if [[ ${VERSUS_REFERENCE:-} ]]; then
-    set -- --reference "$VERSUS_REFERENCE" --output "$scratch/$name.json" "$@"
+  if [[ $reference ]]; then
+    set -- --reference "$reference" --output "$scratch/$name.json" "$@"
     run "$name" "$limit" "$python" benchmarks/versus.py "$@"
-  elif [[ $mode == list ]]; then
-    all+=("$name")
   else
-    echo "skipped $name: VERSUS_REFERENCE names no reference"
+    skip "$name" "VERSUS_REFERENCE names no reference"
   fi
 }
 
-timing=(--steps 8 --warmup 2)
+timing=(--steps 8 --warmup 2 --max_seconds 20)
 [[ $tiny ]] && timing=(--steps 2 --warmup 1)
 short=(--steps 2 --warmup 1 --gradient_checkpointing full)
 
@@ -127,7 +147,7 @@ part_1() {
 part_2() {
   local level backend
   step 2b-attention 45 2b "${timing[@]}" --gradient_checkpointing attention
-  for level in full attention none; do # none is predicted not to fit on 80 GB
+  for level in full attention none; do # none needs 70 GiB, as predicted
     step "5b-$level" 75 5b "${timing[@]}" --gradient_checkpointing "$level"
   done
   for backend in flash cudnn; do
@@ -174,6 +194,10 @@ part_6() {
       --blocks_to_swap "$blocks"
   done
   for precision in int8 fp8 nf4; do
+    if [[ $precision == nf4 && $mode != dry ]] && ! "$python" -c 'import bitsandbytes' &> /dev/null; then
+      skip 5b-full-nf4 "needs bitsandbytes; pip install bitsandbytes"
+      continue
+    fi
     step "5b-full-$precision" 75 5b "${timing[@]}" --gradient_checkpointing full --base_precision "$precision"
   done
   step 1.5-I2V-short 130 1.5-I2V "${short[@]}"
@@ -211,14 +235,14 @@ if [[ $dry ]]; then
   exit
 fi
 PATH=$(dirname "$(command -v "$python")"):$PATH # for quickstart.sh
-mkdir -p "$scratch"
-passed=$("$python" benchmarks/proof.py passed "$file" | tr '\n' ' ')
+mkdir -p "$scratch" || exit 2
+finished=$("$python" benchmarks/proof.py done "$file" | tr '\n' ' ') || exit 2
 each_part
 for number in 1 2 3 4 5 6 7; do
   [[ $parts == *$number* ]] || continue
   echo "part $number: ${left[number]} runs to do, at most $(((seconds[number] + 59) / 60)) minutes"
 done
-trap stop INT TERM
+trap stop INT TERM HUP
 mode=run
 each_part
 finish "$failed"

@@ -21,6 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from proof import describe_outcome
+
 from files import publish
 
 RESULTS = Path(__file__).with_name("results")
@@ -200,7 +202,7 @@ def proof_rows(name: str, described: str, predicted: float, proofs: list[dict]) 
             result = run["result"]
             rows.append((*start, f"{result['peak_memory_gib']:.1f}", f"{result['seconds_per_step']:.4g}", gpu))
         else:
-            rows.append((*start, f"failed, exit code {run['exit_code']}", "-", gpu))
+            rows.append((*start, describe_outcome(run), "-", gpu))
     return rows or [(*start, NOT_MEASURED, NOT_MEASURED, "-")]
 
 

@@ -15,9 +15,10 @@ from conftest import ROOT
 from cogvideox import compute
 
 PYTHON = f"""#!/usr/bin/env bash
-[[ $1 == -c ]] && {{ echo NVIDIA Test GPU; exit; }}
-[[ $1 == benchmarks/proof.py ]] && exec {sys.executable} "$@"
 folder=$(dirname "$0")
+[[ $1 == -c && $2 == "import bitsandbytes" ]] && {{ [[ ! -f $folder/without-bitsandbytes ]]; exit; }}
+[[ $1 == -c ]] && {{ echo "${{TEST_GPU:-NVIDIA H100 Test}}"; exit; }}
+[[ $1 == benchmarks/proof.py ]] && exec {sys.executable} "$@"
 echo "$*" >> "$folder/commands"
 [[ -f $folder/wait && "$*" == *fp8* ]] && {{ touch "$folder/waiting"; sleep 60; }}
 if [[ ! -f $folder/repaired ]]; then
@@ -26,8 +27,11 @@ if [[ ! -f $folder/repaired ]]; then
     *nf4*) exit 1 ;;
   esac
 fi
-[[ "$*" =~ --output\\ ([^ ]+) ]] &&
-  echo '{{"seconds_per_step": 1.5, "predicted_peak_gib": 7.34, "peak_memory_gib": 7.5}}' > "${{BASH_REMATCH[1]}}"
+while (($# > 1)) && [[ $1 != --output ]]; do shift; done
+result='{{"seconds_per_step": 1.5, "predicted_peak_gib": 7.34, "peak_memory_gib": 7.5}}'
+[[ -f $folder/small-gpu && $3 == --steps && "$*" == *none* ]] &&
+  {{ echo '{{"does_not_fit": {{"predicted_peak_gib": 30.29, "gpu_gib": 23.6}}}}' > "$2"; exit 2; }}
+[[ $1 == --output ]] && echo "$result" > "$2"
 exit 0
 """
 NAMES = ["2b-full-swapped", "5b-full-swapped", "5b-full-int8", "5b-full-fp8", "5b-full-nf4", "1.5-I2V-short"]  # part 6
@@ -61,21 +65,28 @@ def suite(command, tmp_path):
 
 
 def record(tmp_path):
-    return json.loads((tmp_path / "prove-test-gpu.json").read_text())
+    return json.loads((tmp_path / "prove-h100-test.json").read_text())
+
+
+def wait_for(file, seconds=30):
+    end = time.monotonic() + seconds
+    while not file.exists():
+        assert time.monotonic() < end, f"{file} is not there after {seconds} seconds"
+        time.sleep(0.05)
 
 
 def test_one_file_has_every_run_and_failures_with_their_last_lines(suite, tmp_path):
     result, commands = suite("6")
     found = record(tmp_path)
     assert result.returncode == 1 and len(commands) == 6
-    assert found["gpu"] == "NVIDIA Test GPU" and {"driver", "versions", "commit", "date"} <= found.keys()
+    assert found["gpu"] == "NVIDIA H100 Test" and {"driver", "versions", "commit", "date"} <= found.keys()
     assert list(found["runs"]) == NAMES
     passed, failed = found["runs"]["2b-full-swapped"], found["runs"]["5b-full-int8"]
     assert passed["exit_code"] == 0 and passed["result"]["peak_memory_gib"] == 7.5 and passed["seconds"] < 60
     assert "step.py --model 2b" in passed["command"] and passed["commit"] == found["commit"]
     assert (failed["exit_code"], failed["last_lines"]) == (3, ["a reason in ~/clips"])
     assert "failed: 5b-full-int8, exit code 3" in result.stdout
-    assert [path.name for path in tmp_path.glob("*.json")] == ["prove-test-gpu.json"]
+    assert [path.name for path in tmp_path.glob("*.json")] == ["prove-h100-test.json"]
     assert list((tmp_path / ".prove").iterdir()) == []
 
 
@@ -104,7 +115,7 @@ def test_runs_of_another_commit_are_repeated(suite, tmp_path):
     found = record(tmp_path)
     for run in found["runs"].values():
         run["commit"] = 40 * "a"
-    assert proof.passed_here(found) == []
+    assert proof.done_here(found) == []
     row = proof.row("2b-full-swapped", found["runs"]["2b-full-swapped"], "b")
     assert row[-1] == "passed, at aaaaaaaaa"
 
@@ -113,8 +124,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_continues(command, suite
     (tmp_path / "repaired").touch()
     (tmp_path / "wait").touch()
     process = subprocess.Popen(**command("6"), stdout=subprocess.PIPE, start_new_session=True)
-    while not (tmp_path / "waiting").exists():
-        time.sleep(0.05)
+    wait_for(tmp_path / "waiting")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130 and "stopped; the same command continues" in output
@@ -123,6 +133,112 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_continues(command, suite
     result, commands = suite("6")
     assert result.returncode == 0 and len(commands) == 3
     assert sorted(record(tmp_path)["runs"]) == sorted(NAMES)
+
+
+def with_a_terminal():
+    """Undoes the nohup under which the tests may run."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_lost_terminal_ends_the_command_that_runs_unless_nohup_was_asked_for(nohup, tmp_path):
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+    script = f"trap 'touch {ended}; exit' INT; touch {begun}; for i in {{1..600}}; do sleep 0.1; done"
+    line = [sys.executable, str(ROOT / "benchmarks" / "proof.py"), "run", "--gpu", "x", "--limit", "60"]
+    line += ["--output", str(tmp_path / "none.json"), str(tmp_path / "record.json"), "long", "bash", "-c", script]
+    line = ["nohup", *line] if nohup else line
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, preexec_fn=with_a_terminal)
+    wait_for(begun)
+    process.send_signal(signal.SIGHUP)
+    if nohup:
+        time.sleep(0.5)
+        assert process.poll() is None and not ended.exists()
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == proof.INTERRUPTED and ended.exists()
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_a_lost_terminal_stops_the_suite(command, tmp_path):
+    (tmp_path / "repaired").touch()
+    (tmp_path / "wait").touch()
+    options = {"stdout": subprocess.PIPE, "start_new_session": True, "preexec_fn": with_a_terminal}
+    process = subprocess.Popen(**command("6"), **options)
+    wait_for(tmp_path / "waiting")
+    os.killpg(process.pid, signal.SIGHUP)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 and "stopped; the same command continues" in output
+    assert list(record(tmp_path)["runs"]) == NAMES[:3]
+
+
+def test_what_does_not_fit_as_predicted_is_said_is_no_failure_and_is_not_tried_again(suite, tmp_path):
+    (tmp_path / "small-gpu").touch()
+    result, commands = suite("1")
+    assert result.returncode == 0 and len(commands) == 3
+    assert record(tmp_path)["runs"]["2b-none"]["result"]["does_not_fit"]["gpu_gib"] == 23.6
+    rows = {line.split("  ")[0]: line.split() for line in result.stdout.split("run  ")[-1].splitlines()}
+    assert " ".join(rows["2b-none"][1:]) == "- 30.29 - does not fit, predicted"
+    assert "failed" not in result.stdout
+    second, commands = suite("1")
+    assert second.returncode == 0 and commands == []
+
+
+def test_quantised_blocks_that_need_bitsandbytes_are_skipped_without_it(suite, tmp_path):
+    (tmp_path / "repaired").touch()
+    (tmp_path / "without-bitsandbytes").touch()
+    result, commands = suite("6")
+    assert result.returncode == 0 and len(commands) == 5 and "nf4" not in "".join(commands)
+    assert "skipped 5b-full-nf4: needs bitsandbytes; pip install bitsandbytes" in result.stdout
+    dry, _ = suite("6", "--dry")
+    assert "--base_precision nf4" in dry.stdout  # benchmarks/table.py lists it
+
+
+def test_slower_gpus_get_more_time_for_each_run_and_as_much_for_a_part(suite):
+    fast, slow = (suite("6", "--dry", TEST_GPU=name)[0].stdout for name in ("NVIDIA H200", "NVIDIA GeForce RTX 4090"))
+    limits = [[int(line.split()[1]) for line in text.splitlines()[1:]] for text in (fast, slow)]
+    assert limits[1] == [3 * limit for limit in limits[0]]
+    result, _ = suite("6", TEST_GPU="NVIDIA GeForce RTX 4090")
+    assert "part 6: 6 runs to do, at most 9 minutes" in result.stdout
+
+
+def test_relative_paths_are_those_of_the_folder_in_which_the_suite_is_started(command, tmp_path):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    (folder / "example.py").touch()
+    line = command("3", PYTHON="./python", PROVE_RESULTS="a folder", VERSUS_REFERENCE="a folder/example.py")
+    result = subprocess.run(**line, cwd=tmp_path, capture_output=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads((folder / "prove-h100-test.json").read_text())["runs"]
+    assert [run["result"]["seconds_per_step"] for run in found.values()] == [1.5, 1.5]
+    assert f"--reference {tmp_path}/a folder/example.py" in (tmp_path / "commands").read_text()
+
+
+@pytest.mark.parametrize("harm", ["damaged", "in the way"])
+def test_nothing_runs_where_its_outcome_could_not_be_kept(harm, suite, tmp_path):
+    if harm == "damaged":
+        (tmp_path / "prove-h100-test.json").write_text("{")
+    else:
+        (tmp_path / ".prove").touch()
+    result, commands = suite("6")
+    assert result.returncode == 2 and commands == []
+
+
+def test_the_page_of_the_results_does_not_make_another_commit(monkeypatch, tmp_path):
+    def git(*words):
+        line = ["git", "-c", "user.name=x", "-c", "user.email=x@x", *words]
+        subprocess.run(line, cwd=tmp_path, check=True, capture_output=True)
+
+    for name in ("docs/hardware.md", "benchmarks/results/a.json", "files.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("a\n")
+    for words in (("init",), ("add", "."), ("commit", "-m", "x")):
+        git(*words)
+    monkeypatch.setattr(proof, "ROOT", tmp_path)
+    commit = proof.commit()
+    for name in ("docs/hardware.md", "benchmarks/results/a.json"):
+        (tmp_path / name).write_text("b\n")
+    assert proof.commit() == commit and len(commit) == 40
+    (tmp_path / "files.py").write_text("b\n")
+    assert proof.commit().startswith(f"{commit}+")
 
 
 def test_a_command_over_its_time_is_ended_with_all_that_it_started(tmp_path):

@@ -152,6 +152,15 @@ def test_measured_values_are_beside_the_predicted_and_empty_cells_say_so(files, 
     assert row(text, "`5b-full`") == "| `5b-full` | 5b, full | 18.3 | not measured yet | not measured yet | - |"
 
 
+def test_a_step_that_does_not_fit_as_predicted_has_a_row_that_says_so(files, monkeypatch):
+    monkeypatch.setattr(table, "steps_of_suite", lambda: STEPS[:1])
+    outcome = {"exit_code": 2, "result": {"does_not_fit": {"predicted_peak_gib": 30.29, "gpu_gib": 23.6}}}
+    small = {"gpu": "NVIDIA GeForce RTX 4090", "runs": {"2b-none": outcome}}
+    end = "30.3 | does not fit, predicted | - | GeForce RTX 4090 |"
+    assert row(table.proof_table(files(small)), "`2b-none`") == f"| `2b-none` | 2b, bf16 | {end}"
+    assert table.results_in(small) == []
+
+
 def test_each_gpu_has_a_row(files, monkeypatch):
     monkeypatch.setattr(table, "steps_of_suite", lambda: STEPS[:1])
     text = table.proof_table(files(PROOF, PROOF | {"gpu": "NVIDIA L4"}))
