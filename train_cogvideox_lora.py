@@ -1266,7 +1266,10 @@ def suspect(run: Run, kind: str, number: int, loss: float, encode_images: Callab
         data = run.regularization
         order = regularization_order(run.args, run.base, data)
     clips, batch = data.micro_batch(number, order)
-    timesteps = guard.drawn_timesteps(lambda record: loss_of(run, record, number, batch, encode_images, kind))
+    out_channels = run.base.transformer["out_channels"]
+    timesteps = guard.drawn_timesteps(
+        lambda record: loss_of(run, record, number, batch, encode_images, kind), out_channels
+    )
     return guard.Suspect(clips, timesteps, loss, guard.extremes(batch))
 
 

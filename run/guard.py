@@ -66,17 +66,18 @@ def advice(suspects: list[Suspect], *, precision: str, learning_rate: float) -> 
     )
 
 
-def drawn_timesteps(training_loss: Callable[[Callable], torch.Tensor]) -> list[int]:
+def drawn_timesteps(training_loss: Callable[[Callable], torch.Tensor], out_channels: int) -> list[int]:
     """Returns the timesteps that a training loss draws.
 
     Args:
         training_loss: takes a transformer; it must draw the same numbers again.
+        out_channels: of the transformer.
     """
     drawn = []
 
     def record(*, hidden_states: torch.Tensor, timestep: torch.Tensor, **_) -> tuple[torch.Tensor]:
         drawn.extend(timestep.tolist())
-        return (hidden_states[:, :, :1],)  # the loss of which is thrown away
+        return (hidden_states[:, :, :out_channels],)  # the loss of which is thrown away
 
     training_loss(record)
     return drawn

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from functools import partial
 
 import pytest
+import step
 import torch
 from conftest import ROOT, reset_accelerate, training_options
 from faults.harness import free_port
@@ -20,6 +22,7 @@ import train_cogvideox_lora
 from clips.order import Ranks
 from cogvideox import budget, encoders
 from cogvideox.lora_files import LORA_FILE
+from cogvideox.objective import velocity_loss
 from run import checkpoints, dry_run, guard, processes, signals, validation
 from run.run_directory import list_checkpoints, read_metrics
 
@@ -342,6 +345,28 @@ def test_a_result_without_a_whole_checkpoint_is_kept_and_the_way_out_is_one(tiny
         assert ("its manifest.json is missing or damaged" in said) == is_there, "what is set aside is told"
         assert f"start in another --output_dir, with --lora_path {run} to train that result further" in said
     assert train(tiny_checkpoint, tmp_path / "further", max_train_steps=1, lora_path=run)
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-I2V"])
+def test_reading_a_micro_batch_again_warns_of_nothing(model):
+    base, image_latents = step.random_base_model(model), torch.zeros(2, 3, 4, 8, 12)
+
+    def loss_of(transformer):
+        return velocity_loss(
+            transformer,
+            base.scheduler,
+            torch.zeros(2, 3, 4, 8, 12),
+            prompt_embeds=torch.zeros(2, 5, 32),
+            rotary=None,
+            generator=torch.Generator().manual_seed(0),
+            dtype=torch.float32,
+            image_latents=image_latents if base.takes_image else None,
+            timesteps=torch.tensor([3, 900]),
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert guard.drawn_timesteps(loss_of, base.transformer["out_channels"]) == [3, 900]
 
 
 def test_what_is_advised_where_float16_overflows_works(tiny_checkpoint, tmp_path, train):
