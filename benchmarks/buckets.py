@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import torch
 from pretrain import device_name
-from sizes import LANDSCAPE, PORTRAIT, ROOT, SHORT, SMALL, STILL, make_clips, name_of
+from sizes import LANDSCAPE, PORTRAIT, SHORT, STILL, make_clips, name_of
+from small import ROOT, SMALL
 
 from clips.order import Order
 from cogvideox.base_model import BaseModel, read_base_model

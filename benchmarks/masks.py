@@ -7,7 +7,6 @@ of the base model and of the LoRA with the word FILM, from the same noise, in ea
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from functools import partial
@@ -18,14 +17,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import numpy as np
 import shapes
+import small
 import torch
 from diffusers import CogVideoXPipeline
 from make_example import TOKEN, make_film
 from PIL import Image
-from preservation import FILMS, SMALL, train
+from preservation import FILMS
 from pretrain import device_name, sample_all
 
-from files import at_least, expanded_path, write_json
+from files import at_least
 
 WAYS = {  # options of the training script
     "no masks": "",
@@ -52,7 +52,7 @@ def halves(clips: np.ndarray) -> dict[str, np.ndarray]:
 
 def compare(lora_path: Path, samples: int, seed: int) -> dict:
     """Returns, for each half, the share of the colour that is lost, and the mean change of all levels (0 to 255)."""
-    pipe = CogVideoXPipeline.from_pretrained(SMALL, dtype=torch.float32)
+    pipe = CogVideoXPipeline.from_pretrained(small.SMALL, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(seed)
     prompts = [f"{TOKEN} {shapes.random_scene(rng).caption}" for _ in range(samples)]
@@ -69,34 +69,34 @@ def compare(lora_path: Path, samples: int, seed: int) -> dict:
     }
 
 
-def measure(way: str, seed: int, updates: int, samples: int) -> dict:
+def measure(way: str, *, seed: int, updates: int, samples: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         data = make_data(Path(folder, "film"))
-        seconds = train(data, Path(folder, "run"), WAYS[way].split(), updates=updates, seed=seed)
+        options = [*small.LANDSCAPE, *small.RATE, *WAYS[way].split()]
+        seconds = small.train(data, Path(folder, "run"), options, updates=updates, seed=seed)
         return {"seconds": seconds} | compare(Path(folder, "run"), samples, seed)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add, positive, ways = parser.add_argument, at_least(1), list(WAYS)
+    add, ways = parser.add_argument, list(WAYS)
     add("--ways", nargs="+", choices=ways, default=ways, metavar="WAY", help="some of the ways (default: all)")
-    add("--seeds", type=at_least(0), nargs="+", default=[1], help="seeds of training and sampling (default: 1)")
-    add("--updates", type=positive, default=400, metavar="N", help="updates of each run (default: 400)")
-    add("--samples", type=positive, default=24, metavar="N", help="scenes to measure (default: 24)")
-    add("--output", type=expanded_path, metavar="FILE", help="file to write the JSON to, besides printing it")
+    add("--samples", type=at_least(1), default=24, metavar="N", help="scenes to measure (default: 24)")
+    small.add_options(parser, seeds=[1], of="training and sampling")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    results = {"updates": args.updates, "samples": args.samples, "torch": torch.__version__}
-    results |= {"device": device_name(torch.device("cpu")), "ways": {way: {} for way in args.ways}}
-    for seed in args.seeds:
-        for way, found in results["ways"].items():
-            found[f"seed {seed}"] = measure(way, seed, args.updates, args.samples)
-            print(way, f"seed {seed}", json.dumps(found[f"seed {seed}"]), flush=True)
-            if args.output:
-                write_json(args.output, results)
+    about = {"updates": args.updates, "samples": args.samples, "device": device_name(torch.device("cpu"))}
+    results = small.begun(args.output, about, {"ways": {}})
+    small.run_ways(
+        results["ways"],
+        args.ways,
+        args.seeds,
+        measure=partial(measure, updates=args.updates, samples=args.samples),
+        keep=partial(small.keep, args.output, results),
+    )
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ it, and the drift on 5 held-out clips is compared with what it finds.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -20,16 +20,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import numpy as np
+import small
 import torch
 from compare import compare
 from make_example import TOKEN, make_film
 from pretrain import device_name
 
-from files import at_least, expanded_path, write_json
+from files import at_least
 from run.run_directory import read_metrics
 
-ROOT = Path(__file__).parents[1]
-SMALL = ROOT / "examples" / "small-cogvideox"
 FILMS, HELD_OUT, OTHERS = 25, 5, 15  # clips of the look that are learned, further ones, and plain clips
 REGULARIZATION = "--regularization_data_root {others}"
 WAYS = (  # options of the training script
@@ -42,27 +41,17 @@ WAYS = (  # options of the training script
 )
 
 
-def train(data: Path, output_dir: Path, options: list, *, updates: int, seed: int) -> float:
-    """Trains a LoRA; returns its seconds."""
-    line = [sys.executable, ROOT / "train_cogvideox_lora.py", "--pretrained_model_name_or_path", SMALL]
-    line += ["--instance_data_root", data, "--output_dir", output_dir, "--mixed_precision", "no", "--seed", seed]
-    line += ["--height", 64, "--width", 96, "--max_num_frames", 17, "--rank", 16, "--learning_rate", "1e-3"]
-    line += ["--train_batch_size", 4, "--max_train_steps", updates, "--checkpointing_steps", updates, *options]
-    begin = time.perf_counter()
-    subprocess.run([str(word) for word in line], check=True, stdout=subprocess.DEVNULL)
-    return round(time.perf_counter() - begin, 1)
-
-
-def measure(way: str, seed: int, updates: int, samples: int) -> dict:
+def measure(way: str, *, seed: int, updates: int, samples: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         data, run, others = (Path(folder, name) for name in ("film", "run", "others"))
         make_film(others, films=0, others=OTHERS)
-        options = ["--id_token", TOKEN, "--validation_split", HELD_OUT, "--no-validate_first"]
+        options = [*small.LANDSCAPE, *small.RATE, "--id_token", TOKEN]
+        options += ["--validation_split", HELD_OUT, "--no-validate_first"]
         options += way.format(others=others).split()
         make_film(data, films=FILMS + HELD_OUT, others=0, token="")
-        seconds = train(data, run, options, updates=updates, seed=seed)
+        seconds = small.train(data, run, options, updates=updates, seed=seed)
         rows = read_metrics(run)
-        figures, _ = compare(SMALL, run, samples=samples, seed=seed)
+        figures, _ = compare(small.SMALL, run, samples=samples, seed=seed)
     return {
         "seconds": seconds,
         "seconds per update": round(fmean(row["seconds"] for row in rows if "seconds" in row), 4),
@@ -82,38 +71,31 @@ def rank_correlation(pairs: list[tuple[float, float]]) -> float:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add, positive = parser.add_argument, at_least(1)
+    add = parser.add_argument
     add("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help="some of the ways (default: all)")
-    add(
-        "--seeds",
-        type=at_least(0),
-        nargs="+",
-        default=[1, 2, 3],
-        help="seeds of training and sampling (default: 1 2 3)",
-    )
-    add("--updates", type=positive, default=400, metavar="N", help="updates of each run (default: 400)")
-    add("--samples", type=positive, default=24, metavar="N", help="scenes to measure (default: 24)")
-    add("--output", type=expanded_path, metavar="FILE", help="file to write the JSON to, besides printing it")
+    add("--samples", type=at_least(1), default=24, metavar="N", help="scenes to measure (default: 24)")
+    small.add_options(parser, seeds=[1, 2, 3], of="training and sampling")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    results = {"updates": args.updates, "samples": args.samples, "torch": torch.__version__}
-    results |= {"device": device_name(torch.device("cpu")), "ways": {way: {} for way in args.ways}}
-    for seed in args.seeds:
-        for way, found in results["ways"].items():
-            found[f"seed {seed}"] = measure(way, seed, args.updates, args.samples)
-            print(way or "nothing", f"seed {seed}", json.dumps(found[f"seed {seed}"]), flush=True)
-            results["drift and colour taken"] = summary(results["ways"])
-            if args.output:
-                write_json(args.output, results)
-    for way, found in results["ways"].items():
-        names = next(iter(found.values()))
-        found["mean"] = {name: round(fmean(run[name] for run in found.values()), 3) for name in names}
-        print(way or "nothing", json.dumps(found["mean"]))
-    if args.output:
-        write_json(args.output, results)
+    about = {"updates": args.updates, "samples": args.samples, "device": device_name(torch.device("cpu"))}
+    results = small.begun(args.output, about, {"ways": {}, "means": {}})
+
+    def keep() -> None:
+        results["drift and colour taken"] = summary(results["ways"])
+        results["means"] = {way: mean(found.values()) for way, found in results["ways"].items()}
+        small.keep(args.output, results)
+
+    measure_way = partial(measure, updates=args.updates, samples=args.samples)
+    small.run_ways(results["ways"], args.ways, args.seeds, measure=measure_way, keep=keep)
+    for way, means in results["means"].items():
+        print(way or "nothing", json.dumps(means))
+
+
+def mean(runs: Collection[dict[str, float]]) -> dict[str, float]:
+    return {name: round(fmean(run[name] for run in runs), 3) for name in next(iter(runs))}
 
 
 def summary(ways: dict[str, dict]) -> dict:

@@ -10,10 +10,9 @@ Every run learns from 25 clips of one look on the small model; every few updates
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,14 +20,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import numpy as np
 import shapes
-import torch
+import small
 from make_example import write_clips
 
-from files import at_least, expanded_path, write_json
+from files import at_least
 from run.run_directory import read_args, read_metrics
 
-ROOT = Path(__file__).parents[1]
-SMALL = ROOT / "examples" / "small-cogvideox"
 LEARNED, HELD_OUT = 25, 8  # clips
 LOOKS = {  # what is new in the clips: the look in which they are drawn, and what becomes of their frames
     "film": ("film", lambda frames: frames),
@@ -79,12 +76,9 @@ def make_clips(look: str, folder: Path) -> Path:
 def measure(data: Path, way: str, *, seed: int, updates: int, every: int) -> dict:
     """Returns the loss on held-out clips by update, and what `--learning_rate auto` has found."""
     with tempfile.TemporaryDirectory() as run:
-        line = [sys.executable, ROOT / "train_cogvideox_lora.py", "--pretrained_model_name_or_path", SMALL]
-        line += ["--instance_data_root", data, "--output_dir", run, "--mixed_precision", "no", "--seed", seed]
-        line += ["--height", 64, "--width", 96, "--max_num_frames", 17, "--rank", 16, "--train_batch_size", 4]
-        line += ["--max_train_steps", updates, "--checkpointing_steps", updates, "--validation_split", HELD_OUT]
-        line += ["--validation_steps", every, "--validation_epochs", updates, *way.split()]
-        subprocess.run([str(word) for word in line], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        options = [*small.LANDSCAPE, "--validation_split", HELD_OUT, "--validation_steps", every]
+        options += ["--validation_epochs", updates, *way.split()]
+        small.train(data, Path(run), options, updates=updates, seed=seed)
         rows = [row for row in read_metrics(Path(run)) if "validation_loss" in row]
         found = read_args(Path(run))["learning_rate_found"]
     losses = {str(row["step"]): round(row["validation_loss"], 5) for row in rows}
@@ -93,29 +87,29 @@ def measure(data: Path, way: str, *, seed: int, updates: int, every: int) -> dic
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add, positive = parser.add_argument, at_least(1)
+    add = parser.add_argument
     add("kind", choices=KINDS, help="what to compare")
     add("--looks", nargs="+", choices=LOOKS, default=list(LOOKS), help="data sets (default: all)")
-    add("--seeds", type=at_least(0), nargs="+", default=[1], help="seeds of training (default: 1)")
-    add("--updates", type=positive, default=400, metavar="N", help="updates of each run (default: 400)")
-    add("--every", type=positive, default=20, metavar="N", help="updates between two losses (default: 20)")
-    add("--output", type=expanded_path, metavar="FILE", help="file to write the JSON to, besides printing it")
+    add("--every", type=at_least(1), default=20, metavar="N", help="updates between two losses (default: 20)")
+    small.add_options(parser, seeds=[1])
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    results = {"kind": args.kind, "updates": args.updates, "torch": torch.__version__, "looks": {}}
+    about = {"kind": args.kind, "updates": args.updates, "every": args.every}
+    results = small.begun(args.output, about, {"looks": {}})
     with tempfile.TemporaryDirectory() as folder:
         for look in args.looks:
-            data, ways = make_clips(look, Path(folder, look)), results["looks"].setdefault(look, {})
-            for seed in args.seeds:
-                for way in KINDS[args.kind]:
-                    found = measure(data, way, seed=seed, updates=args.updates, every=args.every)
-                    ways.setdefault(way, {})[f"seed {seed}"] = found
-                    print(look, way, f"seed {seed}", json.dumps(found), flush=True)
-                    if args.output:
-                        write_json(args.output, results)
+            data = make_clips(look, Path(folder, look))
+            print(look, flush=True)
+            small.run_ways(
+                results["looks"].setdefault(look, {}),
+                KINDS[args.kind],
+                args.seeds,
+                measure=partial(measure, data, updates=args.updates, every=args.every),
+                keep=partial(small.keep, args.output, results),
+            )
 
 
 if __name__ == "__main__":

@@ -10,16 +10,15 @@ the base model's motion is left.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import numpy as np
+import small
 import torch
 from diffusers import CogVideoXPipeline
 from make_example import TOKEN, write_clips
@@ -30,8 +29,6 @@ from clips.motion import motion
 from cogvideox.base_model import read_base_model
 from files import at_least, expanded_path, write_json
 
-ROOT = Path(__file__).parents[1]
-SMALL = ROOT / "examples" / "small-cogvideox"
 LANDSCAPE, PORTRAIT, SHORT, STILL = (17, 64, 96), (17, 96, 64), (9, 64, 96), (1, 64, 96)
 SAMPLED = (LANDSCAPE, PORTRAIT, SHORT)
 FPS, SCALE = 8, 2  # of the files: frames per second of the model, and pixels for each of the model's
@@ -58,20 +55,9 @@ def make_clips(folder: Path, sizes: dict[tuple[int, int, int], int], seed: int) 
     return write_clips(folder, clips(), fps=FPS, quality=9)
 
 
-def train(data: Path, output_dir: Path, sizes: list, *, updates: int, seed: int) -> dict:
-    """Trains a LoRA; returns its seconds, clips and tokens."""
-    line = [sys.executable, ROOT / "train_cogvideox_lora.py", "--pretrained_model_name_or_path", SMALL]
-    line += ["--instance_data_root", data, "--output_dir", output_dir, "--buckets", *map(name_of, sizes)]
-    line += ["--mixed_precision", "no", "--rank", 16, "--learning_rate", "1e-3", "--train_batch_size", 4]
-    line += ["--max_train_steps", updates, "--checkpointing_steps", updates, "--seed", seed]
-    begin = time.perf_counter()
-    subprocess.run([str(word) for word in line], check=True, stdout=subprocess.DEVNULL)
-    return {"updates": updates, "seconds": round(time.perf_counter() - begin, 1)}
-
-
 def mean_tokens(sizes: dict[tuple[int, int, int], int]) -> float:
     """Returns the tokens of a clip, on average over a dataset."""
-    base = read_base_model(str(SMALL))
+    base = read_base_model(str(small.SMALL))
     tokens = {size: base.num_tokens(*base.latent_shape(*size)) for size in sizes}
     return sum(count * tokens[size] for size, count in sizes.items()) / sum(sizes.values())
 
@@ -90,7 +76,7 @@ def measure(pipe: CogVideoXPipeline, size: tuple[int, int, int], samples: int, s
 
 def compare(lora_path: Path | None, samples: int, seed: int) -> dict[str, dict[str, float]]:
     """Returns `measure` at each size of SAMPLED; None is the base model."""
-    pipe = CogVideoXPipeline.from_pretrained(SMALL, dtype=torch.float32)
+    pipe = CogVideoXPipeline.from_pretrained(small.SMALL, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     if lora_path:
         pipe.load_lora_weights(lora_path)
@@ -134,8 +120,10 @@ def main(argv: list[str] | None = None) -> None:
         updates = round(args.updates * mean_tokens(datasets["one size"]) / mean_tokens(sizes))
         with tempfile.TemporaryDirectory() as folder:
             data = make_clips(Path(folder, "clips"), sizes, args.seed)
-            run = train(data, Path(folder, "run"), list(sizes), updates=updates, seed=args.seed)
-            results[name] = run | {"at": shares(base, compare(Path(folder, "run"), args.samples, args.seed))}
+            options = ["--buckets", *map(name_of, sizes), *small.RATE]
+            seconds = small.train(data, Path(folder, "run"), options, updates=updates, seed=args.seed)
+            at = shares(base, compare(Path(folder, "run"), args.samples, args.seed))
+            results[name] = {"updates": updates, "seconds": seconds, "at": at}
     about = {"samples": args.samples, "guidance_scale": GUIDANCE, "torch": torch.__version__}
     results |= {"base model": base} | about | {"device": device_name(torch.device("cpu"))}
     print(json.dumps(results, indent=1))

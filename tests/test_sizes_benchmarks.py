@@ -1,6 +1,9 @@
 """The benchmarks of buckets, sizes, preservation, masks and learning rates: what they make of their measurements."""
 
+import json
+import subprocess
 import sys
+from functools import partial
 
 import imageio
 import numpy as np
@@ -14,6 +17,7 @@ import masks
 import preservation
 import rates
 import sizes
+import small
 
 from clips.facts import examine
 from clips.frames import View
@@ -25,7 +29,7 @@ from cogvideox.base_model import read_base_model
 
 @pytest.fixture(scope="module")
 def base():
-    return read_base_model(str(sizes.SMALL))
+    return read_base_model(str(small.SMALL))
 
 
 class MadeUp(buckets.Course):
@@ -106,6 +110,57 @@ def test_the_clips_of_the_learning_rates_show_what_is_new(look, tmp_path, monkey
     assert len(frames) == 34
     is_back = abs(frames[0] - frames[-1]).mean() < 0.2 * abs(frames[0] - frames[17]).mean()
     assert is_back == (look == "bounce")
+
+
+@pytest.mark.parametrize("stopped_after", [1, 2, 3])
+def test_a_comparison_that_was_stopped_does_what_is_missing(stopped_after, tmp_path, capsys):
+    file, done = tmp_path / "results.json", []
+
+    def measure(way, seed):
+        if len(done) == stopped_after:
+            raise KeyboardInterrupt
+        done.append((way, seed))
+        return {"loss": seed}
+
+    def compare(seeds):
+        results = small.begun(file, {"updates": 4}, {"ways": {}})
+        keep = partial(small.keep, file, results)
+        small.run_ways(results["ways"], ["", "--preserve 1"], seeds, measure=measure, keep=keep)
+        return results
+
+    with pytest.raises(KeyboardInterrupt):
+        compare([1, 2])
+    stopped_after = None
+    results = compare([1, 2])
+    assert done == [("", 1), ("--preserve 1", 1), ("", 2), ("--preserve 1", 2)]
+    assert results["ways"] == {way: {"seed 1": {"loss": 1}, "seed 2": {"loss": 2}} for way in ("", "--preserve 1")}
+    assert json.loads(file.read_text()) == results and {"torch", "commit"} <= results.keys()
+    with pytest.raises(SystemExit, match="results.json: was measured with other updates; move it away"):
+        small.begun(file, {"updates": 5}, {"ways": {}})
+
+
+def test_results_of_other_code_are_not_continued(tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    small.keep(file, small.begun(file, {}, {"ways": {}}))
+    monkeypatch.setattr(small, "commit", lambda: "another")
+    with pytest.raises(SystemExit, match="was measured with other commit"):
+        small.begun(file, {}, {"ways": {}})
+
+
+def test_why_a_run_failed_is_said(tmp_path, capfd):
+    with pytest.raises(subprocess.CalledProcessError):
+        small.train(tmp_path / "nothing", tmp_path / "run", small.LANDSCAPE, updates=1, seed=1)
+    assert "error: " in (said := capfd.readouterr().err) and "nothing" in said
+
+
+def test_means_are_over_the_runs_of_a_way():
+    assert preservation.mean({"seed 1": {"drift": 1.0}, "seed 2": {"drift": 2.0}}.values()) == {"drift": 1.5}
+
+
+def test_the_options_of_the_comparisons_are_taken():
+    for parse_args, words in ((rates.parse_args, ["ways"]), (masks.parse_args, []), (preservation.parse_args, [])):
+        args = parse_args([*words, "--seeds", "4", "5", "--updates", "7"])
+        assert (args.seeds, args.updates, args.output) == ([4, 5], 7, None)
 
 
 def test_a_learning_rate_that_is_found_is_kept_beside_its_losses(tmp_path, monkeypatch):
