@@ -45,10 +45,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import curves
+import small
 import torch
 from make_example import make_film
+from proof import commit
 from reference import sha256
-from versus import OURS, run_trial
+from versus import OURS, processor_name, run_trial
 
 import train_cogvideox_lora as train
 from files import at_least, expanded_path, write_json
@@ -321,7 +323,8 @@ def about(args: argparse.Namespace, setting: Setting) -> dict:
     packages = ("torch", "diffusers", "peft", "accelerate", "transformers")
     line = shared_options(setting, "clips", args.updates, seed=0)[:-1]
     return {
-        "processor": platform.processor() or platform.machine(),
+        "commit": commit(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "versions": {package: version(package) for package in packages} | {"python": platform.python_version()},
         "reference_sha256": sha256(args.reference),
@@ -337,10 +340,7 @@ def kept_results(args: argparse.Namespace, setting: Setting) -> dict:
     if not args.output.exists():
         return fresh
     kept = json.loads(args.output.read_text())
-    if different := [name for name, value in fresh["about"].items() if kept["about"].get(name) != value]:
-        raise ValueError(
-            f"--output {args.output}: was measured with other {', '.join(different)}; move it away or pass another file"
-        )
+    small.refuse_others(args.output, kept["about"], fresh["about"])
     return kept
 
 
@@ -385,7 +385,10 @@ def run_all(bench: Bench, result: dict) -> None:
 
 
 def draw(args: argparse.Namespace, result: dict) -> str:
-    lines = {LABELS[way]: list(result["ways"][way].values()) for way in WAYS if way in result["ways"]}
+    """Returns the curves of the ways that have run with all of --seeds, with these seeds only."""
+    seeds = [str(seed) for seed in args.seeds]
+    ways = {way: result["ways"][way] for way in WAYS if {*seeds} <= {*result["ways"].get(way, {})}}
+    lines = {LABELS[way]: [runs[seed] for seed in seeds] for way, runs in ways.items()}
     title = "loss on held-out clips against seconds of the whole process, both on one thread"
     return curves.draw(lines, title, seeds=len(args.seeds))
 

@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -343,13 +344,19 @@ def describe_gate(gate: dict) -> str:
     return "\n".join(lines)
 
 
+def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Returns the CPU's model where Linux tells it, which `platform` does not; otherwise what `platform` says."""
+    found = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
 def about(args: argparse.Namespace) -> dict:
     packages = ("torch", "diffusers", "peft", "accelerate", "transformers")
     line = shared_options(args, args.warmup + args.steps)
     return {
         "size": args.size,
         "transformer": SIZES[args.size].transformer,
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "versions": {package: version(package) for package in packages} | {"python": platform.python_version()},
         "reference_sha256": sha256(args.reference),

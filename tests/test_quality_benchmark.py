@@ -16,6 +16,7 @@ import pytest
 import quality
 import torch
 import trial
+import versus
 from make_example import make_film
 
 import train_cogvideox_lora
@@ -297,6 +298,31 @@ def test_results_of_another_comparison_are_not_continued(lines, tiny, tmp_path, 
     run(tmp_path, tiny, *words)
     with pytest.raises(SystemExit, match="was measured with other shared_options; move it away"):
         run(tmp_path, tiny, *words, "--updates", "30")
+
+
+def test_results_of_other_code_are_not_continued(lines, tiny, tmp_path, monkeypatch):
+    words = ["--theirs_rates", "1e-3", "--ours_rates", "1e-3", "--seeds", "1"]
+    assert run(tmp_path, tiny, *words)["about"]["commit"] == quality.commit()
+    monkeypatch.setattr(quality, "commit", lambda: "another")
+    with pytest.raises(SystemExit, match="was measured with other commit; move it away"):
+        run(tmp_path, tiny, *words)
+
+
+def test_the_picture_shows_the_seeds_that_it_names(lines, tiny, tmp_path, monkeypatch):
+    words = ["--theirs_rates", "1e-3", "--ours_rates", "1e-3", "--picture", str(tmp_path / "quality.svg")]
+    run(tmp_path, tiny, *words, "--seeds", "1", "2")
+    drawn = []
+    monkeypatch.setattr(curves, "draw", lambda lines, title, seeds: drawn.append((lines, seeds)) or "")
+    run(tmp_path, tiny, *words, "--seeds", "2", "--ways", "example")
+    ((found, seeds),) = drawn
+    assert seeds == 1 and len(found) == 3 and {len(runs) for runs in found.values()} == {1}
+
+
+def test_the_model_of_the_cpu_is_told(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nmodel name\t: Some CPU @ 2.00GHz\n\nprocessor\t: 1\nmodel name\t: Some CPU\n")
+    assert versus.processor_name(cpuinfo) == "Some CPU @ 2.00GHz"
+    assert versus.processor_name(tmp_path / "none")
 
 
 def test_our_script_can_stand_on_both_sides(tiny, tmp_path, monkeypatch):
