@@ -411,7 +411,7 @@ def save_best(accelerator, state: State, export: Export, output_dir: Path, *, st
 
 
 def _lowest_loss(output_dir: Path) -> float:
-    """Returns the loss of checkpoint-best; infinity if there is none, or if it is that of other held-out clips."""
+    """Returns the loss of checkpoint-best; infinity if there is none, or if other clips were held out for it."""
     best = read_best(output_dir)
     is_comparable = best.get("step", -1) > stopping.clips_changed_at(read_args(output_dir))
     return best["validation_loss"] if is_comparable else math.inf
