@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import imageio
 import numpy as np
@@ -29,6 +29,7 @@ from PIL import Image, ImageOps
 
 from cogvideox.base_files import check_files
 from cogvideox.base_model import IDENTITY, BaseModel, empty_transformer, reaches_hub, read_base_model, why_not_loaded
+from cogvideox.budget import is_out_of_memory
 from cogvideox.encoders import set_tiling
 from cogvideox.lora import add_loras
 from cogvideox.lora_files import LORA_FILE, LoraHeader, check_fits, find_lora_file, lora_file_in, read_header, read_lora
@@ -471,12 +472,7 @@ def side_by_side(left: list[Image.Image], right: list[Image.Image]) -> list[Imag
     return [Image.fromarray(np.hstack([np.array(one), np.array(other)])) for one, other in zip(left, right)]
 
 
-def main(args: argparse.Namespace) -> None:
-    try:
-        request = make_request(args)
-    except (ValueError, OSError) as error:
-        print(f"cli_demo.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+def make_videos(request: VideoRequest, args: argparse.Namespace) -> None:
     pipe = load_pipeline(request, args)
     output = Path(args.output_path)
     for i in range(args.num_videos_per_prompt):  # diffusers 0.42.1 sets its own num_videos_per_prompt back to 1
@@ -488,6 +484,34 @@ def main(args: argparse.Namespace) -> None:
             pipe.transformer.enable_adapters()
         publish(path, encode_mp4(frames, request.fps))
         print(f"{path}: {len(frames)} frames, seed {args.seed + i}{', the LoRA on the right' * args.compare}")
+
+
+def less_memory(args: argparse.Namespace) -> str:
+    """Returns the options that would need less memory than those given."""
+    offloads = {"none": "--cpu_offload model", "model": "--cpu_offload sequential, which is slower"}
+    offload = offloads.get(args.cpu_offload) if torch.cuda.is_available() else None
+    ways_out = [offload, None if args.enable_tiling else "--enable_tiling", "fewer --num_frames"]
+    return " or ".join(filter(None, ways_out))
+
+
+def main(args: argparse.Namespace) -> None:
+    try:
+        request = make_request(args)
+    except (ValueError, OSError) as error:
+        end(str(error), code=2)
+    try:
+        make_videos(request, args)
+    except OSError as error:
+        end(str(error), code=3)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        end(f"out of memory; pass {less_memory(args)}", code=3)
+
+
+def end(message: str, *, code: int) -> NoReturn:
+    print(f"cli_demo.py: error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

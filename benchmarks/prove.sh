@@ -34,6 +34,7 @@ for word; do
     [1-7]) parts+=$word ;;
     --dry) dry=1 ;;
     --tiny) tiny=1 ;;
+    -h | --help) sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' benchmarks/prove.sh; exit ;;
     *) echo "usage: bash benchmarks/prove.sh [1-7 ...] [--dry] [--tiny]" >&2; exit 2 ;;
   esac
 done

@@ -735,3 +735,21 @@ def test_a_tilde_expands_in_every_path(monkeypatch):
     expected = {path[2:]: f"/home/someone/{path[2:]}.mp4" for path in paths}
     expected["lora_path"] = [expected["lora_path"]]
     assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), [], "out of memory; pass fewer --num_frames"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory"), ["--no-enable_tiling"], "pass --enable_tiling or fewer"),
+        (OSError(28, "No space left on device", "out.mp4"), [], "No space left on device: 'out.mp4'"),
+    ],
+)  # fmt: skip
+def test_what_ends_the_sampling_is_a_message(tiny_checkpoint, tmp_path, monkeypatch, capsys, error, options, expected):
+    def failing(*args, **options):
+        raise error
+
+    monkeypatch.setattr(cli_demo, "make_frames", failing)
+    with pytest.raises(SystemExit, match="3"):
+        make_video(tmp_path / "out.mp4", "--model_path", tiny_checkpoint, *options)
+    assert expected in capsys.readouterr().err and not (tmp_path / "out.mp4").exists()

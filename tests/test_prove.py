@@ -315,6 +315,12 @@ def test_other_words_are_refused(words, suite):
     assert result.stderr.startswith("usage:")
 
 
+def test_help_is_the_head_of_the_script(suite):
+    result, commands = suite("--help")
+    assert result.returncode == 0 and commands == []
+    assert result.stdout.startswith("Proves on a GPU") and result.stdout.endswith("Installs nothing.\n")
+
+
 def test_a_real_command_runs_on_a_cpu(suite, tmp_path):
     """pytest -m gpu and steps of tiny models have tests of their own; here the name of the device is found."""
     result, _ = suite("2", "--dry", PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
