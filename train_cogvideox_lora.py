@@ -150,9 +150,8 @@ def check_preservation(args: argparse.Namespace, refuse: Callable[[str], None]) 
         "--drift_prompt": validation.drift_prompts(args),
     }.items():
         for prompt in filter(listing.words_of(args).has_word, prompts):
-            refuse(
-                f"{option} {prompt!r}: has --id_token {args.id_token} in it, which is not to change there; remove it"
-            )
+            rule = f"contains --id_token {args.id_token}, whose absence means the base model"
+            refuse(f"{option} {prompt!r}: {rule}; remove it")
     if not args.preserve:
         every = f"--preserve_every {args.preserve_every}" if args.preserve_every != 1 else None
         given = [every, "--preserve_prompt" if args.preserve_prompt is not None else None]

@@ -252,19 +252,21 @@ def _check_words(listing: Listing, words: Words) -> None:
 
     It is a problem where the absence of the word means the base model.
     """
-    found = [clip for clip in listing.clips if any(map(words.has_word, clip.captions))]
-    kept = [clip for clip in found if clip.is_regularization]
-    if kept:
-        shows = f"{len(kept)} captions of --regularization_data_root have --id_token {words.id_token} in them"
-        rule = "these clips show what is to stay as it is; remove it from their captions"
-        listing.problems.append(f"{shows}, the first that of {kept[0].named}: {rule}")
-    if learned := [clip for clip in found if not clip.is_regularization]:
-        has = f"{len(learned)} captions have --id_token {words.id_token} in them, the first that of {learned[0].named}"
-        if words.with_plain and words.plain_prompt is None:
-            rule = "without it, a caption has to mean what the base model knows; remove it there, since it is added"
-            listing.problems.append(f"{has}: {rule} before each caption")
+    for is_regularization in (False, True):
+        found = [clip for clip in listing.clips if clip.is_regularization == is_regularization]
+        found = [clip for clip in found if any(map(words.has_word, clip.captions))]
+        if not found:
+            continue
+        said = f"{len(found)} captions contain --id_token {words.id_token}, the first one that of {found[0].named}"
+        if is_regularization:
+            listing.problems.append(
+                f"{said}: --regularization_data_root shows what is to stay as it is; remove it there"
+            )
+        elif words.with_plain and words.plain_prompt is None:
+            rule = "it is added before each caption, and captions without it stand for the base model; remove it there"
+            listing.problems.append(f"{said}: {rule}")
         else:
-            listing.remarks.append(f"{has}: it is added before these, too")
+            listing.remarks.append(f"{said}: it is added before these, too")
 
 
 def _in_folder(folder: Path, problem: str) -> str:

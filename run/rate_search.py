@@ -130,7 +130,7 @@ def describe(found: Found) -> list[str]:
         lines.append(f"the best, {best:.1e}, is at the end of what was tried: a rate beyond it may be better")
     scaled, times = "", found.total_updates / found.updates
     if times > 1:
-        scaled = f" {best:.1e}, divided by the root of {times:.4g}: the run has so many times the updates of a trial"
+        scaled = f", {best:.1e}, divided by the square root of {times:.4g}, since the run is so many times as long"
     return [*lines, f"learning rate {found.learning_rate:g}: the best of the trials{scaled}"]
 
 

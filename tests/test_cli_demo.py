@@ -741,7 +741,7 @@ def test_a_tilde_expands_in_every_path(monkeypatch):
     ("error", "options", "expected"),
     [
         (torch.OutOfMemoryError("CUDA out of memory"), [], "out of memory; pass fewer --num_frames"),
-        (RuntimeError("DefaultCPUAllocator: not enough memory"), ["--no-enable_tiling"], "pass --enable_tiling or fewer"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory"), ["--no-enable_tiling"], "--enable_tiling or fewer"),
         (OSError(28, "No space left on device", "out.mp4"), [], "No space left on device: 'out.mp4'"),
     ],
 )  # fmt: skip

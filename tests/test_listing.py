@@ -100,10 +100,10 @@ def test_captions_that_have_the_new_word_already_are_said(drawn, tmp_path, words
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, found)))
     listed = read_listing([Folder(folder)], words=words)
     said = listed.problems if is_problem else listed.remarks
-    assert any("1 captions have --id_token circle in them, the first that of" in line for line in said) == is_said
+    assert any("1 captions contain --id_token circle, the first one that of" in line for line in said) == is_said
     assert bool(listed.problems) == is_problem
     kept = read_listing([Folder(folder, is_regularization=True)], words=words)
-    assert any("--regularization_data_root have --id_token" in line for line in kept.problems) == is_said
+    assert any("--regularization_data_root shows what is to stay" in line for line in kept.problems) == is_said
 
 
 def test_a_parquet_table_is_read(drawn, tmp_path):
