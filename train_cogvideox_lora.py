@@ -883,13 +883,14 @@ def check_computation(run: Run) -> dict:
     """
     args, model, number = run.args, run.accelerator.unwrap_model(run.state.transformer), run.timeline.first_batch
     _, batch = run.data.micro_batch(number, run.order)
-    clip = {name: tensor[:1] for name, tensor in batch.items()}
+    # One clip will do, but blocks are compiled for a number of clips.
+    batch = batch if args.compile else {name: tensor[:1] for name, tensor in batch.items()}
     with run.image_encoder() as encode_images:
         report = self_check.check(
             run.base,
             model,
             lora.lora_of(args),
-            partial(loss_of, run, model, number, clip, encode_images),
+            partial(loss_of, run, model, number, batch, encode_images),
             dtype=run.dtype,
             autocast=lora.needs_autocast(lora.lora_of(args)),
             attention=partial(compute.attention_kernel, args.attention_backend),

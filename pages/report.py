@@ -104,10 +104,14 @@ def panels(rows: list[dict], best: dict) -> list[dict]:
     training = [row for row in rows if "loss" in row]
     validation = [row for row in rows if "validation_loss" in row]
     gradient_note = "The size of the gradient before clipping; sudden peaks mean unstable training."
+    preserved_note = "How far predictions are from the base model's without the new word, where --preserve is due."
+    prior_note = "The loss on the clips of --regularization_data_root, which show what the model is to keep."
     drawn = [
         _loss_panel(training),
         _validation_panel(validation, best),
         _timestep_panel(validation),
+        _plain_panel("Preservation loss", preserved_note, training, "preservation_loss", noisy=True),
+        _plain_panel("Loss on regularization clips", prior_note, training, "prior_loss", noisy=True),
         _drift_panel(having(rows, "drift")),
         _motion_panel(having(rows, "validation_motion")),
         _plain_panel("Learning rate", "The size of the optimizer's steps.", training, "lr"),

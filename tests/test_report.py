@@ -219,6 +219,14 @@ def test_losses_by_timestep_stand_for_themselves_without_a_base_model():
     ]
 
 
+def test_losses_of_what_is_kept_have_curves_where_they_are_due():
+    rows = [{"step": step, "loss": 0.3, "prior_loss": 0.2} for step in (1, 2)]
+    rows[1]["preservation_loss"] = 0.1
+    points = {panel["title"]: panel["curves"][0]["points"] for panel in report.panels(rows, {})}
+    assert points["Preservation loss"] == [[2, 0.1]]
+    assert points["Loss on regularization clips"] == [[1, 0.2], [2, 0.2]]
+
+
 def motion_panel(rows):
     return next(panel for panel in report.panels(rows, {}) if panel["title"] == "Motion of the videos")
 
