@@ -19,7 +19,7 @@ MODEL_PATH=examples/small-cogvideox DATASET_PATH="$world/film" OUTPUT_PATH="$wor
   --mixed_precision no --height 64 --width 96 --max_num_frames 17 --rank 16 --learning_rate 4e-3 --train_batch_size 4 \
   --max_train_steps 100 --validation_split 5 --validation_steps 50 --guidance_scale 1.5 \
   --id_token FILM --preserve 5 --preserve_every 8 --ema_decay 0.95 \
-  --lora_target_modules to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 \
+  --lora_target_modules to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 --gradient_checkpointing none \
   --validation_prompt "FILM a red circle moves left over a dark ground:::a red circle moves left over a dark ground"
 
 echo "4/5 a video without the LoRA and one with it, with cli_demo.py"

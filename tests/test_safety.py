@@ -126,7 +126,7 @@ def test_lists_and_prompts_make_nothing_be_written_elsewhere(tiny_checkpoint, cl
     monkeypatch.chdir(tmp_path / "work")
     before = files_in(tmp_path)
     options = {"validation_prompt": "../../outside:::/outside/x", "max_train_steps": 1, "report_to": "tensorboard"}
-    options |= {"id_token": "../..", "validation_split": 1}
+    options |= {"id_token": "../../word", "validation_split": 1}
     run = tmp_path / "run"
     train(tiny_checkpoint, run, instance_data_root=data, **options)
     new = files_in(tmp_path) - before

@@ -5,7 +5,7 @@ import torch
 from conftest import make_checkpoint, transformer_inputs
 from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file
-from test_compute import compiled_without_a_compiler, in_dtype, step, with_lora  # noqa: F401 - a fixture
+from test_compute import in_dtype, step, with_lora
 
 from cogvideox import compute, swapping
 from cogvideox.base_model import download_weights, load_transformer, read_base_model
@@ -100,7 +100,7 @@ def test_every_kind_of_frozen_block_can_be_swapped(deep_checkpoint, changes):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
-def test_compiled_blocks_can_be_swapped(deep_checkpoint, compiled_without_a_compiler, precision):  # noqa: F811
+def test_compiled_blocks_can_be_swapped(deep_checkpoint, compiled_without_a_compiler, precision):
     expected, _ = three_steps(deep_checkpoint, 0, "full", compiled=True, base_precision=precision)
     found, _ = three_steps(deep_checkpoint, 3, "full", compiled=True, base_precision=precision)
     check_equal(found, expected)
