@@ -30,8 +30,8 @@ demo() {
 demo --output_path "$world/without-lora.mp4"
 demo --output_path "$world/with-lora.mp4" --lora_path "$world/lora"
 
-echo "5/5 what it has learned, measured on 12 prompts, with and without the word FILM"
-python examples/compare.py --samples 12 --lora_path "$world/lora" --output "$world/compare.png"
+echo "5/5 what it has learned, measured on 8 prompts, with and without the word FILM"
+python examples/compare.py --samples 8 --lora_path "$world/lora" --output "$world/compare.png"
 echo
 echo "LoRA              $world/lora"
 echo "page of the run   $PWD/$world/lora/report.html"
