@@ -1529,6 +1529,8 @@ def announce(run: Run, on_data: list[str], start: Start, changed: dict) -> float
 
 def patience_remark(args: argparse.Namespace, timeline: Timeline) -> str | None:
     """Returns a sentence if --stop_patience cannot end the run, supposing that its options have always been these."""
+    if args.stop_patience is None:
+        return None
     due = partial(timeline.due, every_steps=args.validation_steps, every_epochs=args.validation_epochs)
     count = args.validate_first + sum(map(due, range(1, timeline.total_steps)))
     return stopping.remark_on_patience(args.stop_patience, count)

@@ -26,13 +26,13 @@ def of_each_clip(rows: Sequence[dict]) -> list[tuple[int, list[float]]]:
     return found
 
 
-def remark_on_patience(patience: int | None, count: int) -> str | None:
+def remark_on_patience(patience: int, count: int) -> str | None:
     """Returns a sentence if a run has too few validations for `patience` to end it.
 
     Args:
         count: validations before the last update.
     """
-    if patience is None or count > patience:
+    if count > patience:
         return None
     return (
         f"--stop_patience {patience}: cannot end this run, which has {count} validations before its last update; it "

@@ -74,9 +74,7 @@ def test_validations_on_other_clips_are_forgotten():
     assert reason(rows[:3], record | {"lineage": unchanged}) is not None
 
 
-@pytest.mark.parametrize(
-    ("patience", "count", "is_said"), [(None, 0, False), (2, 2, True), (2, 3, False), (4, 1, True)]
-)
+@pytest.mark.parametrize(("patience", "count", "is_said"), [(2, 2, True), (2, 3, False), (4, 1, True)])
 def test_a_patience_that_cannot_run_out_is_said(patience, count, is_said):
     remark = stopping.remark_on_patience(patience, count)
     assert (remark is not None) == is_said
