@@ -20,7 +20,7 @@ import shapes
 import small
 import torch
 from diffusers import CogVideoXPipeline
-from make_example import TOKEN, make_film
+from make_film import TOKEN, make_film
 from PIL import Image
 from preservation import FILMS
 from pretrain import device_name, sample_all

@@ -23,7 +23,7 @@ import numpy as np
 import small
 import torch
 from compare import compare
-from make_example import TOKEN, make_film
+from make_film import TOKEN, make_film
 from pretrain import device_name
 
 from files import at_least

@@ -47,7 +47,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 import curves
 import small
 import torch
-from make_example import make_film
+from make_film import make_film
 from proof import commit
 from reference import sha256
 from versus import OURS, processor_name, run_trial

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import numpy as np
 import shapes
 import small
-from make_example import write_clips
+from make_film import write_clips
 
 from files import at_least
 from run.run_directory import read_args, read_metrics

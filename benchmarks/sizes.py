@@ -21,7 +21,7 @@ import numpy as np
 import small
 import torch
 from diffusers import CogVideoXPipeline
-from make_example import TOKEN, write_clips
+from make_film import TOKEN, write_clips
 from pretrain import device_name, sample_all
 from shapes import chroma, draw_clip, random_scene
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import shapes
-from make_example import TOKEN
+from make_film import TOKEN
 from pretrain import device_name, sample_all, shares_right
 
 LABEL_HEIGHT = 36  # pixels

@@ -5,7 +5,6 @@
 writes
 
 * `world/clips`: six short clips with captions (mp4 files, prompts.txt, videos.txt)
-* `world/film`: the clips of a new look that the quickstart trains on
 * `world/tiny-cogvideox`: a complete base model of the real classes (VAE, T5 with its own sentencepiece model,
   transformer, scheduler) with random weights. It trains and samples in seconds, and its videos are noise.
 
@@ -17,7 +16,6 @@ import io
 import json
 from pathlib import Path
 
-import imageio
 import numpy as np
 import sentencepiece
 import shapes
@@ -30,10 +28,9 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
+from make_film import write_clips
 from shapes import COLOURS, MOTIONS, Scene
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
-
-TOKEN = "FILM"  # begins the captions of the new look
 
 # What distinguishes the base models, as in their published configs; everything else is only smaller.
 ROTARY = {"use_rotary_positional_embeddings": True}
@@ -138,51 +135,14 @@ def make_clips(folder, count=6, num_frames=32, fps=24, height=96, width=128):
     return write_clips(folder, clips(), fps=fps)
 
 
-def make_film(folder, films=25, others=15, num_frames=34, fps=16, height=128, width=192, seed=7, token=TOKEN):
-    """Writes clips of a new look, whose captions begin with a word, and plain ones in colour; returns the folder.
-
-    Args:
-        films, others: how many clips of the new look and in colour.
-        token: the word; empty: captions have none, for --id_token.
-    """
-    rng = np.random.default_rng(seed)
-
-    def clips():
-        for look in ["film"] * films + ["colour"] * others:
-            scene = shapes.random_scene(rng)
-            caption = f"{token} {scene.caption}".strip() if look == "film" else scene.caption
-            frames = shapes.draw_clip(scene, num_frames, height, width, rng=rng, look=look)
-            yield f"{look}-{scene.colour}-{scene.shape}", caption, frames
-
-    return write_clips(folder, clips(), fps=fps, quality=9)
-
-
-def write_clips(folder, clips, **options):
-    """Writes clips (name, caption, frames) as mp4 files with prompts.txt and videos.txt; returns the folder.
-
-    Args:
-        options: of imageio's encoder, such as fps.
-    """
-    folder, prompts, videos = Path(folder), [], []
-    (folder / "videos").mkdir(parents=True, exist_ok=True)
-    for i, (name, caption, frames) in enumerate(clips):
-        prompts.append(caption)
-        videos.append(f"videos/{i:02d}-{name}.mp4")
-        imageio.mimsave(folder / videos[-1], frames, macro_block_size=1, **options)
-    for file, lines in {"prompts.txt": prompts, "videos.txt": videos}.items():
-        (folder / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("examples/world"), help="folder to write into")
     parser.add_argument("--variant", choices=VARIANTS, default="2b", help="base model that the tiny one is like")
     args = parser.parse_args()
     clips = make_clips(args.output_dir / "clips")
-    film = make_film(args.output_dir / "film", films=30, others=0, token="")  # 5 of them are held out
     base_model = make_checkpoint(args.output_dir / "tiny-cogvideox", args.variant)
-    print(f"clips: {clips} and {film}\nbase model: {base_model}")
+    print(f"clips: {clips}\nbase model: {base_model}")
 
 
 if __name__ == "__main__":

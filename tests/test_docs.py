@@ -168,7 +168,8 @@ def test_the_pages_have_the_commands_that_they_are_for():
 
 @cache
 def known_options():
-    scripts = ["preprocess", "step", "table", "versus", "quality", "same_bits", "compare", "make_example", "pretrain"]
+    scripts = ["preprocess", "step", "table", "versus", "quality", "same_bits"]
+    scripts += ["compare", "make_example", "make_film", "pretrain"]
     mains = [train_cogvideox_lora.parse_args, cli_demo.parse_args, preview.parse_args, report.main]
     mains += [check.parse_args, export.parse_args, clean.parse_args]
     parsers = [options_page.parser_of(main, []) for main in mains] + [parser_of_script(name) for name in scripts]

@@ -11,7 +11,7 @@ import shapes
 import torch
 from conftest import reset_accelerate, training_options
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
-from make_example import TOKEN, make_film
+from make_film import TOKEN, make_film
 
 import train_cogvideox_lora as script
 from run.run_directory import read_metrics

@@ -17,7 +17,7 @@ import quality
 import torch
 import trial
 import versus
-from make_example import make_film
+from make_film import make_film
 
 import train_cogvideox_lora
 from clips.facts import examine
