@@ -16,7 +16,7 @@ from files import CannotContinue
 AUTO = "auto"
 FIRST_RATES = {"lora": 1.8e-3, "sft": 1.8e-4}
 SPACING = 3  # factor between rates, until the best has a neighbour on both sides; one more is half a step from it
-MOST_TRIALS = 8
+MOST_TRIALS = 9
 TRIAL_UPDATES = 15
 
 
@@ -66,7 +66,10 @@ def check_options(args: argparse.Namespace, refuse: Callable[[str], None]) -> No
 
 
 def find(loss_of: Callable[[float], float], first: float, *, trial_updates: int, total_updates: int) -> Found:
-    """Finds the learning rate for a run of `total_updates`: up or down from a first one, then between the best two.
+    """Finds the learning rate for a run of `total_updates`: up or down from three, then half a step from the best.
+
+    A loss after so few updates can be off by chance, so a second rate that is worse does not end the way up; a third
+    may be far better than both.
 
     Args:
         loss_of: trains from the same start with a rate for `trial_updates`, and returns the loss on held-out clips;
@@ -75,8 +78,8 @@ def find(loss_of: Callable[[float], float], first: float, *, trial_updates: int,
     Raises:
         CannotContinue: no rate has a finite loss.
     """
-    losses = {rate: loss_of(rate) for rate in (first, first * SPACING)}
-    factor = SPACING if losses[first * SPACING] < losses[first] else 1 / SPACING
+    losses = {rate: loss_of(rate) for rate in (first, first * SPACING, first * SPACING**2)}
+    factor = 1 / SPACING if _best(losses) == first else SPACING
     while len(losses) < MOST_TRIALS - 1:
         best = _best(losses)
         if best * factor in losses:
