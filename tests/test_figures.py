@@ -51,14 +51,19 @@ def ways():
 
 
 def sweep():
-    """The rate that `auto` chose, the best of the sweep, and the loss with either."""
+    """The rates that `auto` chose, the best of the sweep, and the mean loss with either."""
     names = {"film": "the quickstart's old film", "negative": "negative colours", "bounce": "a motion, there and back"}
+
+    def short(rate):
+        return f"{float(rate):.1e}".replace("e-0", "e-")
+
     for look, measured in result("rates-sweep")["looks"].items():
-        runs = {way.split()[1]: seeds["seed 1"] for way, seeds in measured.items()}  # by rate
-        auto = runs.pop("auto")
-        best = min(runs, key=lambda rate: runs[rate]["losses"]["400"])
-        chosen = [f"{float(rate):.1e}".replace("e-0", "e-") for rate in (auto["found"]["learning_rate"], best)]
-        yield names[look], [*chosen, ", ".join(f"{run['losses']['400']:.4f}" for run in (auto, runs[best]))]
+        runs = {way.split()[1]: list(seeds.values()) for way, seeds in measured.items()}  # by rate
+        assert {len(seeds) for seeds in runs.values()} == {3}
+        losses = {rate: mean(seed["losses"]["400"] for seed in seeds) for rate, seeds in runs.items()}
+        best = min(losses.keys() - {"auto"}, key=losses.get)
+        chosen = ", ".join(short(seed["found"]["learning_rate"]) for seed in runs["auto"])
+        yield names[look], [chosen, short(best), f"{losses['auto']:.4f}, {losses[best]:.4f}"]
 
 
 def timesteps():
